@@ -1,0 +1,1 @@
+"""Find the neurons behind a behaviour of a language model, prune them, and prove what that did."""

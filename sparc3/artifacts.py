@@ -1,0 +1,77 @@
+"""Where every product of the pipeline lies, and how it is read and written.
+
+Paths are relative to the project's folder, the current directory.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparc3.errors import InputError
+from sparc3.files import Array, read_jsonl, read_tensors
+
+OUTPUTS = Path("outputs")
+METRICS = Path("metrics")
+
+
+def prompts_path(prompt_set: str) -> Path:
+    return OUTPUTS / "prompts" / f"{prompt_set}.jsonl"
+
+
+def scores_folder(prompt_set: str) -> Path:
+    return OUTPUTS / "scores" / prompt_set
+
+
+def differential_path(behaviour: str, method: str) -> Path:
+    return OUTPUTS / "differential" / behaviour / f"{method}.safetensors"
+
+
+def sweep_path(behaviour: str) -> Path:
+    return OUTPUTS / "sweep" / f"{behaviour}.csv"
+
+
+def circuit_path(behaviour: str, method: str) -> Path:
+    return OUTPUTS / "circuits" / behaviour / f"{method}.csv"
+
+
+def evaluation_folder(behaviour: str) -> Path:
+    return OUTPUTS / "evaluation" / behaviour
+
+
+def metrics_path(stage: str, axis: str | None = None) -> Path:
+    return METRICS / stage / f"{axis}.json" if axis else METRICS / f"{stage}.json"
+
+
+def read_prompts(prompt_set: str, split: str) -> list[dict[str, Any]]:
+    """Rows of one split of a prompt set, in file order; at least one (InputError)."""
+    path = prompts_path(prompt_set)
+    rows = [row for row in read_jsonl(path) if row["split"] == split]
+    if not rows:
+        raise InputError(
+            f"{path}: no prompt in the {split} split; raise prompt_sets.{prompt_set}.count"
+        )
+    return rows
+
+
+def score_shards(prompt_set: str, score: str) -> Iterator[tuple[list[str], Array]]:
+    """Shards in order: prompt ids, and scores of shape (prompt, layer, neuron)."""
+    folder = scores_folder(prompt_set) / score
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise InputError(f"{folder}: no scores; run the attribute stage for {prompt_set} (dvc repro)")
+    for shard in shards:
+        tensors, metadata = read_tensors(shard)
+        yield json.loads(metadata["ids"]), tensors["scores"]
+
+
+def read_scores(prompt_set: str, score: str) -> tuple[list[str], Array]:
+    """All prompt ids of a set's attribute split, and scores (prompt, layer, neuron)."""
+    ids: list[str] = []
+    blocks = []
+    for shard_ids, scores in score_shards(prompt_set, score):
+        ids += shard_ids
+        blocks.append(scores)
+    return ids, np.concatenate(blocks)

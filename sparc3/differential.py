@@ -1,0 +1,84 @@
+"""Differential: one number per neuron that contrasts a reference with a behaviour.
+
+The most negative neurons serve the behaviour most specifically (paper, Eq. 7).
+"""
+
+import numpy as np
+from tqdm import tqdm
+
+from sparc3.artifacts import differential_path, metrics_path, read_scores, score_shards
+from sparc3.contrasts import CONTRASTS
+from sparc3.errors import InputError
+from sparc3.files import Array, digest_text, write_json, write_tensors
+from sparc3.params import Params
+
+
+def noise(seed: int, name: str, shape: tuple[int, int]) -> Array:
+    """Standard normal numbers that only `seed` and `name` decide: a random method's differential."""
+    key = int(digest_text(f"{seed}/{name}")[:16], 16)
+    return np.random.default_rng(key).standard_normal(shape, dtype=np.float32)
+
+
+def importance(prompt_set: str, score: str) -> Array:
+    """Mean absolute score over a set's prompts, shape (layer, neuron): what protection ranks by."""
+    total, count = None, 0
+    for ids, scores in score_shards(prompt_set, score):
+        part = np.abs(scores).sum(0, dtype=np.float64)
+        total = part if total is None else total + part
+        count += len(ids)
+    assert total is not None  # score_shards refuses an empty folder
+    return (total / count).astype(np.float32)
+
+
+def check_methods(params: Params) -> None:
+    """InputError where a method's row in params cannot work; called before anything is computed."""
+    for name, method in params.methods.items():
+        key = f"params: methods.{name}"
+        if method.score == "random":
+            if method.contrast is not None:
+                raise InputError(f"{key}.contrast: a random score has no contrast; remove the key")
+        elif method.contrast not in CONTRASTS:
+            raise InputError(
+                f"{key}.contrast is {method.contrast!r}; expected {' or '.join(CONTRASTS)}"
+            )
+        if method.scale == "auroc" and method.contrast != "auroc":
+            raise InputError(f"{key}.scale: auroc needs contrast: auroc")
+        if isinstance(method.scale, float) and not 0 <= method.scale < 1:
+            raise InputError(f"{key}.scale is {method.scale}; expected 0 <= scale < 1")
+        if method.draws < 1 or (method.draws > 1 and method.score != "random"):
+            raise InputError(f"{key}.draws is {method.draws}; expected 1, or more with score: random")
+        if method.size and method.layers:
+            raise InputError(f"{key}: give size or layers, not both (layers fixes the size too)")
+        leader = method.size or method.layers
+        if leader is not None and (
+            leader not in params.methods
+            or params.methods[leader].size is not None
+            or params.methods[leader].layers is not None
+            or params.methods[leader].draws > 1
+        ):
+            raise InputError(
+                f"{key}: {leader!r} is not a method that chooses its own neurons; "
+                f"expected one of {', '.join(params.methods)}"
+            )
+
+
+def run(params: Params, behaviour: str) -> dict[str, float]:
+    check_methods(params)
+    spec = params.behaviours[behaviour]
+    general = importance(params.differential.general, params.differential.importance)
+    scalars: dict[str, float] = {}
+    for name, method in tqdm(params.methods.items(), desc=f"differential {behaviour}"):
+        if method.score == "random":
+            values = noise(params.select.seed, f"{behaviour}/{name}/0", general.shape)
+        else:
+            assert method.contrast is not None  # check_methods
+            _, reference = read_scores(spec.reference, method.score)
+            _, prompts = read_scores(spec.prompts, method.score)
+            values = CONTRASTS[method.contrast](reference, prompts).astype(np.float32)
+        write_tensors(
+            differential_path(behaviour, name), {"differential": values, "importance": general}
+        )
+        scalars[f"{name}.negative_share"] = float((values < 0).mean())
+        scalars[f"{name}.most_negative"] = float(values.min())
+    write_json(metrics_path("differential", behaviour), scalars)
+    return scalars

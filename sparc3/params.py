@@ -1,0 +1,236 @@
+"""params.yaml as frozen dataclasses; an unknown key or a wrong type is an error that names it."""
+
+import types
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from sparc3.errors import InputError
+
+Split = Literal["attribute", "tune", "test"]
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    source: str
+    count: int
+    seeds: tuple[int, ...] = (0,)
+    target: Literal["max-logit", "pair"] = "max-logit"
+    where: dict[str, Any] = field(default_factory=dict)
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    match_length: str | None = None
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    prompts: str
+    reference: str
+    measure: Literal["completions", "pairs"]
+    second: str | None = None
+    on_fail: Literal["warn", "stop"] = "stop"
+
+
+@dataclass(frozen=True)
+class Method:
+    score: str
+    contrast: str | None = None
+    scale: float | Literal["auroc"] = 0.0
+    size: str | None = None
+    layers: str | None = None
+    draws: int = 1
+
+
+@dataclass(frozen=True)
+class Fetch:
+    model: str | None
+
+
+@dataclass(frozen=True)
+class Prepare:
+    splits: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    batch_tokens: int
+    shard_prompts: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    score: str
+    threshold: float
+    prompts: int
+
+
+@dataclass(frozen=True)
+class Differential:
+    general: str
+    importance: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    num_neurons: tuple[int, ...]
+    protect: tuple[float, ...]
+    texts: int
+    items: int
+    batch_tokens: int
+
+
+@dataclass(frozen=True)
+class Select:
+    num_neurons: int | None
+    protect: float | None
+    ppl_budget: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    general: str
+    scorer: str
+    prompts: int
+    completions: int
+    new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    batch_tokens: int
+    resamples: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    items: int
+    resamples: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    method: str
+    resamples: int
+    permutations: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Report:
+    method: str
+    level: float
+
+
+@dataclass(frozen=True)
+class Params:
+    model: Model
+    prompt_sets: dict[str, PromptSet]
+    behaviours: dict[str, Behaviour]
+    methods: dict[str, Method]
+    fetch: Fetch
+    prepare: Prepare
+    attribute: Attribute
+    gate: Gate
+    differential: Differential
+    sweep: Sweep
+    select: Select
+    evaluate: Evaluate
+    transfer: Transfer
+    overlap: Overlap
+    report: Report
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(kind))
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_describe(part) for part in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"a list of {_describe(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return "a mapping"
+    if is_dataclass(kind):
+        return "a mapping"
+    return {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }[kind]
+
+
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    """`value` from YAML as `kind`; InputError names `key`."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        for part in parts:
+            try:
+                return _convert(value, part, key)
+            except InputError:
+                continue  # the next alternative may fit; none fitting is the error below
+    elif origin is Literal:
+        if value in parts:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_convert(v, parts[0], f"{key}[{i}]") for i, v in enumerate(value))
+    elif origin is dict:
+        if isinstance(value, dict):
+            for name in value:
+                if not isinstance(name, str):
+                    raise InputError(f"params: {key}: key {name!r} must be text; put it in quotes")
+            return {k: _convert(v, parts[1], f"{key}.{k}") for k, v in value.items()}
+    elif is_dataclass(kind):
+        return _build(kind, value, key)
+    elif kind is Any:
+        return value
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is kind:
+        return value
+    hint = ""
+    if isinstance(value, str) and kind in (int, float):
+        hint = " (YAML reads numbers such as 1e-3 as text: write 0.001)"
+    raise InputError(f"params: {key} is {value!r}; expected {_describe(kind)}{hint}")
+
+
+def _build(kind: Any, value: Any, key: str) -> Any:
+    if not isinstance(value, dict):
+        raise InputError(f"params: {key or 'the file'} is {value!r}; expected a mapping")
+    hints = get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in known:
+            raise InputError(f"params: unknown key {prefix}{name}; known here: {', '.join(known)}")
+    for name, f in known.items():
+        required = f.default is MISSING and f.default_factory is MISSING
+        if required and name not in value:
+            raise InputError(
+                f"params: missing key {prefix}{name}; expected {_describe(hints[name])}"
+            )
+    return kind(**{k: _convert(v, hints[k], f"{prefix}{k}") for k, v in value.items()})
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and check a params file. Raises InputError: one line that names the key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: file not found; run from the project's folder") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    return _build(Params, tree, "")

@@ -1,0 +1,154 @@
+"""Select: the circuit of each method, the neurons that will be pruned.
+
+With `select.num_neurons` and `select.protect` given, they hold for every method. A null is chosen
+for each method from the sweep, on the tune split, under the perplexity budget; the test split is
+never looked at.
+"""
+
+import numpy as np
+
+from sparc3.artifacts import (
+    circuit_path,
+    differential_path,
+    metrics_path,
+    read_prompts,
+    sweep_path,
+)
+from sparc3.differential import check_methods, noise
+from sparc3.errors import InputError
+from sparc3.files import Array, read_csv, read_tensors, write_json
+from sparc3.params import Method, Params
+from sparc3.prune import Circuit, write_circuit
+
+
+def protected(importance: Array, share: float) -> Array:
+    """Boolean (layer, neuron): the `share` of all neurons that matter most for general text."""
+    count = round(share * importance.size)
+    mask = np.zeros(importance.size, dtype=bool)
+    mask[np.argsort(-importance, axis=None, kind="stable")[:count]] = True
+    return mask.reshape(importance.shape)
+
+
+def choose(differential: Array, k: int, barred: Array) -> Array:
+    """Flat ids (layer * width + neuron) of the k most negative neurons that are not barred.
+
+    Sorted from the most negative on; ties go to the lower id. Raises InputError if fewer than k
+    neurons are left.
+    """
+    free = int(differential.size - barred.sum())
+    if k > free:
+        raise InputError(
+            f"select.num_neurons is {k}, but only {free} of {differential.size} neurons are not "
+            "protected; lower num_neurons or protect"
+        )
+    values = np.where(barred, np.inf, differential).ravel()
+    return np.argsort(values, kind="stable")[:k]
+
+
+def choose_per_layer(differential: Array, counts: Array, barred: Array) -> Array:
+    """As `choose`, with counts[l] neurons from every layer l."""
+    width = differential.shape[1]
+    chosen = [
+        layer * width + choose(differential[layer : layer + 1], int(k), barred[layer : layer + 1])
+        for layer, k in enumerate(counts)
+        if k
+    ]
+    ids = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+    return ids[np.argsort(differential.ravel()[ids], kind="stable")]
+
+
+def scales(method: Method, differential: Array) -> Array:
+    """Factor left on each neuron of a circuit, from its differential; 0 prunes.
+
+    `auroc` is AurA's dampening, 1 - 2 (AUROC - 0.5) (Suau et al. 2024, Eq. 4), and the `auroc`
+    contrast is 0.5 - AUROC.
+    """
+    if method.scale == "auroc":
+        return np.clip(1 + 2 * differential, 0, 1)
+    return np.full(differential.shape, method.scale)
+
+
+def best_point(
+    rows: list[dict[str, str]], method: str, k: int | None, protect: float | None, budget: float
+) -> tuple[int, float]:
+    """(num_neurons, protect) of the sweep's point with the largest objective within the budget.
+
+    `budget` bounds ppl_delta, in percent. Where no point is within it, the cheapest point is taken:
+    a method that cannot stay within the budget is shown at its best, and its cost with it.
+    """
+    points = [
+        (float(row["objective"]), float(row["ppl_delta"]), int(row["num_neurons"]), row["protect"])
+        for row in rows
+        if row["method"] == method
+        and k in (None, int(row["num_neurons"]))
+        and protect in (None, float(row["protect"]))
+    ]
+    if not points:
+        raise InputError(
+            f"select: the sweep has no point for method {method} with num_neurons={k}, "
+            f"protect={protect}; add it to sweep, or give both select.num_neurons and select.protect"
+        )
+    within = [p for p in points if p[1] <= budget]
+    best = max(within, key=lambda p: p[0]) if within else min(points, key=lambda p: p[1])
+    return best[2], float(best[3])
+
+
+def circuit_names(name: str, method: Method) -> list[str]:
+    """A method's circuits: one, or one per draw."""
+    return [name] if method.draws == 1 else [f"{name}-{draw}" for draw in range(method.draws)]
+
+
+def run(params: Params, behaviour: str) -> dict[str, float]:
+    check_methods(params)
+    spec, select = params.behaviours[behaviour], params.select
+    rows = read_csv(sweep_path(behaviour))
+    chosen_on = {
+        prompt_set: [row["id"] for row in read_prompts(prompt_set, "attribute")]
+        for prompt_set in (spec.prompts, spec.reference)
+    }
+    circuits: dict[str, Array] = {}
+    shares: dict[str, float] = {}
+    scalars: dict[str, float] = {}
+    # A method that takes its size or layers from another comes after it.
+    for name, method in sorted(params.methods.items(), key=lambda kv: bool(kv[1].size or kv[1].layers)):
+        tensors, _ = read_tensors(differential_path(behaviour, name))
+        values, importance = tensors["differential"], tensors["importance"]
+        leader = method.size or method.layers
+        if leader is not None:
+            k, share = circuits[leader].size, shares[leader]
+        elif select.num_neurons is not None and select.protect is not None:
+            k, share = select.num_neurons, select.protect
+        else:
+            k, share = best_point(rows, name, select.num_neurons, select.protect, select.ppl_budget)
+        barred = protected(importance, share)
+        for draw, circuit in enumerate(circuit_names(name, method)):
+            if method.score == "random":
+                values = noise(select.seed, f"{behaviour}/{name}/{draw}", importance.shape)
+            if method.layers is not None:
+                counts = np.bincount(
+                    circuits[method.layers] // values.shape[1], minlength=values.shape[0]
+                )
+                ids = choose_per_layer(values, counts, barred)
+            else:
+                ids = choose(values, k, barred)
+            about = {
+                "behaviour": behaviour,
+                "method": name,
+                "draw": draw,
+                "num_neurons": int(ids.size),
+                "protect": share,
+                "of_neurons": int(values.size),
+                "layers": int(values.shape[0]),
+                "width": int(values.shape[1]),
+                "chosen_on": chosen_on,
+            }
+            path = circuit_path(behaviour, circuit)
+            layers, neurons = np.divmod(ids, values.shape[1])
+            scores = values.ravel()[ids].astype(np.float64)
+            write_circuit(path, Circuit(layers, neurons, scores, scales(method, scores)))
+            write_json(path.with_suffix(".json"), about)
+        circuits[name], shares[name] = ids, share
+        scalars[f"{name}.num_neurons"] = float(k)
+        scalars[f"{name}.protect"] = share
+    write_json(metrics_path("select", behaviour), scalars)
+    return scalars
