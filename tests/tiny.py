@@ -1,0 +1,68 @@
+"""Tiny random models of every family, built from configs: float32, frozen, eval mode."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+LAYERS, HIDDEN, WIDTH, VOCABULARY = 3, 16, 24, 50
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_GATED = {**_COMMON, "intermediate_size": WIDTH, "num_key_value_heads": 2}  # grouped queries
+
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_GATED, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**_GATED, sliding_window=5),
+    "qwen2": lambda: Qwen2Config(**_GATED),
+    "qwen3": lambda: Qwen3Config(**_GATED, head_dim=8),
+    "gemma3_text": lambda: Gemma3TextConfig(
+        **_GATED,
+        head_dim=8,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "opt": lambda: OPTConfig(
+        **_COMMON, ffn_dim=WIDTH, word_embed_proj_dim=HIDDEN, dropout=0.1, pad_token_id=1
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS, n_head=4, n_inner=WIDTH,
+        n_positions=64,
+    ),
+}  # fmt: skip
+
+
+def model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A model with weights, biases and norms all random, so that no term is zero by accident."""
+    torch.manual_seed(seed)
+    built = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation="sdpa")
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            spread = 0.3 if parameter.dim() > 1 else 0.2
+            parameter.normal_(0, spread)
+            if "norm" in name or "ln_" in name:
+                parameter.add_(0 if family == "gemma3_text" or "bias" in name else 1)
+    built.tie_weights()
+    return built.to(dtype).eval().requires_grad_(False)
+
+
+def sequences(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Random token ids of the given lengths."""
+    torch.manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (length,)).tolist() for length in lengths]
