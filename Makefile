@@ -1,0 +1,93 @@
+# make repro    environment, model and data, the whole pipeline, the result table
+# make test     environment, tests
+# make lint     ruff and pyright
+# make ui       the runs in MLflow's UI on 127.0.0.1 (PORT=5000)
+# make bench    the project's own timings
+# make lock     requirements.txt anew from pyproject.toml
+# make clean    remove the environment and the caches; data, models, results and runs stay
+#
+# VENV=/path/to/environment uses one that is already there, as it is.
+# PYTHON=/path/to/python3.11 chooses the interpreter that .venv is made with.
+
+VENV ?= .venv
+PORT ?= 5000
+PYTHON ?=
+UV := uv==0.13.9
+
+# Stages are started by DVC and MLflow as plain `python`: it must be the environment's.
+IN_ENV := PATH="$(abspath $(VENV))/bin:$$PATH"
+
+# $(call find_python): sets `python` to the first interpreter that runs, is 3.11 or 3.12 and can
+# make an environment. A name on PATH may be a launcher for a version that is not installed, or the
+# environment that is about to be replaced: its base interpreter is what counts.
+define find_python
+for name in $(PYTHON) python3.11 python3.12 python3 python; do \
+  python=$$($$name -c 'import ensurepip, os, sys, venv; v = sys.version_info[:2]; \
+print(os.path.join(sys.base_prefix, "bin", "python%d.%d" % v)) if v in [(3, 11), (3, 12)] else 0' \
+    2>/dev/null) && [ -x "$$python" ] && break; \
+  python=; \
+done; \
+if [ -z "$$python" ]; then \
+  echo "make: no Python 3.11 or 3.12 that can make an environment among $(PYTHON) python3.11" \
+    "python3.12 python3 python: install one, or name it with PYTHON=/path/to/python3.11" >&2; \
+  exit 1; \
+fi
+endef
+
+.PHONY: env repro test lint ui bench lock clean
+
+ifeq ($(origin VENV),file)
+# The list that was installed is the stamp: equal contents install nothing, whatever the dates.
+env:
+	@cmp -s requirements.txt $(VENV)/installed.txt && exit 0; \
+	$(find_python); \
+	echo "Installing into $(VENV) with $$python: about 3 GB to download and 7 GB on disk;" \
+	  "3 minutes from a nearby mirror, 10 or more over a slow line."; \
+	$$python -m venv --clear $(VENV) \
+	&& $(VENV)/bin/python -m pip install --no-input -r requirements.txt \
+	&& $(VENV)/bin/python -m pip check \
+	&& cp requirements.txt $(VENV)/installed.txt \
+	&& echo "Installed."
+else
+env:
+	@$(VENV)/bin/python -c '' || { echo "make: VENV=$(VENV) is no environment: its bin/python does not run" >&2; exit 1; }
+endif
+
+repro: env
+	@echo "Fetching and verifying the model and the data."
+	@$(IN_ENV) python -m sparc3 fetch
+	@echo "Running the pipeline: each stage says what it does."
+	@$(IN_ENV) dvc repro
+	@cat metrics/table.md
+	@$(IN_ENV) python -c 'from sparc3 import tracking; print("The runs are in", tracking.tracking_uri())'
+	@echo "See them with: make ui"
+
+test: env
+	$(IN_ENV) python -m pytest
+
+lint: env
+	$(IN_ENV) ruff check .
+	$(IN_ENV) ruff format --check .
+	$(IN_ENV) PYRIGHT_PYTHON_IGNORE_WARNINGS=1 pyright --pythonpath $(VENV)/bin/python
+
+ui: env
+	@$(IN_ENV) python -c 'from sparc3 import tracking; tracking.serve($(PORT))'
+
+bench: env
+	$(IN_ENV) python -m benchmarks
+
+# What is locked already stays where it is, unless pyproject.toml says otherwise. MLflow names a
+# conda environment by the digest of conda.yaml alone, so conda.yaml carries the digest of the lock.
+lock:
+	@$(find_python); \
+	$$python -m venv --clear .lock \
+	&& .lock/bin/python -m pip install --quiet $(UV) \
+	&& .lock/bin/uv pip compile --quiet --universal --python-version 3.11 --group dev --no-annotate \
+	  --custom-compile-command "make lock" pyproject.toml -o requirements.txt \
+	&& digest=$$($$python -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())') \
+	&& sed -i.bak "s/^# sha256 of requirements.txt: .*/# sha256 of requirements.txt: $$digest/" conda.yaml \
+	&& rm -rf conda.yaml.bak .lock
+
+clean:
+	rm -rf .venv .lock .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
