@@ -1,0 +1,177 @@
+"""Circuits, and what pruning or dampening one does to a model.
+
+A neuron is one coordinate of the vector that enters an MLP's output projection, so multiplying its
+column there by `scale` multiplies its activation by `scale`, in gated and plain MLPs alike. That is
+all `pruned` does, reversibly; `prune_weights` also clears the rows that feed a neuron of scale 0.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparc3.errors import InputError
+from sparc3.files import Array, read_text, write_csv
+
+if TYPE_CHECKING:  # stages that only read circuits do without torch, which takes seconds to import
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from sparc3.models import MLP
+
+COLUMNS: tuple[str, ...] = ("layer", "neuron", "score", "scale")
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Distinct neurons, each with the score it was chosen by and the factor left on it.
+
+    Arrays of shape (neuron,): layers and neurons are indices from 0, scores finite, scales in
+    [0, 1], where 0 prunes and anything between dampens. Raises InputError otherwise.
+    """
+
+    layers: Array
+    neurons: Array
+    scores: Array
+    scales: Array
+
+    def __post_init__(self) -> None:
+        shapes = {a.shape for a in (self.layers, self.neurons, self.scores, self.scales)}
+        if shapes != {(len(self),)}:
+            raise InputError(f"circuit: arrays of shapes {shapes}; expected one value per neuron")
+        for layer, neuron, score, scale in self.rows():
+            _check(layer, neuron, score, scale, "circuit")
+        pairs, counts = np.unique(np.stack([self.layers, self.neurons]), axis=1, return_counts=True)
+        if (counts > 1).any():
+            layer, neuron = pairs[:, counts > 1][:, 0]
+            raise InputError(f"circuit: layer {layer}, neuron {neuron} is in it twice")
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def rows(self) -> Iterator[tuple[int, int, float, float]]:
+        """(layer, neuron, score, scale) of every neuron."""
+        columns = (self.layers, self.neurons, self.scores, self.scales)
+        yield from zip(*(column.tolist() for column in columns), strict=True)
+
+
+def _check(layer: int, neuron: int, score: float, scale: float, where: str) -> None:
+    if layer < 0 or neuron < 0:
+        raise InputError(f"{where}: layer {layer}, neuron {neuron}; expected indices from 0")
+    if not np.isfinite(score):
+        raise InputError(f"{where}: score {score}; expected a finite number")
+    if not 0 <= scale <= 1:
+        raise InputError(f"{where}: scale {scale}; expected 0 (prune) to 1 (leave as it is)")
+
+
+def write_circuit(path: Path, circuit: Circuit) -> None:
+    """CSV of COLUMNS, sorted by score, ascending, then by layer and neuron; values exact."""
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in circuit.rows()]
+    write_csv(path, sorted(rows, key=lambda r: (r["score"], r["layer"], r["neuron"])), COLUMNS)
+
+
+def read_circuit(path: Path) -> Circuit:
+    """A circuit from a CSV of COLUMNS. Raises InputError, naming file and line."""
+    header, *lines = read_text(path).splitlines() or [""]
+    if header != ",".join(COLUMNS):
+        raise InputError(f"{path}: line 1 is {header!r}; expected {','.join(COLUMNS)!r}")
+    rows: list[tuple[int, int, float, float]] = []
+    seen: dict[tuple[int, int], int] = {}
+    for number, line in enumerate(lines, start=2):
+        where = f"{path}: line {number}"
+        try:
+            layer, neuron, score, scale = line.split(",")
+            row = int(layer), int(neuron), float(score), float(scale)
+        except ValueError:
+            raise InputError(f"{where} is {line!r}; expected {','.join(COLUMNS)}") from None
+        _check(*row, where)
+        first = seen.setdefault(row[:2], number)
+        if first != number:
+            raise InputError(f"{where}: layer {row[0]}, neuron {row[1]} is on line {first} already")
+        rows.append(row)
+    layers, neurons, scores, scales = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return Circuit(
+        np.array(layers, np.int64),
+        np.array(neurons, np.int64),
+        np.array(scores, np.float64),
+        np.array(scales, np.float64),
+    )
+
+
+def _per_layer(
+    model: "PreTrainedModel", circuit: Circuit
+) -> "list[tuple[MLP, Tensor, Tensor, Tensor]]":
+    """(MLP, its (output, neuron) weight, indices, scales) of every layer that holds neurons."""
+    import torch
+
+    from sparc3.models import mlps, outgoing
+
+    layers = mlps(model)
+    for layer, neuron, *_ in circuit.rows():
+        if layer >= len(layers):
+            raise InputError(
+                f"circuit: layer {layer}, neuron {neuron}; the model has layers 0 to "
+                f"{len(layers) - 1}: the circuit belongs to another model"
+            )
+        width = outgoing(layers[layer].down).shape[1]
+        if neuron >= width:
+            raise InputError(
+                f"circuit: layer {layer}, neuron {neuron}; the model has neurons 0 to {width - 1}: "
+                "the circuit belongs to another model"
+            )
+    parts = []
+    for layer in np.unique(circuit.layers).tolist():
+        weight = outgoing(layers[layer].down).detach()
+        if weight.is_meta:
+            raise InputError(
+                f"model.device: the weights of layer {layer} are not in memory, so they cannot be "
+                "pruned; use devices that hold the whole model"
+            )
+        chosen = circuit.layers == layer
+        neurons = torch.from_numpy(circuit.neurons[chosen]).to(weight.device)
+        scales = torch.from_numpy(circuit.scales[chosen]).to(weight.device, torch.float32)
+        parts.append((layers[layer], weight, neurons, scales))
+    return parts
+
+
+@contextmanager
+def pruned(model: "PreTrainedModel", circuit: Circuit) -> "Iterator[PreTrainedModel]":
+    """Within the block, `model` has the circuit's columns multiplied by its scales.
+
+    Only those columns are copied, and put back bit for bit at the end, also after an exception: one
+    more circuit costs its own forward passes and no reload. Raises InputError for a neuron that the
+    model does not have.
+    """
+    parts = [(weight, neurons, scales) for _, weight, neurons, scales in _per_layer(model, circuit)]
+    kept = [weight[:, neurons] for weight, neurons, _ in parts]
+    try:
+        for (weight, neurons, scales), columns in zip(parts, kept, strict=True):
+            weight[:, neurons] = (columns * scales).to(weight.dtype)
+        yield model
+    finally:
+        for (weight, neurons, _), columns in zip(parts, kept, strict=True):
+            weight[:, neurons] = columns
+
+
+def prune_weights(model: "PreTrainedModel", circuit: Circuit) -> None:
+    """Prune for good: the same function as within `pruned`, and nothing to put back.
+
+    Multiplies columns of the output projection by their scales, and sets to zero what feeds the
+    neurons of scale 0: their rows, and biases, of the up and gate projections. Pruning twice is
+    pruning once; dampening twice dampens twice. Raises InputError as `pruned` does, before anything
+    is changed.
+    """
+    from sparc3.models import incoming
+
+    for mlp, weight, neurons, scales in _per_layer(model, circuit):
+        weight[:, neurons] = (weight[:, neurons] * scales).to(weight.dtype)
+        removed = neurons[scales == 0]
+        for projection in (mlp.up, mlp.gate):
+            if projection is not None:
+                bias = dict(projection.named_parameters()).get("bias")
+                for rows in (incoming(projection), bias):
+                    if rows is not None:
+                        rows.detach()[removed.to(rows.device)] = 0
