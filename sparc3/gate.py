@@ -9,9 +9,9 @@ import logging
 
 import numpy as np
 
-from sparc3.artifacts import metrics_path, score_shards
+from sparc3.artifacts import OUTPUTS, metrics_path, score_shards
 from sparc3.errors import InputError
-from sparc3.files import Array, write_json
+from sparc3.files import Array, write_csv, write_json
 from sparc3.params import Params
 
 log = logging.getLogger(__name__)
@@ -41,10 +41,10 @@ def totals(prompt_set: str, score: str, prompts: int) -> Array:
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, gate = params.behaviours[behaviour], params.gate
-    percent = differential_percent(
-        totals(spec.reference, gate.score, gate.prompts),
-        totals(spec.prompts, gate.score, gate.prompts),
-    )
+    found = {
+        name: totals(name, gate.score, gate.prompts) for name in (spec.reference, spec.prompts)
+    }
+    percent = differential_percent(found[spec.reference], found[spec.prompts])
     passed = percent >= gate.threshold
     if not passed:
         message = (
@@ -56,6 +56,12 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
                 f"{message}; choose other prompts, or set behaviours.{behaviour}.on_fail: warn"
             )
         log.warning("%s; going on, since behaviours.%s.on_fail is warn", message, behaviour)
+    rows = [
+        {"prompt_set": name, "prompt": i, "relevance": float(value)}
+        for name, values in found.items()
+        for i, value in enumerate(values)
+    ]
+    write_csv(OUTPUTS / "gate" / f"{behaviour}.csv", rows, ("prompt_set", "prompt", "relevance"))
     metrics = {"differential": percent, "passed": float(passed)}
     write_json(metrics_path("gate", behaviour), metrics)
     return metrics

@@ -30,6 +30,7 @@ class PromptSet:
     min_tokens: int | None = None
     max_tokens: int | None = None
     match_length: str | None = None
+    scores: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Behaviour:
     reference: str
     measure: Literal["completions", "pairs"]
     second: str | None = None
+    scorers: tuple[str, ...] = ()
     on_fail: Literal["warn", "stop"] = "stop"
 
 
@@ -52,6 +54,14 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Scorer:
+    kind: str
+    path: str | None = None
+    label: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
 class Fetch:
     model: str | None
 
@@ -63,6 +73,7 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Attribute:
+    scores: tuple[str, ...]
     batch_tokens: int
     shard_prompts: int
 
@@ -99,10 +110,12 @@ class Select:
 
 @dataclass(frozen=True)
 class Evaluate:
-    general: str
-    scorer: str
-    prompts: int
+    items: int
+    texts: int
     completions: int
+    completed: tuple[str, ...]
+    in_sample: tuple[str, ...]
+    control: str
     new_tokens: int
     temperature: float
     top_p: float
@@ -113,7 +126,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Transfer:
+    method: str
+    texts: tuple[str, ...]
     items: int
+    batch_tokens: int
     resamples: int
 
 
@@ -121,14 +137,13 @@ class Transfer:
 class Overlap:
     method: str
     resamples: int
-    permutations: int
+    repeats: int
     seed: int
 
 
 @dataclass(frozen=True)
 class Report:
     method: str
-    level: float
 
 
 @dataclass(frozen=True)
@@ -137,6 +152,7 @@ class Params:
     prompt_sets: dict[str, PromptSet]
     behaviours: dict[str, Behaviour]
     methods: dict[str, Method]
+    scorers: dict[str, Scorer]
     fetch: Fetch
     prepare: Prepare
     attribute: Attribute

@@ -1,0 +1,92 @@
+"""What is measured on a model, pruned or not, without sampling anything.
+
+Perplexity of general text, likelihood of the behaviour's text, and the preferences of paired items:
+deterministic, so that the difference between two models has no noise but that of the choice of
+texts.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparc3.files import Array
+from sparc3.likelihood import token_nll
+
+
+class Texts(NamedTuple):
+    """Texts of one prompt set, tokenised."""
+
+    ids: list[str]
+    groups: list[str]
+    tokens: list[list[int]]
+
+
+class Items(NamedTuple):
+    """Paired items: stereotype, anti-stereotype and, for some, an unrelated text."""
+
+    ids: list[str]
+    groups: list[str]
+    tokens: list[list[list[int]]]
+
+
+class Likelihood(NamedTuple):
+    """Summed negative log-likelihood in nats, and tokens scored; both of shape (text,)."""
+
+    nll: Array
+    tokens: Array
+
+
+def texts(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Texts:
+    encoded = tokenizer([row["text"] for row in rows], add_special_tokens=False)["input_ids"]
+    return Texts([r["id"] for r in rows], [r["group"] for r in rows], encoded)
+
+
+def items(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Items:
+    encoded = [
+        tokenizer(
+            [*row["pair"], *([row["unrelated"]] if row.get("unrelated") else [])],
+            add_special_tokens=False,
+        )["input_ids"]
+        for row in rows
+    ]
+    return Items([r["id"] for r in rows], [r["group"] for r in rows], encoded)
+
+
+def likelihood(model: PreTrainedModel, sample: Texts, batch_tokens: int) -> Likelihood:
+    """Likelihood of every text; its first token, which nothing precedes, is not scored."""
+    scored = token_nll(model, sample.tokens, batch_tokens=batch_tokens)
+    return Likelihood(
+        np.array([nll.sum(dtype=np.float64) for nll in scored]),
+        np.array([len(nll) for nll in scored]),
+    )
+
+
+def preferences(model: PreTrainedModel, sample: Items, batch_tokens: int) -> Array:
+    """Mean log-probability per token, shape (item, 3): stereotype, anti-stereotype, unrelated.
+
+    NaN where an item has no unrelated text.
+    """
+    flat = [tokens for item in sample.tokens for tokens in item]
+    means = iter([-nll.mean(dtype=np.float64) for nll in token_nll(model, flat, batch_tokens=batch_tokens)])
+    table = np.full((len(sample.tokens), 3), np.nan)
+    for row, item in enumerate(sample.tokens):
+        for column in range(len(item)):
+            table[row, column] = next(means)
+    return table
+
+
+def mean_nll(measured: Likelihood) -> float:
+    """Nats per token over all texts."""
+    return float(measured.nll.sum() / measured.tokens.sum())
+
+
+def perplexity(measured: Likelihood) -> float:
+    """exp of the mean negative log-likelihood per token."""
+    return float(np.exp(mean_nll(measured)))
+
+
+def perplexity_percent(before: Likelihood, after: Likelihood) -> float:
+    """Change of perplexity in percent of `before`."""
+    return 100 * float(np.expm1(mean_nll(after) - mean_nll(before)))

@@ -1,0 +1,154 @@
+"""Overlap: how far the behaviours' circuits and differentials coincide, and what chance explains.
+
+The plain numbers of the reproduction (regions, enrichment, correlations, quadrants, layers) stand
+beside the nulls that the uniform one hides: neurons permuted within layers, references that share
+no text, halves of one behaviour, a behaviour that is none.
+"""
+
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from sparc3 import circuits
+from sparc3.artifacts import (
+    OUTPUTS,
+    circuit_path,
+    differential_path,
+    metrics_path,
+    read_prompts,
+    read_scores,
+)
+from sparc3.contrasts import CONTRASTS
+from sparc3.differential import check_methods
+from sparc3.errors import InputError
+from sparc3.files import Array, read_json, read_tensors, write_csv, write_json
+from sparc3.params import Params
+from sparc3.prune import read_circuit
+from sparc3.select import choose, protected
+
+REGION_COLUMNS = ("behaviours", "layer", "neuron")
+
+
+def named(table: dict[Any, Any]) -> dict[str, Any]:
+    """The same mapping with tuple keys joined for JSON: ('a', 'b') becomes 'a-b'."""
+    return {
+        "-".join(named_part(part) for part in key) if isinstance(key, tuple) else key: value
+        for key, value in table.items()
+    }
+
+
+def named_part(part: Any) -> str:
+    return " - ".join(part) if isinstance(part, tuple) else str(part)
+
+
+def prompt_scores(prompt_set: str, score: str) -> circuits.Scores:
+    """All scores of a set, flat, with the grouping key of each prompt."""
+    ids, values = read_scores(prompt_set, score)
+    groups = {row["id"]: row["group"] for row in read_prompts(prompt_set, "attribute")}
+    return circuits.Scores(values.reshape(len(ids), -1), np.array([groups[i] for i in ids]))
+
+
+def compare_sets(sets: dict[str, Array], layers: int, width: int) -> dict[str, Any]:
+    """Everything that needs only the sets of neurons."""
+    found: dict[str, Any] = {
+        "regions": {
+            "-".join(names): int(ids.size)
+            for names, ids in circuits.regions(sets, layers * width).items()
+        },
+        "overlaps": {
+            "-".join(o.names): asdict(o) | {"p": o.p, "layered_p": o.layered_p}
+            for o in circuits.overlaps(sets, layers, width)
+        },
+        "layers": {
+            name: circuits.layer_counts(ids, layers, width).tolist() for name, ids in sets.items()
+        },
+    }
+    last = circuits.late_layers(layers)
+    found["late_share"] = {
+        name: circuits.late_share(np.array(counts), last)
+        for name, counts in found["layers"].items()
+    }
+    found["late_layers"] = last
+    for names in combinations(sets, 3):
+        a, b, c = (sets[name] for name in names)
+        given = circuits.triple_given_pairs(
+            circuits.common(a, b, c),
+            (circuits.common(a, b), circuits.common(a, c), circuits.common(b, c)),
+            (a.size, b.size, c.size),
+            layers * width,
+        )
+        found.setdefault("triple_given_pairs", {})["-".join(names)] = asdict(given)
+    return found
+
+
+def run(params: Params) -> dict[str, float]:
+    check_methods(params)
+    overlap = params.overlap
+    if overlap.method not in params.methods:
+        raise InputError(f"params: overlap.method {overlap.method!r} is not in methods")
+    method = params.methods[overlap.method]
+    if method.contrast is None:
+        raise InputError(f"params: overlap.method {overlap.method!r} is random; name one that scores")
+    sets, differentials, importance, share = {}, {}, None, 0.0
+    for behaviour in params.behaviours:
+        path = circuit_path(behaviour, overlap.method)
+        about = read_json(path.with_suffix(".json"))
+        circuit = read_circuit(path)
+        sets[behaviour] = circuit.layers * about["width"] + circuit.neurons
+        tensors, _ = read_tensors(differential_path(behaviour, overlap.method))
+        differentials[behaviour] = tensors["differential"].ravel()
+        importance = tensors["importance"]
+        share = max(share, about["protect"])
+    assert importance is not None  # params.behaviours is never empty
+    layers, width = importance.shape
+
+    found = compare_sets(sets, layers, width)
+    pearson, spearman = circuits.correlations(differentials)
+    found["correlations"] = {
+        f"{a}-{b}": {"pearson": float(pearson[i, j]), "spearman": float(spearman[i, j])}
+        for (i, a), (j, b) in combinations(enumerate(differentials), 2)
+    }
+    found["quadrants"] = named(circuits.quadrants(differentials))
+
+    contrasts = {n: (b.reference, b.prompts) for n, b in params.behaviours.items()}
+    used = {
+        name: prompt_scores(name, method.score)
+        for name in dict.fromkeys(name for pair in contrasts.values() for name in pair)
+    }
+    contrast = CONTRASTS[method.contrast]
+    barred = protected(importance, share).reshape(1, -1)
+    k = round(float(np.mean([ids.size for ids in sets.values()])))
+
+    def choose_flat(differential: Array, count: int) -> Array:
+        return choose(differential.reshape(1, -1), count, barred)
+
+    if len(contrasts) > 1:
+        estimated = circuits.bootstrap_correlations(
+            used, contrasts, draws=overlap.resamples, seed=overlap.seed
+        )
+        found["corrected"] = {key: named(table) for key, table in estimated.items()}
+        arguments = (used, contrasts, contrast, choose_flat, k)
+        repeated = {"repeats": overlap.repeats, "seed": overlap.seed}
+        found["nulls"] = {
+            "num_neurons": k,
+            "split_halves": named(circuits.split_halves(*arguments, **repeated)),
+            "disjoint_references": {
+                kind: named(table)
+                for kind, table in circuits.disjoint_references(*arguments, **repeated).items()
+            },
+            "pseudo_behaviour": circuits.pseudo_behaviour(*arguments, **repeated),
+        }
+    rows = [
+        {"behaviours": "-".join(names), "layer": int(i) // width, "neuron": int(i) % width}
+        for names, ids in circuits.regions(sets, layers * width).items()
+        for i in ids
+    ]
+    write_csv(OUTPUTS / "overlap" / "regions.csv", rows, REGION_COLUMNS)
+    write_json(metrics_path("overlap"), found)
+    return {
+        f"{key}.{name}": float(row[key])
+        for name, row in found["overlaps"].items()
+        for key in ("observed", "enrichment", "jaccard")
+    } | {f"correlation.{name}": row["pearson"] for name, row in found["correlations"].items()}

@@ -1,0 +1,100 @@
+"""Sweep: every method at every strength, on the tune split, with one load of the model.
+
+Only deterministic quantities are measured, so the points lie on smooth curves of behaviour against
+perplexity, from which `select` may choose. No prompt of the test split is read.
+"""
+
+import numpy as np
+from tqdm import tqdm
+
+from sparc3 import models, stereotypes
+from sparc3.artifacts import differential_path, metrics_path, read_prompts, sweep_path
+from sparc3.differential import check_methods
+from sparc3.files import Array, read_tensors, write_csv, write_json
+from sparc3.measures import items, likelihood, mean_nll, perplexity_percent, preferences, texts
+from sparc3.params import Method, Params
+from sparc3.prune import Circuit, pruned
+from sparc3.select import choose, protected, scales
+
+COLUMNS = ("method", "protect", "num_neurons", "ppl_delta", "objective")
+MEASURED = {
+    "completions": ("nll_shift",),
+    "pairs": ("ss", "lms", "icat", "margin"),
+}
+
+
+def circuit_at(method: Method, differential: Array, importance: Array, k: int, share: float) -> Circuit:
+    """The circuit of k neurons that a differential gives, with `share` of all protected."""
+    ids = choose(differential, k, protected(importance, share))
+    layers, neurons = np.divmod(ids, differential.shape[1])
+    scores = differential.ravel()[ids].astype(np.float64)
+    return Circuit(layers, neurons, scores, scales(method, scores))
+
+
+def objective(measure: str, measured: dict[str, float]) -> float:
+    """What `select` maximises: for completions the rise of the behaviour's negative log-likelihood
+    beyond that of general text, in nats per token; for pairs min(SS, 100 - SS), in percent, times
+    LMS / 100 where it is known (that is ICAT / 2).
+    """
+    if measure == "completions":
+        return measured["nll_shift"]
+    fair = min(measured["ss"], 100 - measured["ss"])
+    return fair * measured.get("lms", 100.0) / 100
+
+
+def run(params: Params, behaviour: str) -> dict[str, float]:
+    check_methods(params)
+    spec, sweep = params.behaviours[behaviour], params.sweep
+    tokenizer = models.tokenizer(params.model.path, params.model.revision)
+    rows = read_prompts(spec.prompts, "tune")[: sweep.items]
+    general = texts(read_prompts(params.differential.general, "tune")[: sweep.texts], tokenizer)
+    model = models.load(
+        params.model.path, params.model.revision, params.model.dtype, params.model.device
+    )
+
+    if spec.measure == "completions":
+        behaviour_texts = texts(rows, tokenizer)
+        calm = mean_nll(likelihood(model, behaviour_texts, sweep.batch_tokens))
+    else:
+        paired = items(rows, tokenizer)
+    before = likelihood(model, general, sweep.batch_tokens)
+
+    def measure() -> dict[str, float]:
+        after = likelihood(model, general, sweep.batch_tokens)
+        found = {"ppl_delta": perplexity_percent(before, after)}
+        if spec.measure == "completions":
+            shift = mean_nll(likelihood(model, behaviour_texts, sweep.batch_tokens)) - calm
+            found["nll_shift"] = shift - (mean_nll(after) - mean_nll(before))
+        else:
+            log_p = preferences(model, paired, sweep.batch_tokens)
+            terms, table = stereotypes.per_term(*log_p.T, paired.groups)
+            found |= {k: float(v) for k, v in stereotypes.pairs(table).items()}
+            triples = stereotypes.triples(terms, table)[1]
+            if len(triples):
+                known = stereotypes.stereoset(triples)
+                found |= {"lms": float(known["lms"]), "icat": float(known["icat"])}
+        return found | {"objective": objective(spec.measure, found)}
+
+    points: list[dict[str, object]] = [
+        {"method": "none", "protect": 0.0, "num_neurons": 0, **measure()}
+    ]
+    chosen = {
+        name: method
+        for name, method in params.methods.items()
+        if method.size is None and method.layers is None
+    }
+    grid = [(n, p, k) for n in chosen for p in sweep.protect for k in sweep.num_neurons]
+    for name, share, k in tqdm(grid, desc=f"sweep {behaviour}", unit="point"):
+        tensors, _ = read_tensors(differential_path(behaviour, name))
+        circuit = circuit_at(chosen[name], tensors["differential"], tensors["importance"], k, share)
+        with pruned(model, circuit):
+            points.append({"method": name, "protect": share, "num_neurons": k, **measure()})
+
+    write_csv(sweep_path(behaviour), points, [*COLUMNS, *MEASURED[spec.measure]])
+    best = {
+        name: max(float(str(p["objective"])) for p in points if p["method"] == name)
+        for name in chosen
+    }
+    scalars = {"points": float(len(points)), **{f"{n}.objective": v for n, v in best.items()}}
+    write_json(metrics_path("sweep", behaviour), scalars)
+    return scalars

@@ -1,0 +1,107 @@
+"""Transfer: prune for one behaviour, measure all of them, and general text by its kind.
+
+One method's circuits, one load of the model, deterministic quantities of the test split only.
+"""
+
+from typing import Any
+
+from tqdm import tqdm
+
+from sparc3 import models
+from sparc3.artifacts import OUTPUTS, circuit_path, metrics_path, read_prompts
+from sparc3.errors import InputError
+from sparc3.evaluate import (
+    Differences,
+    pair_differences,
+    perplexity_difference,
+    refuse_leak,
+    shift_difference,
+)
+from sparc3.files import read_json, write_csv, write_json
+from sparc3.measures import Items, Texts, items, likelihood, preferences, texts
+from sparc3.params import Params
+from sparc3.prune import pruned, read_circuit
+
+COLUMNS = ("pruned_for", "measured", "quantity", "value", "low", "high")
+
+
+def run(params: Params) -> dict[str, float]:
+    transfer = params.transfer
+    if transfer.method not in params.methods or params.methods[transfer.method].draws > 1:
+        raise InputError(
+            f"params: transfer.method {transfer.method!r} is not in methods, or has several draws"
+        )
+    tokenizer = models.tokenizer(params.model.path, params.model.revision)
+    rows = {
+        name: read_prompts(spec.prompts, "test")[: transfer.items]
+        for name, spec in params.behaviours.items()
+    }
+    circuits = {}
+    for name in params.behaviours:
+        path = circuit_path(name, transfer.method)
+        for tested in rows.values():
+            refuse_leak(tested, read_json(path.with_suffix(".json")), str(path))
+        circuits[name] = read_circuit(path)
+    general = {
+        name: texts(read_prompts(name, "test")[: transfer.items], tokenizer)
+        for name in transfer.texts
+    }
+    measured: dict[str, Texts | Items] = {
+        name: (items if spec.measure == "pairs" else texts)(rows[name], tokenizer)
+        for name, spec in params.behaviours.items()
+    }
+    model = models.load(
+        params.model.path, params.model.revision, params.model.dtype, params.model.device
+    )
+
+    def measure() -> dict[str, Any]:
+        found: dict[str, Any] = {
+            name: likelihood(model, sample, transfer.batch_tokens)
+            for name, sample in general.items()
+        }
+        for name, sample in measured.items():
+            found[name] = (
+                preferences(model, sample, transfer.batch_tokens)
+                if isinstance(sample, Items)
+                else likelihood(model, sample, transfer.batch_tokens)
+            )
+        return found
+
+    before = measure()
+    results: dict[str, dict[str, Differences]] = {}
+    for pruned_for, circuit in tqdm(circuits.items(), desc="transfer", unit="circuit"):
+        with pruned(model, circuit):
+            after = measure()
+        found: dict[str, Differences] = {}
+        for name in general:
+            found[name] = {
+                "ppl_delta": perplexity_difference(before[name], after[name], transfer.resamples)
+            }
+        first = transfer.texts[0]
+        for name, sample in measured.items():
+            if isinstance(sample, Items):
+                found[name] = pair_differences(
+                    before[name], after[name], sample.groups, transfer.resamples
+                )
+            else:
+                found[name] = {
+                    "nll_shift": shift_difference(
+                        (before[name], before[first]), (after[name], after[first]), transfer.resamples
+                    ),
+                }
+        results[pruned_for] = found
+
+    table = [
+        {
+            "pruned_for": pruned_for,
+            "measured": name,
+            "quantity": quantity,
+            **{key: difference[key] for key in ("value", "low", "high")},
+        }
+        for pruned_for, found in results.items()
+        for name, differences in found.items()
+        for quantity, difference in differences.items()
+    ]
+    write_csv(OUTPUTS / "transfer" / "matrix.csv", table, COLUMNS)
+    write_json(metrics_path("transfer"), results)
+    return {f"{r['pruned_for']}.{r['measured']}.{r['quantity']}": float(r["value"]) for r in table}
