@@ -61,7 +61,9 @@ def score_shards(prompt_set: str, score: str) -> Iterator[tuple[list[str], Array
     folder = scores_folder(prompt_set) / score
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise InputError(f"{folder}: no scores; run the attribute stage for {prompt_set} (dvc repro)")
+        raise InputError(
+            f"{folder}: no scores; run the attribute stage for {prompt_set} (dvc repro)"
+        )
     for shard in shards:
         tensors, metadata = read_tensors(shard)
         yield json.loads(metadata["ids"]), tensors["scores"]

@@ -14,7 +14,7 @@ from sparc3.params import Params
 
 
 def noise(seed: int, name: str, shape: tuple[int, int]) -> Array:
-    """Standard normal numbers that only `seed` and `name` decide: a random method's differential."""
+    """Normal numbers that only `seed` and `name` decide: a random method's differential."""
     key = int(digest_text(f"{seed}/{name}")[:16], 16)
     return np.random.default_rng(key).standard_normal(shape, dtype=np.float32)
 
@@ -46,7 +46,9 @@ def check_methods(params: Params) -> None:
         if isinstance(method.scale, float) and not 0 <= method.scale < 1:
             raise InputError(f"{key}.scale is {method.scale}; expected 0 <= scale < 1")
         if method.draws < 1 or (method.draws > 1 and method.score != "random"):
-            raise InputError(f"{key}.draws is {method.draws}; expected 1, or more with score: random")
+            raise InputError(
+                f"{key}.draws is {method.draws}; expected 1, or more with score: random"
+            )
         if method.size and method.layers:
             raise InputError(f"{key}: give size or layers, not both (layers fixes the size too)")
         leader = method.size or method.layers

@@ -45,15 +45,17 @@ def refuse_leak(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], nam
     leaked = [row["id"] for row in rows if row["id"] in used]
     if leaked:
         raise InputError(
-            f"{name}: chosen on {len(leaked)} of the {len(rows)} test prompts (first: {leaked[0]}), "
-            "so nothing measured on them is held out; rebuild it from the attribute split"
+            f"{name}: chosen on {len(leaked)} of the {len(rows)} test prompts (first: {leaked[0]}): "
+            "nothing measured on them is held out; rebuild it from the attribute split"
         )
 
 
 # --- differences between two models ----------------------------------------------------------
 
 
-def perplexity_difference(before: Likelihood, after: Likelihood, resamples: int) -> dict[str, float]:
+def perplexity_difference(
+    before: Likelihood, after: Likelihood, resamples: int
+) -> dict[str, float]:
     """Change of perplexity in percent, paired by text."""
     return statistics.perplexity_change(
         before.nll, after.nll, before.tokens, resamples=resamples
@@ -97,7 +99,9 @@ def completion_differences(before: Array, after: Array, resamples: int) -> Diffe
     }
 
 
-def pair_differences(before: Array, after: Array, terms: Sequence[str], resamples: int) -> Differences:
+def pair_differences(
+    before: Array, after: Array, terms: Sequence[str], resamples: int
+) -> Differences:
     """From log-probabilities (item, 3) of the two models; the unit is the target term.
 
     reduction: of SS, how often the stereotype is preferred, in percent of before (from SS 60, a
@@ -224,13 +228,15 @@ def compare(
 
 
 def pooled(measured: Sequence[Measured]) -> Measured:
-    """Scores and log-probabilities averaged over the draws of a random control, prompt by prompt."""
+    """Scores and log-probabilities of a control, averaged over its draws prompt by prompt."""
     first = measured[0]
     return Measured(
         log_p=None if first.log_p is None else np.mean([m.log_p for m in measured], axis=0),
         scores=None
         if first.scores is None
-        else {k: np.mean([m.scores[k] for m in measured if m.scores], axis=0) for k in first.scores},
+        else {
+            k: np.mean([m.scores[k] for m in measured if m.scores], axis=0) for k in first.scores
+        },
     )
 
 
@@ -248,12 +254,16 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     general = texts(read_prompts(params.differential.general, "test")[: evaluate.texts], tokenizer)
     splits = [
         Sample(
-            name, texts(rows, tokenizer), items(rows, tokenizer) if spec.measure == "pairs" else None
+            name,
+            texts(rows, tokenizer),
+            items(rows, tokenizer) if spec.measure == "pairs" else None,
         )
         for name, rows in (("test", test_rows), ("in_sample", seen_rows))
     ]
     second = (
-        items(read_prompts(spec.second, "test")[: evaluate.items], tokenizer) if spec.second else None
+        items(read_prompts(spec.second, "test")[: evaluate.items], tokenizer)
+        if spec.second
+        else None
     )
     circuits = {}
     for method, row in params.methods.items():
@@ -280,9 +290,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
                 model, tokenizer, sample.texts, scorers, evaluate, f"{label} {sample.name}"
             )
             completions.extend({"circuit": label, "split": sample.name, **row} for row in rows)
-        return Measured(
-            text=likelihood(model, sample.texts, evaluate.batch_tokens), scores=scores
-        )
+        return Measured(text=likelihood(model, sample.texts, evaluate.batch_tokens), scores=scores)
 
     def measure_all(label: str, wanted: Mapping[str, bool]) -> dict[str, Any]:
         return {
@@ -303,8 +311,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
 
     terms = {s.name: s.texts.groups for s in splits}
     control = [
-        after[n]["test"]
-        for n in circuit_names(evaluate.control, params.methods[evaluate.control])
+        after[n]["test"] for n in circuit_names(evaluate.control, params.methods[evaluate.control])
     ]
     results: dict[str, Any] = {}
     for name, (method, circuit) in circuits.items():
@@ -337,7 +344,8 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     baseline = {"perplexity": perplexity(before["general"])}
     for sample in splits:
         baseline |= {
-            f"{sample.name}_{k}": v for k, v in _means(before[sample.name], terms[sample.name]).items()
+            f"{sample.name}_{k}": v
+            for k, v in _means(before[sample.name], terms[sample.name]).items()
         }
     write_json(metrics_path("evaluate", behaviour), {"baseline": baseline, "circuits": results})
     write_jsonl(folder / "completions.jsonl", completions)

@@ -43,7 +43,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: file not found; run the stage that writes it (dvc repro)") from None
+        raise InputError(
+            f"{path}: file not found; run the stage that writes it (dvc repro)"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
 
@@ -95,7 +97,9 @@ def write_tensors(
     """Safetensors; a non-finite value is refused (InputError) and nothing is written."""
     for name, tensor in tensors.items():
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
-            raise InputError(f"{path}: tensor {name!r} holds non-finite values; nothing was written")
+            raise InputError(
+                f"{path}: tensor {name!r} holds non-finite values; nothing was written"
+            )
     blob = save(
         {k: np.ascontiguousarray(v) for k, v in tensors.items()},
         metadata=dict(metadata) if metadata else None,
@@ -108,9 +112,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """All tensors of a safetensors file and its metadata."""
     try:
         with safe_open(path, framework="numpy") as stream:
-            return {k: stream.get_tensor(k) for k in stream.keys()}, stream.metadata() or {}
+            names = stream.keys()  # not a mapping: it cannot be iterated itself
+            return {name: stream.get_tensor(name) for name in names}, stream.metadata() or {}
     except FileNotFoundError:
-        raise InputError(f"{path}: file not found; run the stage that writes it (dvc repro)") from None
+        raise InputError(
+            f"{path}: file not found; run the stage that writes it (dvc repro)"
+        ) from None
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from None
 

@@ -69,7 +69,9 @@ def preferences(model: PreTrainedModel, sample: Items, batch_tokens: int) -> Arr
     NaN where an item has no unrelated text.
     """
     flat = [tokens for item in sample.tokens for tokens in item]
-    means = iter([-nll.mean(dtype=np.float64) for nll in token_nll(model, flat, batch_tokens=batch_tokens)])
+    means = iter(
+        [-nll.mean(dtype=np.float64) for nll in token_nll(model, flat, batch_tokens=batch_tokens)]
+    )
     table = np.full((len(sample.tokens), 3), np.nan)
     for row, item in enumerate(sample.tokens):
         for column in range(len(item)):

@@ -90,7 +90,9 @@ def run(params: Params) -> dict[str, float]:
         raise InputError(f"params: overlap.method {overlap.method!r} is not in methods")
     method = params.methods[overlap.method]
     if method.contrast is None:
-        raise InputError(f"params: overlap.method {overlap.method!r} is random; name one that scores")
+        raise InputError(
+            f"params: overlap.method {overlap.method!r} is random; name one that scores"
+        )
     sets, differentials, importance, share = {}, {}, None, 0.0
     for behaviour in params.behaviours:
         path = circuit_path(behaviour, overlap.method)

@@ -86,7 +86,7 @@ def best_point(
     if not points:
         raise InputError(
             f"select: the sweep has no point for method {method} with num_neurons={k}, "
-            f"protect={protect}; add it to sweep, or give both select.num_neurons and select.protect"
+            f"protect={protect}; add it to sweep, or give select.num_neurons and select.protect"
         )
     within = [p for p in points if p[1] <= budget]
     best = max(within, key=lambda p: p[0]) if within else min(points, key=lambda p: p[1])
@@ -110,7 +110,9 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     shares: dict[str, float] = {}
     scalars: dict[str, float] = {}
     # A method that takes its size or layers from another comes after it.
-    for name, method in sorted(params.methods.items(), key=lambda kv: bool(kv[1].size or kv[1].layers)):
+    for name, method in sorted(
+        params.methods.items(), key=lambda kv: bool(kv[1].size or kv[1].layers)
+    ):
         tensors, _ = read_tensors(differential_path(behaviour, name))
         values, importance = tensors["differential"], tensors["importance"]
         leader = method.size or method.layers

@@ -23,7 +23,9 @@ MEASURED = {
 }
 
 
-def circuit_at(method: Method, differential: Array, importance: Array, k: int, share: float) -> Circuit:
+def circuit_at(
+    method: Method, differential: Array, importance: Array, k: int, share: float
+) -> Circuit:
     """The circuit of k neurons that a differential gives, with `share` of all protected."""
     ids = choose(differential, k, protected(importance, share))
     layers, neurons = np.divmod(ids, differential.shape[1])

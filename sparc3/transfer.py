@@ -86,7 +86,9 @@ def run(params: Params) -> dict[str, float]:
             else:
                 found[name] = {
                     "nll_shift": shift_difference(
-                        (before[name], before[first]), (after[name], after[first]), transfer.resamples
+                        (before[name], before[first]),
+                        (after[name], after[first]),
+                        transfer.resamples,
                     ),
                 }
         results[pruned_for] = found

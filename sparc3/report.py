@@ -1,0 +1,352 @@
+"""Report: the result table, the figures and the claims table, from the metrics files alone.
+
+Cells are enumerated from params, never globbed, so that nothing left over from an earlier run can
+slip into a table.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparc3 import statistics
+from sparc3.artifacts import METRICS, OUTPUTS, circuit_path, metrics_path, sweep_path
+from sparc3.claims import claims
+from sparc3.errors import InputError
+from sparc3.files import read_csv, read_json, write_text
+from sparc3.params import Behaviour, Params
+from sparc3.select import circuit_names
+
+FOLDER = OUTPUTS / "report"
+TABLE = METRICS / "table.md"
+
+
+def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -> dict[str, Any]:
+    """One (behaviour, method): every difference it reports, by name.
+
+    A method with several draws is summarised by the mean over draws, with their range as low and
+    high and no p-value: the draws are the distribution that the others are held against.
+    """
+    circuits = [results["circuits"][name] for name in circuit_names(method, params.methods[method])]
+    sources = {
+        "": [c["test"] for c in circuits],
+        "in_sample_": [c["in_sample"] for c in circuits],
+        "against_control_": [c.get("against_control", {}) for c in circuits],
+        "second_": [c.get("second", {}) for c in circuits],
+    }
+    found: dict[str, Any] = {"ppl_delta": summary([c["ppl_delta"] for c in circuits])}
+    for prefix, parts in sources.items():
+        for name in parts[0]:
+            if name != "values":
+                found[prefix + name] = summary([part[name] for part in parts])
+    return {
+        "behaviour": behaviour,
+        "method": method,
+        "draws": len(circuits),
+        "num_neurons": circuits[0]["num_neurons"],
+        "differences": found,
+        "circuit": circuit_path(behaviour, circuit_names(method, params.methods[method])[0]),
+    }
+
+
+def summary(differences: list[dict[str, float]]) -> dict[str, float]:
+    """The difference itself, or mean and range of the differences of several draws."""
+    if len(differences) == 1:
+        return differences[0]
+    values = [difference["value"] for difference in differences]
+    return {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
+
+
+def cells(params: Params) -> list[dict[str, Any]]:
+    """All cells in the order of params, with Holm's p over the reductions that are shown."""
+    table = []
+    for behaviour in params.behaviours:
+        results = read_json(metrics_path("evaluate", behaviour))
+        gate = read_json(metrics_path("gate", behaviour))
+        for method in params.methods:
+            row = cell(params, behaviour, method, results)
+            table.append(row | {"differential": gate["differential"]})
+    tested = [row["differences"].get("reduction", {}) for row in table]
+    tested = [difference for difference in tested if "p" in difference]
+    for difference, p in zip(
+        tested, statistics.holm([difference["p"] for difference in tested]), strict=True
+    ):
+        difference["p_holm"] = p
+    return table
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """What the held-out reduction shows, in words."""
+    found = row["differences"].get("reduction")
+    if found is None:
+        return "not sampled"
+    if "p_holm" not in found:
+        return "control"
+    if found["p_holm"] < 0.05:
+        return "reduced" if found["value"] > 0 else "increased"
+    return f"not shown; {found['mde']:.0f} % would have been"
+
+
+def interval(difference: dict[str, float] | None, digits: int = 1) -> str:
+    """`-3.2 [-5.0, -1.4]`, or a dash where nothing was measured."""
+    if difference is None:
+        return "-"
+    value, low, high = (f"{difference[k]:+.{digits}f}" for k in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def result_table(params: Params, table: list[dict[str, Any]]) -> str:
+    """The table that `make repro` prints and README shows."""
+    text = [
+        "Held-out prompts; 95 % intervals by cluster bootstrap; p by sign flips, Holm-adjusted "
+        "over all rows. Rows with several draws show their mean and range.\n"
+    ]
+    for behaviour, spec in params.behaviours.items():
+        results = read_json(metrics_path("evaluate", behaviour))
+        rows = [row for row in table if row["behaviour"] == behaviour]
+        text.append(f"\n**{behaviour}**: {headline(behaviour, spec, results, rows[0])}\n\n")
+        own = (
+            [("nll_shift", "NLL shift, nats", 3), ("emt", "EMT", 3)]
+            if spec.measure == "completions"
+            else [("ss", "SS", 1), ("lms", "LMS", 1), ("icat", "ICAT", 1)]
+        )
+        header = [
+            "method",
+            "neurons",
+            "perplexity %",
+            "reduction %",
+            "beyond control %",
+            "in sample %",
+            *(title for _, title, _ in own),
+            "p",
+            "verdict",
+        ]
+        lines = []
+        for row in rows:
+            found = row["differences"]
+            p = found.get("reduction", {}).get("p_holm")
+            draws = f" ({row['draws']} draws)" if row["draws"] > 1 else ""
+            lines.append(
+                [
+                    row["method"] + draws,
+                    str(row["num_neurons"]),
+                    interval(found["ppl_delta"]),
+                    interval(found.get("reduction")),
+                    interval(found.get("against_control_reduction")),
+                    interval(found.get("in_sample_reduction")),
+                    *(interval(found.get(key), digits) for key, _, digits in own),
+                    "-" if p is None else f"{p:.3g}",
+                    verdict(row),
+                ]
+            )
+        text.append(markdown(header, lines))
+    return "".join(text)
+
+
+def headline(behaviour: str, spec: Behaviour, results: dict[str, Any], row: dict[str, Any]) -> str:
+    """The unpruned model's own numbers, and the gate's."""
+    values = results["baseline"]
+    if spec.measure == "completions":
+        name = spec.scorers[0]
+        own = (
+            f"mean {name} score {values[f'test_{name}']:.3f}, EMT {values[f'test_{name}_emt']:.3f}"
+        )
+    else:
+        own = ", ".join(
+            f"{key.upper()} {values[f'test_{key}']:.1f}"
+            for key in ("ss", "lms", "icat")
+            if f"test_{key}" in values
+        )
+    return (
+        f"unpruned {own}, perplexity {values['perplexity']:.2f}; "
+        f"differential {row['differential']:.1f} %"
+    )
+
+
+def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What this run has to say on the published numbers, in the shape that `claims` takes."""
+    method = params.report.method
+    overlap = read_json(metrics_path("overlap"))
+    found: dict[str, dict[str, Any]] = {
+        "setup": {},
+        "differential": {},
+        "reduction": {},
+        "ppl_delta": {},
+        "baseline": {},
+        "perplexity": {},
+        "overlap": {},
+        "enrichment": {},
+        "region": overlap["regions"],
+        "correlation": {},
+        "correlation_difference": {},
+        "quadrant": {},
+        "late_share": {},
+    }
+    for row in table:
+        name, differences = row["behaviour"], row["differences"]
+        if row["method"] != method:
+            continue
+        about = read_json(row["circuit"].with_suffix(".json"))
+        found["setup"] |= {key: about[key] for key in ("layers", "width", "num_neurons")}
+        found["differential"][name] = row["differential"]
+        found["ppl_delta"][name] = differences["ppl_delta"]
+        if "reduction" in differences:
+            found["reduction"][name] = differences["reduction"]
+        baseline = read_json(metrics_path("evaluate", name))["baseline"]
+        found["perplexity"]["before"] = baseline["perplexity"]
+        spec = params.behaviours[name]
+        if spec.measure == "completions":
+            found["baseline"][name] = baseline[f"test_{spec.scorers[0]}"]
+            found["setup"]["toxicity_scorer"] = params.scorers[spec.scorers[0]].kind
+    for name, row in overlap["overlaps"].items():
+        found["overlap"][name] = row["observed"]
+        found["enrichment"][name] = row["enrichment"]
+    if "corrected" in overlap:
+        found["correlation"] = overlap["corrected"]["correlations"]
+        found["correlation_difference"] = {
+            key.replace(" - ", "-"): value
+            for key, value in overlap["corrected"]["differences"].items()
+        }
+    counts = overlap["quadrants"].get("toxicity-gender")
+    if counts is not None:
+        found["quadrant"] = {k: 100 * v / sum(counts.values()) for k, v in counts.items()}
+    last, layers = overlap["late_layers"], overlap["layers"].values()
+    total = sum(sum(row) for row in layers)
+    if total:
+        late = sum(sum(row[-last:]) for row in layers)
+        found["late_share"] = {"all": 100 * late / total}
+    return found
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def claims_table(params: Params, table: list[dict[str, Any]]) -> str:
+    """Every published number beside what this run measured, and the verdict."""
+    rows = []
+    for claim in claims(measured(params, table)):
+        here = number(claim.value)
+        if claim.low is not None and claim.high is not None and claim.low != claim.high:
+            here += f" [{number(claim.low)}, {number(claim.high)}]"
+        rows.append(
+            [
+                claim.what,
+                f"{claim.published:g} {claim.unit}",
+                here,
+                claim.verdict + (f", direction {claim.direction}" if claim.direction else ""),
+                claim.reason,
+            ]
+        )
+    return markdown(["published", "value", "here", "verdict", "because"], rows)
+
+
+def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
+    """All figures; returns their paths."""
+    from sparc3 import figures  # matplotlib takes a second to import
+
+    overlap = read_json(metrics_path("overlap"))
+    behaviours = list(params.behaviours)
+    paths = {
+        name: FOLDER / f"{name}.png"
+        for name in ("bars", "layers", "pareto", "correlations", "overlaps", "transfer", "venn")
+    }
+    figures.bars(
+        paths["bars"],
+        table,
+        {
+            "reduction": "reduction on held-out prompts, %",
+            "in_sample_reduction": "reduction in sample, %",
+            "ppl_delta": "perplexity change, %",
+        },
+    )
+    figures.layer_distribution(paths["layers"], overlap["layers"])
+    sweeps = {name: read_csv(sweep_path(name)) for name in behaviours}
+    titles = {"completions": ("nll_shift", "rise of NLL, nats"), "pairs": ("ss", "SS, %")}
+    figures.pareto(
+        paths["pareto"], sweeps, {n: titles[b.measure] for n, b in params.behaviours.items()}
+    )
+    if len(behaviours) > 1:
+        figures.pairwise_overlap(paths["overlaps"], overlap["overlaps"])
+        matrix = np.eye(len(behaviours))
+        for i, a in enumerate(behaviours):
+            for j, b in enumerate(behaviours[i + 1 :], start=i + 1):
+                matrix[i, j] = matrix[j, i] = overlap["correlations"][f"{a}-{b}"]["pearson"]
+        figures.heat_map(
+            paths["correlations"],
+            matrix,
+            behaviours,
+            behaviours,
+            "Correlation of differentials",
+            limit=1,
+        )
+    if len(behaviours) in (2, 3):
+        figures.venn(paths["venn"], overlap["regions"], behaviours)
+    columns, values, labels = transfer_matrix(params)
+    figures.heat_map(
+        paths["transfer"],
+        values,
+        behaviours,
+        columns,
+        "Pruned for (row), measured on (column)",
+        labels=labels,
+    )
+    return [path for path in paths.values() if path.exists()]
+
+
+def transfer_matrix(params: Params) -> tuple[list[str], np.ndarray, list[list[str]]]:
+    """Columns, their effects divided by the column's largest, and the effects in their own units.
+
+    Larger is less of the behaviour, and for general text more perplexity.
+    """
+    transfer = read_json(metrics_path("transfer"))
+    shown: dict[str, tuple[str, str, str, float]] = {
+        name: ("nll_shift", f"{name}\nNLL shift", "{:+.3f}", 1)
+        if spec.measure == "completions"
+        else ("ss", f"{name}\nfall of SS", "{:+.1f}", -1)
+        for name, spec in params.behaviours.items()
+    }
+    for name in params.transfer.texts:
+        shown[name] = ("ppl_delta", f"{name}\nperplexity %", "{:+.2f}", 1)
+    values = np.zeros((len(params.behaviours), len(shown)))
+    labels = []
+    for i, pruned_for in enumerate(params.behaviours):
+        line = []
+        for j, (name, (quantity, _, form, sign)) in enumerate(shown.items()):
+            found = transfer[pruned_for][name][quantity]
+            low, high = sorted(sign * found[key] for key in ("low", "high"))
+            values[i, j] = sign * found["value"]
+            line.append(f"{form.format(values[i, j])}\n[{form.format(low)}, {form.format(high)}]")
+        labels.append(line)
+    scale = np.abs(values).max(axis=0)
+    return [row[1] for row in shown.values()], values / np.where(scale > 0, scale, 1), labels
+
+
+def run(params: Params) -> dict[str, float]:
+    if params.report.method not in params.methods:
+        raise InputError(f"params: report.method {params.report.method!r} is not in methods")
+    table = cells(params)
+    results = result_table(params, table)
+    figures = draw(params, table)
+    page = [
+        "# Results\n\n",
+        results,
+        "\n## Published numbers\n\n",
+        claims_table(params, table),
+        "\n## Figures\n\n",
+        *(f"![{path.stem}]({path.name})\n" for path in figures),
+    ]
+    write_text(FOLDER / "report.md", "".join(page))
+    write_text(TABLE, results)
+    return {
+        f"{row['behaviour']}.{row['method']}.{key}": row["differences"][key]["value"]
+        for row in table
+        for key in ("reduction", "ppl_delta")
+        if key in row["differences"] and math.isfinite(row["differences"][key]["value"])
+    }
