@@ -119,9 +119,12 @@ def run(params: Params) -> dict[str, float]:
         name: prompt_scores(name, method.score)
         for name in dict.fromkeys(name for pair in contrasts.values() for name in pair)
     }
-    contrast = CONTRASTS[method.contrast]
+    by_layer = CONTRASTS[method.contrast]
     barred = protected(importance, share).reshape(1, -1)
     k = round(float(np.mean([ids.size for ids in sets.values()])))
+
+    def contrast(reference: Array, behaviour: Array) -> Array:
+        return by_layer(reference[:, None], behaviour[:, None])[0]
 
     def choose_flat(differential: Array, count: int) -> Array:
         return choose(differential.reshape(1, -1), count, barred)
