@@ -1,0 +1,91 @@
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparc3.__main__ import STAGES
+from sparc3.errors import InputError
+from sparc3.params import Params, load
+
+TREE = yaml.safe_load(Path("params.yaml").read_text())
+
+
+def refusal(tmp_path: Path, tree: object) -> str:
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(tree) if not isinstance(tree, str) else tree)
+    with pytest.raises(InputError) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def changed(section: str, key: str, value: object) -> dict:
+    return {**TREE, section: {**TREE[section], key: value}}
+
+
+def test_default_params_load_as_written() -> None:
+    params = load()
+    assert list(params.behaviours) == list(TREE["behaviours"])
+    assert params.select.ppl_budget == TREE["select"]["ppl_budget"]
+    assert params.prompt_sets["general"].seeds == tuple(TREE["prompt_sets"]["general"]["seeds"])
+
+
+@pytest.mark.parametrize("path", sorted(Path("profiles").glob("*.yaml")), ids=lambda p: p.stem)
+def test_profiles_are_complete(path: Path) -> None:
+    assert load(path).behaviours
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        (changed("select", "num_neuron", 3), "unknown key select.num_neuron"),
+        (changed("gate", "threshold", "15"), "gate.threshold is '15'; expected a number"),
+        (changed("gate", "threshold", "1e-3"), "write 0.001"),
+        (changed("gate", "prompts", 2.5), "gate.prompts is 2.5; expected a whole number"),
+        (changed("gate", "prompts", True), "gate.prompts is True; expected a whole number"),
+        (changed("model", "dtype", "int8"), "model.dtype is 'int8'; expected 'float32' or"),
+        (changed("sweep", "protect", 0.2), "sweep.protect is 0.2; expected a list of a number"),
+        (changed("methods", "lrp", 3), "methods.lrp is 3; expected a mapping"),
+        (changed("methods", 3, {"score": "lrp"}), "methods: key 3 must be text"),
+        ({k: v for k, v in TREE.items() if k != "gate"}, "missing key gate"),
+        ({**TREE, "gates": {}}, "unknown key gates"),
+        ([1], "expected a mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_params_are_named(tmp_path: Path, tree: object, expected: str) -> None:
+    assert expected in refusal(tmp_path, tree)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml: file not found"):
+        load(tmp_path / "none.yaml")
+
+
+def test_one_word_names_a_stage_everywhere() -> None:
+    """Stage word = module = dvc.yaml stage = MLproject entry point = params section, in order."""
+    words = list(STAGES)
+    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    assert list(pipeline) == words
+    entries = yaml.safe_load(Path("MLproject").read_text())["entry_points"]
+    assert list(entries) == ["main", "fetch", *words]
+    assert all(Path("sparc3", f"{word}.py").is_file() for word in words)
+    sections = [f.name for f in fields(Params) if f.name in words]
+    assert sections == words == [key for key in TREE if key in words]
+
+
+def test_commands_are_the_same_in_dvc_and_mlproject() -> None:
+    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    entries = yaml.safe_load(Path("MLproject").read_text())["entry_points"]
+    for word, axis in STAGES.items():
+        stage = pipeline[word]
+        expected = f"python -m sparc3 {word}"
+        if axis is None:
+            assert stage["cmd"] == entries[word]["command"] == expected
+        else:
+            flag = f"--{axis.replace('_', '-')}"
+            assert stage["foreach"] == f"${{{axis}s}}"
+            assert stage["do"]["cmd"] == f"{expected} {flag} ${{key}}"
+            assert entries[word]["command"] == f"{expected} {flag} {{{axis}}}"
+            assert list(entries[word]["parameters"]) == [axis]

@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+
+from sparc3.differential import check_methods, noise
+from sparc3.errors import InputError
+from sparc3.gate import differential_percent
+from sparc3.params import Method, load
+from sparc3.select import best_point, choose, choose_per_layer, circuit_names, protected, scales
+
+RNG = np.random.default_rng(0)
+
+
+def naive_choice(differential: np.ndarray, k: int, barred: np.ndarray) -> list[int]:
+    """The k most negative, one at a time."""
+    layers, width = differential.shape
+    left = [(differential[i, j], i * width + j) for i in range(layers) for j in range(width)]
+    left = [(value, flat) for value, flat in left if not barred.ravel()[flat]]
+    chosen = []
+    for _ in range(k):
+        best = min(left)
+        left.remove(best)
+        chosen.append(best[1])
+    return chosen
+
+
+def test_choose_takes_the_most_negative_that_are_not_protected() -> None:
+    values = RNG.integers(-3, 3, (4, 6)).astype(float)  # with ties
+    barred = RNG.random((4, 6)) < 0.3
+    for k in (0, 1, 5, 12):
+        assert choose(values, k, barred).tolist() == naive_choice(values, k, barred)
+
+
+def test_choose_refuses_more_neurons_than_there_are() -> None:
+    with pytest.raises(InputError, match="only 3 of 4 neurons are not protected"):
+        choose(np.zeros((2, 2)), 4, np.array([[True, False], [False, False]]))
+
+
+def test_protected_is_the_most_important_share() -> None:
+    importance = RNG.permutation(20).reshape(4, 5).astype(float)
+    mask = protected(importance, 0.25)
+    assert mask.sum() == 5
+    assert importance[mask].min() > importance[~mask].max()
+    assert not protected(importance, 0.0).any()
+    assert protected(importance, 1.0).all()
+
+
+def test_choose_per_layer_keeps_the_counts() -> None:
+    values, barred = RNG.standard_normal((4, 10)), RNG.random((4, 10)) < 0.2
+    counts = np.array([3, 0, 1, 4])
+    ids = choose_per_layer(values, counts, barred)
+    assert np.bincount(ids // 10, minlength=4).tolist() == counts.tolist()
+    for layer, count in enumerate(counts):
+        own = naive_choice(values[layer : layer + 1], count, barred[layer : layer + 1])
+        assert {10 * layer + i for i in own} == {i for i in ids if i // 10 == layer}
+    assert (np.diff(values.ravel()[ids]) >= 0).all()
+    assert choose_per_layer(values, np.zeros(4, int), barred).size == 0
+
+
+def test_aura_dampens_by_its_own_formula() -> None:
+    auroc = np.array([1.0, 0.75, 0.5])
+    method = Method(score="max-activation", contrast="auroc", scale="auroc")
+    assert scales(method, 0.5 - auroc) == pytest.approx(1 - 2 * (auroc - 0.5))
+    assert scales(Method(score="lrp", scale=0.25), auroc).tolist() == [0.25] * 3
+
+
+ROWS = [
+    {
+        "method": m,
+        "num_neurons": str(k),
+        "protect": str(q),
+        "ppl_delta": str(p),
+        "objective": str(o),
+    }
+    for m, k, q, p, o in [
+        ("a", 10, 0.2, 0.1, 0.1),
+        ("a", 50, 0.2, 0.9, 0.4),
+        ("a", 50, 0.5, 0.5, 0.3),
+        ("a", 99, 0.2, 1.5, 0.9),
+        ("b", 10, 0.2, 4.0, 0.5),
+        ("b", 20, 0.2, 9.0, 0.9),
+    ]
+]
+
+
+def test_best_point_maximises_within_the_budget() -> None:
+    assert best_point(ROWS, "a", None, None, 1.0) == (50, 0.2)
+    assert best_point(ROWS, "a", None, None, 2.0) == (99, 0.2)
+    assert best_point(ROWS, "a", None, 0.5, 1.0) == (50, 0.5)
+    assert best_point(ROWS, "a", 10, None, 1.0) == (10, 0.2)
+    # Nothing within the budget: the cheapest.
+    assert best_point(ROWS, "b", None, None, 1.0) == (10, 0.2)
+    with pytest.raises(InputError, match="no point for method a with num_neurons=7"):
+        best_point(ROWS, "a", 7, None, 1.0)
+
+
+def test_noise_depends_on_seed_and_name_only() -> None:
+    assert np.array_equal(noise(0, "x", (2, 3)), noise(0, "x", (2, 3)))
+    assert not np.array_equal(noise(0, "x", (2, 3)), noise(1, "x", (2, 3)))
+    assert not np.array_equal(noise(0, "x", (2, 3)), noise(0, "y", (2, 3)))
+
+
+def test_a_method_has_a_circuit_per_draw() -> None:
+    assert circuit_names("lrp", Method(score="lrp")) == ["lrp"]
+    assert circuit_names("r", Method(score="random", draws=2)) == ["r-0", "r-1"]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (Method(score="lrp", contrast="median"), "contrast is 'median'; expected"),
+        (Method(score="lrp"), "contrast is None"),
+        (Method(score="random", contrast="t"), "has no contrast"),
+        (Method(score="lrp", contrast="t", scale="auroc"), "needs contrast: auroc"),
+        (Method(score="lrp", contrast="t", scale=1.0), "expected 0 <= scale < 1"),
+        (Method(score="lrp", contrast="t", draws=2), "draws is 2"),
+        (Method(score="random", size="nobody"), "'nobody' is not a method"),
+        (Method(score="random", layers="random"), "'random' is not a method"),
+        (Method(score="random", size="lrp", layers="lrp"), "size or layers, not both"),
+    ],
+)
+def test_impossible_methods_are_named(row: Method, expected: str) -> None:
+    from dataclasses import replace
+
+    params = load()
+    with pytest.raises(InputError, match=r"methods\.odd") as caught:
+        check_methods(replace(params, methods={**params.methods, "odd": row}))
+    assert expected in str(caught.value)
+
+
+def test_gate_is_the_difference_of_totals_in_percent() -> None:
+    reference, behaviour = np.array([2.0, 4.0]), np.array([1.0, 2.0, 3.0])
+    assert differential_percent(reference, behaviour) == pytest.approx(100 * (3 - 2) / 3)
+    with pytest.raises(InputError, match="no relevance"):
+        differential_percent(np.zeros(3), behaviour)
