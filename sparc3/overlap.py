@@ -32,15 +32,17 @@ REGION_COLUMNS = ("behaviours", "layer", "neuron")
 
 
 def named(table: dict[Any, Any]) -> dict[str, Any]:
-    """The same mapping with tuple keys joined for JSON: ('a', 'b') becomes 'a-b'."""
+    """The same mapping with keys for JSON: ('a', 'b') is 'a-b', (('a', 'b'), ('a', 'c')) is
+    'a-b minus a-c'.
+    """
     return {
-        "-".join(named_part(part) for part in key) if isinstance(key, tuple) else key: value
+        " minus ".join(map("-".join, key)) if isinstance(key[0], tuple) else joined(key): value
         for key, value in table.items()
     }
 
 
-def named_part(part: Any) -> str:
-    return " - ".join(part) if isinstance(part, tuple) else str(part)
+def joined(key: Any) -> str:
+    return key if isinstance(key, str) else "-".join(key)
 
 
 def prompt_scores(prompt_set: str, score: str) -> circuits.Scores:

@@ -209,10 +209,7 @@ def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str,
         found["enrichment"][name] = row["enrichment"]
     if "corrected" in overlap:
         found["correlation"] = overlap["corrected"]["correlations"]
-        found["correlation_difference"] = {
-            key.replace(" - ", "-"): value
-            for key, value in overlap["corrected"]["differences"].items()
-        }
+        found["correlation_difference"] = overlap["corrected"]["differences"]
     counts = overlap["quadrants"].get("toxicity-gender")
     if counts is not None:
         found["quadrant"] = {k: 100 * v / sum(counts.values()) for k, v in counts.items()}
