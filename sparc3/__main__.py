@@ -3,11 +3,18 @@
 import argparse
 import dataclasses
 import importlib
+import json
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import sparc3
+from sparc3 import tracking
+from sparc3.artifacts import logged_files, metrics_path, model_digest
 from sparc3.errors import InputError
+from sparc3.files import digest, digest_text
 from sparc3.params import Params, load
 
 # Stage word = module = dvc.yaml stage = MLproject entry point = params section; with its axis.
@@ -26,7 +33,7 @@ STAGES: dict[str, str | None] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="sparc3", description=(sys.modules["sparc3"].__doc__))
+    top = argparse.ArgumentParser(prog="sparc3", description=sparc3.__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="STAGE")
     for stage, axis in STAGES.items():
         command = commands.add_parser(stage)
@@ -54,12 +61,82 @@ def axis_of(params: Params, stage: str, arguments: argparse.Namespace) -> dict[s
 
 
 def parameters(params: Params, stage: str, axes: dict[str, str]) -> dict[str, object]:
-    """What an MLflow run records: the stage's section, the axis's row and the model, flattened."""
-    tree = {"model": dataclasses.asdict(params.model)}
-    tree[stage] = dataclasses.asdict(getattr(params, stage))
+    """What an MLflow run records: the stage's section, the axis's row and the model."""
+    tree: dict[str, object] = {stage: dataclasses.asdict(getattr(params, stage))}
+    if stage not in ("fetch", "report"):
+        tree["model"] = dataclasses.asdict(params.model)
     for axis, name in axes.items():
-        tree[axis] = {"name": name, **dataclasses.asdict(getattr(params, f"{axis}s")[name])}
-    return {f"{section}.{k}": v for section, values in tree.items() for k, v in values.items()}
+        tree[f"{axis}s"] = dataclasses.asdict(getattr(params, f"{axis}s")[name])
+    return tree
+
+
+def digests(params: Params, stage: str) -> dict[str, str]:
+    """Digests of the raw data's pin and, for stages that load it, of the model."""
+    found = {"data": digest(Path("data.dvc"))}
+    if stage in ("attribute", "sweep", "evaluate", "transfer"):
+        found["model"] = model_digest(Path(params.model.path))
+    return {f"sparc3.digest.{name}": value for name, value in found.items()}
+
+
+def run_stage(params: Params, stage: str, axes: dict[str, str]) -> None:
+    """One stage inside its MLflow run: scalars, files and digests are logged, tensors never."""
+    module = importlib.import_module(f"sparc3.{stage}")
+    with tracking.stage_run(
+        stage, axes, parameters(params, stage, axes), digests(params, stage)
+    ) as run:
+        run.log_metrics(module.run(params, **axes))
+        axis = next(iter(axes.values()), None)
+        for path in logged_files(stage, axis):
+            run.log_artifact(path)
+        if stage == "report":
+            compare(params, run)
+        elif stage in STAGES:
+            run.set_product(digest(metrics_path(stage, axis)))
+
+
+def compare(params: Params, run: tracking.Run) -> None:
+    """Log the comparison: a parent run for this state of the pipeline, a row for every cell."""
+    from sparc3.report import cells
+
+    table = cells(params)
+    rows = [
+        tracking.Row(
+            behaviour=row["behaviour"],
+            method=row["method"],
+            metrics={
+                "differential": row["differential"],
+                "num_neurons": row["num_neurons"],
+                **{
+                    name: value
+                    for key, difference in row["differences"].items()
+                    for name, value in tracking.interval(key, difference).items()
+                },
+            },
+            artifacts=[row["circuit"]],
+            stages=[f"{stage}@{row['behaviour']}" for stage in ("gate", "select", "evaluate")],
+        )
+        for row in table
+    ]
+    names = {"prompt_set": params.prompt_sets, "behaviour": params.behaviours, None: [None]}
+    files = {
+        stage if name is None else f"{stage}@{name}": digest(metrics_path(stage, name))
+        for stage, axis in STAGES.items()
+        if stage != "report"
+        for name in names[axis]
+    }
+    everything = dataclasses.asdict(params)
+    state = digest_text(json.dumps([everything, files], sort_keys=True))
+    tracking.pipeline_run(run, state, everything, rows, files, logged_files("report", None))
+
+
+def run_pipeline(params: Params) -> int:
+    """fetch, then dvc repro, whose stages nest under the run that `mlflow run` opened."""
+    environment = tracking.hand_down(os.environ)
+    for command in ([sys.executable, "-m", "sparc3", "fetch"], ["dvc", "repro"]):
+        done = subprocess.run(command, env=environment, check=False)
+        if done.returncode:
+            return done.returncode
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,13 +146,9 @@ def main(argv: list[str] | None = None) -> int:
     stage: str = arguments.command
     try:
         params = load(Path("params.yaml"))
-        axes = axis_of(params, stage, arguments)
-        module = importlib.import_module(f"sparc3.{stage}")
-        from sparc3 import tracking
-
-        with tracking.stage_run(stage, axes, parameters(params, stage, axes)) as run:
-            metrics = module.run(params, **axes)
-            run.log_metrics(metrics)
+        if stage == "main":
+            return run_pipeline(params)
+        run_stage(params, stage, axis_of(params, stage, arguments))
     except InputError as error:
         print(f"sparc3: error: {error}", file=sys.stderr)
         return 2

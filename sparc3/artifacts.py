@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sparc3.errors import InputError
-from sparc3.files import Array, read_jsonl, read_tensors
+from sparc3.files import Array, digest, digest_text, read_jsonl, read_tensors
 
 OUTPUTS = Path("outputs")
 METRICS = Path("metrics")
@@ -77,3 +77,31 @@ def read_scores(prompt_set: str, score: str) -> tuple[list[str], Array]:
         ids += shard_ids
         blocks.append(scores)
     return ids, np.concatenate(blocks)
+
+
+def logged_files(stage: str, axis: str | None) -> list[Path]:
+    """The files of a stage that are worth a look in the MLflow UI; never tensors."""
+    folders = {
+        "prepare": OUTPUTS / "prompts",
+        "select": OUTPUTS / "circuits" / str(axis),
+        "evaluate": OUTPUTS / "evaluation" / str(axis),
+        "transfer": OUTPUTS / "transfer",
+        "overlap": OUTPUTS / "overlap",
+        "report": OUTPUTS / "report",
+    }
+    files = {"gate": OUTPUTS / "gate" / f"{axis}.csv", "sweep": sweep_path(str(axis))}
+    found = [files[stage]] if stage in files else []
+    if stage in folders:
+        found += sorted(path for path in folders[stage].iterdir() if path.is_file())
+    metrics = metrics_path(stage, axis)
+    return [*found, metrics] if metrics.is_file() else found
+
+
+def model_digest(folder: Path) -> str:
+    """One digest for a model folder's configuration, tokenizer and weights."""
+    parts = [
+        f"{path.name} {digest(path)}"
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".json", ".safetensors")
+    ]
+    return digest_text("\n".join(parts))

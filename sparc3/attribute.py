@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sparc3 import models
-from sparc3.artifacts import OUTPUTS, metrics_path, read_prompts, scores_folder
+from sparc3.artifacts import OUTPUTS, metrics_path, model_digest, read_prompts, scores_folder
 from sparc3.errors import InputError
-from sparc3.files import digest, digest_text, write_json, write_tensors
+from sparc3.files import digest_text, write_json, write_tensors
 from sparc3.params import Params
 from sparc3.scores import SCORES, Prompt, score
 
@@ -36,16 +36,6 @@ def encode(rows: list[dict[str, Any]], tokenizer: Any, target: str) -> list[Prom
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
         prompts.append(Prompt(row["id"], tuple(encoded)))
     return prompts
-
-
-def model_digest(folder: Path) -> str:
-    """One digest for a model folder's configuration, tokenizer and weights."""
-    parts = [
-        f"{path.name} {digest(path)}"
-        for path in sorted(folder.iterdir())
-        if path.suffix in (".json", ".safetensors")
-    ]
-    return digest_text("\n".join(parts))
 
 
 def run(params: Params, prompt_set: str) -> dict[str, float]:
