@@ -182,7 +182,8 @@ def test_neuron_of_another_model_is_refused_and_nothing_changed(row, message):
 
 
 def test_weights_that_are_elsewhere_are_refused():
-    model = tiny.model("llama").to("meta")
+    model = tiny.model("llama")
+    torch.nn.Module.to(model, "meta")
     with pytest.raises(InputError, match=r"model\.device"), pruned(model, PRUNE):
         pass
 

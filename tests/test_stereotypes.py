@@ -37,7 +37,7 @@ def published(items, terms):
 
 
 def test_hand_computed_example():
-    names, table = per_term(*ITEMS.T, TERMS)
+    names, table = per_term(*ITEMS.T, terms=TERMS)
     assert names == ["chess", "nurse"]
     np.testing.assert_allclose(table, [[200 / 3, 500 / 6, 2 / 3], [100, 0, 1]])
     result = stereoset(table)
@@ -52,14 +52,14 @@ def test_equals_counting(seed):
     rng = np.random.default_rng(seed)
     items = rng.normal(size=(60, 3))
     terms = [f"term {i}" for i in rng.integers(7, size=60)]
-    result = stereoset(per_term(*items.T, terms)[1])
+    result = stereoset(per_term(*items.T, terms=terms)[1])
     expected = published(items, terms)
     np.testing.assert_allclose([result[k] for k in ("ss", "lms", "icat")], expected)
 
 
 def test_terms_weigh_equally_however_many_items_they_have():
     items = np.concatenate([np.repeat([[-1.0, -2, -3]], 99, axis=0), [[-2.0, -1, -3]]])
-    table = per_term(*items.T, ["many"] * 99 + ["one"])[1]
+    table = per_term(*items.T, terms=["many"] * 99 + ["one"])[1]
     assert stereoset(table)["ss"] == 50
 
 
@@ -84,14 +84,15 @@ def test_swapping_the_texts_mirrors_ss_and_margin_and_keeps_the_rest():
 
 
 def test_ties_count_half():
-    np.testing.assert_array_equal(preference([2.0, 1, 0], [1.0, 1, 1]), [100, 50, 0])
-    result = stereoset(per_term(*np.zeros((3, 4)), list("aabb"))[1])
+    np.testing.assert_array_equal(preference(np.array([2.0, 1, 0]), np.ones(3)), [100, 50, 0])
+    result = stereoset(per_term(*np.zeros((3, 4)), terms=list("aabb"))[1])
     assert result == {"ss": 50, "lms": 50, "icat": 50, "margin": 0}
 
 
 def test_resampled_tables_give_what_each_gives_alone():
     rng = np.random.default_rng(1)
-    table = per_term(*rng.normal(size=(3, 30)), [str(i) for i in rng.integers(6, size=30)])[1]
+    terms = [str(i) for i in rng.integers(6, size=30)]
+    table = per_term(*rng.normal(size=(3, 30)), terms=terms)[1]
     rows = rng.integers(len(table), size=(20, len(table)))
     together, apart = stereoset(table[rows]), [stereoset(table[r]) for r in rows]
     for name in ("ss", "lms", "icat", "margin"):
@@ -131,4 +132,4 @@ def test_crows_pairs_is_a_share_of_pairs():
 )
 def test_bad_input_is_named(items, terms, message):
     with pytest.raises(InputError, match=message):
-        per_term(*items.T, terms)
+        per_term(*items.T, terms=terms)
