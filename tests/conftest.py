@@ -1,0 +1,60 @@
+"""Shared fixtures: the real embedded model and data, and a small project with them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def fetched() -> Path:
+    """The checkout, with data/ and models/ in place."""
+    subprocess.run([sys.executable, "-m", "sparc3", "fetch"], cwd=ROOT, check=True)
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def project(fetched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of its own with the project's tracked files, the data and the model."""
+    folder = tmp_path_factory.mktemp("project")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=fetched, check=True, capture_output=True, text=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if not name.startswith(("tests/", "metrics/")) and (fetched / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(fetched / name, folder / name)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    for name in ("data", "models"):
+        shutil.copytree(fetched / name, folder / name, copy_function=os.link)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_in() -> Command:
+    """run_in(folder, *command): runs it with this environment's programs, output captured."""
+
+    def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        return subprocess.run(
+            command,
+            cwd=folder,
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run

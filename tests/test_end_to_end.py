@@ -1,0 +1,223 @@
+"""The whole pipeline on the real embedded model and data, with small parameters."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from sparc3.files import read_csv, read_jsonl, read_tensors
+
+SMALL: dict[str, Any] = {
+    "prompt_sets": {
+        "general": {"count": 12, "min_tokens": 48, "max_tokens": 48},
+        "general-toxicity": {"count": 16},
+        "toxicity": {"count": 40},
+        "general-pairs": {"count": 40},
+        "gender": {"count": 240},
+        "race": {"count": 180},
+    },
+    "attribute": {"shard_prompts": 16},
+    "sweep": {"num_neurons": [20, 60], "protect": [0.2], "texts": 6, "items": 12},
+    "evaluate": {"items": 16, "texts": 8, "completions": 3, "new_tokens": 6, "resamples": 500},
+    "transfer": {"items": 12, "resamples": 500},
+    "overlap": {"resamples": 200, "repeats": 2},
+}
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return base | {
+        key: merge(base[key], value) if isinstance(value, dict) and key in base else value
+        for key, value in changes.items()
+    }
+
+
+def edit(folder: Path, changes: dict[str, Any]) -> None:
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(merge(yaml.safe_load(path.read_text()), changes)))
+
+
+def ran(output: str) -> set[str]:
+    """Stages that `dvc repro` ran."""
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+@pytest.fixture(scope="module")
+def finished(project: Path, run_in: Any) -> tuple[Path, str]:
+    edit(project, SMALL)
+    done = run_in(project, "dvc", "repro")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return project, done.stdout
+
+
+def test_every_stage_ran_and_the_numbers_are_there(finished: tuple[Path, str]) -> None:
+    folder, output = finished
+    behaviours = ["toxicity", "gender", "race"]
+    expected = {"prepare", "transfer", "overlap", "report"}
+    expected |= {f"attribute@{name}" for name in SMALL["prompt_sets"]}
+    for stage in ("gate", "differential", "sweep", "select", "evaluate"):
+        expected |= {f"{stage}@{behaviour}" for behaviour in behaviours}
+    assert ran(output) == expected
+    for behaviour in behaviours:
+        results = json.loads((folder / f"metrics/evaluate/{behaviour}.json").read_text())
+        for name in ("lrp", "aura", "random-layer-matched-0"):
+            row = results["circuits"][name]
+            assert row["ppl_delta"]["low"] <= row["ppl_delta"]["value"] <= row["ppl_delta"]["high"]
+            assert 0 <= row["test"]["reduction"]["p"] <= 1
+        lists = folder / "outputs/circuits" / behaviour
+        neurons = {(row["layer"], row["neuron"]) for row in read_csv(lists / "lrp.csv")}
+        assert len(neurons) == results["circuits"]["lrp"]["num_neurons"] > 0
+        matched = [row["layer"] for row in read_csv(lists / "random-layer-matched-0.csv")]
+        assert sorted(matched) == sorted(layer for layer, _ in neurons)
+    assert (folder / "metrics/table.md").read_text().count("| lrp |") == 3
+
+
+def test_scores_are_those_of_the_prompts(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    rows = read_jsonl(folder / "outputs/prompts/toxicity.jsonl")
+    own = [row["id"] for row in rows if row["split"] == "attribute"]
+    found, values = [], []
+    for shard in sorted((folder / "outputs/scores/toxicity/lrp").glob("*.safetensors")):
+        tensors, metadata = read_tensors(shard)
+        found += json.loads(metadata["ids"])
+        values.append(tensors["scores"])
+    assert found == own
+    scores = np.concatenate(values)
+    assert scores.shape == (len(own), 30, 1536)
+    assert scores.dtype == np.float32
+
+
+def test_no_circuit_saw_a_test_prompt(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    for behaviour in ("toxicity", "gender", "race"):
+        about = json.loads((folder / f"outputs/circuits/{behaviour}/lrp.json").read_text())
+        rows = read_jsonl(folder / f"outputs/prompts/{behaviour}.jsonl")
+        groups = {
+            split: {r["group"] for r in rows if r["split"] == split}
+            for split in ("attribute", "tune", "test")
+        }
+        used = {i for ids in about["chosen_on"].values() for i in ids}
+        assert used.isdisjoint(r["id"] for r in rows if r["split"] != "attribute")
+        assert groups["attribute"].isdisjoint(groups["test"] | groups["tune"])
+        assert groups["tune"].isdisjoint(groups["test"])
+
+
+def test_again_does_nothing_and_an_edit_only_its_own(
+    finished: tuple[Path, str], run_in: Any
+) -> None:
+    folder, _ = finished
+    again = run_in(folder, "dvc", "repro")
+    assert again.returncode == 0
+    assert ran(again.stdout) == set()
+
+    edit(folder, {"behaviours": {"race": {"on_fail": "stop"}}, "gate": {"threshold": -1e6}})
+    edit(
+        folder,
+        {
+            "gate": {
+                "threshold": yaml.safe_load(Path("params.yaml").read_text())["gate"]["threshold"]
+            }
+        },
+    )
+    edit(
+        folder,
+        {"behaviours": {"race": {"on_fail": "warn"}, "toxicity": {"scorers": ["profanity"]}}},
+    )
+    assert ran(run_in(folder, "dvc", "status").stdout) == set()
+
+    edit(folder, {"behaviours": {"gender": {"on_fail": "stop"}}, "gate": {}})
+    planned = run_in(folder, "dvc", "repro", "--dry")
+    assert planned.returncode == 0, planned.stderr
+    touched = ran(planned.stdout)
+    assert "gate@gender" in touched
+    assert not {stage for stage in touched if stage.endswith(("@toxicity", "@race"))}
+    edit(folder, {"behaviours": {"gender": {"on_fail": "warn"}}})
+
+
+def test_runs_are_in_mlflow(finished: tuple[Path, str], run_in: Any) -> None:
+    """One parent for the pipeline with a row per behaviour and method, and a run per stage."""
+    from mlflow.tracking import MlflowClient
+
+    folder, output = finished
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    runs = client.search_runs(experiments, max_results=1000)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    names = {run.data.tags.get("sparc3.name") for run in runs}
+    assert ran(output) <= names
+    rows = [run for run in runs if run.data.tags.get("sparc3.row")]
+    shown = {(run.data.params["behaviour"], run.data.params["method"]): run for run in rows}
+    assert len(shown) == 15
+    row = shown["toxicity", "lrp"]
+    assert {"reduction", "ppl_delta", "differential"} <= set(row.data.metrics)
+    artifacts = [a.path for a in client.list_artifacts(row.info.run_id)]
+    assert "lrp.csv" in artifacts
+
+
+def test_a_fourth_behaviour_needs_only_params(finished: tuple[Path, str], run_in: Any) -> None:
+    folder, _ = finished
+    edit(
+        folder,
+        {
+            "prompt_sets": {
+                "profession": {
+                    "source": "stereoset",
+                    "target": "pair",
+                    "where": {"bias_type": "profession"},
+                    "count": 180,
+                },
+            },
+            "behaviours": {
+                "profession": {
+                    "prompts": "profession",
+                    "reference": "general-pairs",
+                    "measure": "pairs",
+                    "on_fail": "warn",
+                }
+            },
+        },
+    )
+    done = run_in(folder, "dvc", "repro", "select@profession")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    touched = ran(done.stdout)
+    assert {"prepare", "attribute@profession", "gate@profession", "select@profession"} <= touched
+    assert not {stage for stage in touched if stage.endswith(("@toxicity", "@race", "@gender"))}
+    assert read_csv(folder / "outputs/circuits/profession/lrp.csv")
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage", "expected"),
+    [
+        ({"select": {"num_neuron": 5}}, "select --behaviour race", "select.num_neuron"),
+        ({}, "select --behaviour rage", "'rage' is not in params.behaviours"),
+        ({"prompt_sets": {"race": {"source": "nowhere"}}}, "prepare", "nowhere"),
+        ({"prompt_sets": {"race": {"count": 99999}}}, "prepare", "99999"),
+        ({"attribute": {"scores": ["magic"]}}, "attribute --prompt-set race", "magic"),
+        ({"model": {"path": "models/none"}}, "attribute --prompt-set race", "models/none"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_lost(
+    finished: tuple[Path, str],
+    run_in: Any,
+    changes: dict[str, Any],
+    stage: str,
+    expected: str,
+) -> None:
+    folder, _ = finished
+    params = (folder / "params.yaml").read_text()
+    before = {p: p.stat().st_mtime_ns for p in (folder / "outputs").rglob("*") if p.is_file()}
+    edit(folder, changes)
+    try:
+        failed = run_in(folder, "python", "-m", "sparc3", *stage.split())
+    finally:
+        (folder / "params.yaml").write_text(params)
+    assert failed.returncode == 2
+    lines = [line for line in failed.stderr.splitlines() if line.startswith("sparc3: error:")]
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert "Traceback" not in failed.stderr
+    after = {p: p.stat().st_mtime_ns for p in (folder / "outputs").rglob("*") if p.is_file()}
+    assert after == before

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+
+from sparc3 import stereotypes
+from sparc3.errors import InputError
+from sparc3.evaluate import (
+    completion_differences,
+    pair_differences,
+    perplexity_difference,
+    refuse_leak,
+    shift_difference,
+)
+from sparc3.measures import Likelihood, perplexity, perplexity_percent
+
+RNG = np.random.default_rng(0)
+FEW = 400  # resamples: the values are exact whatever their number
+
+
+def test_a_leak_is_refused() -> None:
+    rows = [{"id": "a"}, {"id": "b"}]
+    refuse_leak(rows, {"chosen_on": {"toxicity": ["c"], "general": ["d"]}}, "circuit")
+    with pytest.raises(InputError, match=r"chosen on 1 of the 2 test prompts \(first: b\)"):
+        refuse_leak(rows, {"chosen_on": {"toxicity": ["c"], "general": ["b"]}}, "circuit")
+
+
+def test_completion_differences_are_those_of_gehman() -> None:
+    before, after = RNG.random((20, 5)), RNG.random((20, 5)) * 0.7
+    found = completion_differences(before, after, FEW)
+    mean = [sum(row) / len(row) for row in before], [sum(row) / len(row) for row in after]
+    total = sum(mean[0]) / 20, sum(mean[1]) / 20
+    assert found["reduction"]["value"] == pytest.approx(100 * (total[0] - total[1]) / total[0])
+    emt = [sum(max(row) for row in scores) / 20 for scores in (before, after)]
+    assert found["emt"]["value"] == pytest.approx(emt[1] - emt[0])
+    toxic = [
+        100 * sum(any(s >= 0.5 for s in row) for row in scores) / 20 for scores in (before, after)
+    ]
+    assert found["toxic_probability"]["value"] == pytest.approx(toxic[1] - toxic[0])
+
+
+def test_identical_models_differ_by_nothing() -> None:
+    scores = RNG.random((10, 3))
+    likely = Likelihood(RNG.random(10) * 30, np.full(10, 12))
+    pairs = RNG.standard_normal((60, 3))
+    terms = [f"t{i % 8}" for i in range(60)]
+    for difference in (
+        *completion_differences(scores, scores, FEW).values(),
+        *pair_differences(pairs, pairs, terms, FEW).values(),
+        perplexity_difference(likely, likely, FEW),
+    ):
+        assert difference["value"] == difference["low"] == difference["high"] == 0
+        assert difference["p"] == 1
+    shift = shift_difference((likely, likely), (likely, likely), FEW)
+    assert shift["value"] == shift["low"] == shift["high"] == 0
+
+
+def test_shift_is_the_behaviours_rise_beyond_that_of_general_text() -> None:
+    tokens = RNG.integers(3, 20, (2, 12))
+    nll = RNG.random((4, 12)) * 40
+    before = Likelihood(nll[0], tokens[0]), Likelihood(nll[1], tokens[1])
+    after = Likelihood(nll[2], tokens[0]), Likelihood(nll[3], tokens[1])
+    rise = [
+        sum(a.nll) / sum(a.tokens) - sum(b.nll) / sum(b.tokens)
+        for b, a in zip(before, after, strict=True)
+    ]
+    found = shift_difference(before, after, FEW)
+    assert found["value"] == pytest.approx(rise[0] - rise[1])
+    assert found["low"] <= found["value"] <= found["high"]
+
+
+def test_perplexity_is_of_all_tokens_together() -> None:
+    before, after = Likelihood(RNG.random(9) * 50, RNG.integers(5, 30, 9)), None
+    after = Likelihood(before.nll * 1.1, before.tokens)
+    ratio = perplexity(after) / perplexity(before)
+    assert perplexity_percent(before, after) == pytest.approx(100 * (ratio - 1))
+    assert perplexity_difference(before, after, FEW)["value"] == pytest.approx(100 * (ratio - 1))
+
+
+def test_pair_differences_average_per_term_first() -> None:
+    terms = ["a"] * 9 + ["b"] * 3 + [f"c{i}" for i in range(6)] * 2
+    before, after = RNG.standard_normal((24, 3)), RNG.standard_normal((24, 3))
+
+    def ss(table: np.ndarray) -> float:
+        shares = []
+        for term in dict.fromkeys(terms):
+            own = [row for row, name in zip(table, terms, strict=True) if name == term]
+            shares.append(100 * sum(row[0] > row[1] for row in own) / len(own))
+        return sum(shares) / len(shares)
+
+    found = pair_differences(before, after, terms, FEW)
+    assert found["ss"]["value"] == pytest.approx(ss(after) - ss(before))
+    assert found["reduction"]["value"] == pytest.approx(100 * (1 - ss(after) / ss(before)))
+    icat = [
+        stereotypes.stereoset(stereotypes.per_term(*table.T, terms)[1])["icat"]
+        for table in (before, after)
+    ]
+    assert found["icat"]["value"] == pytest.approx(icat[1] - icat[0])
+
+
+def test_pairs_without_unrelated_texts_have_no_icat() -> None:
+    table = RNG.standard_normal((30, 3))
+    table[:, 2] = np.nan
+    moved = table + np.array([0.1, 0, 0])
+    found = pair_differences(table, moved, [f"t{i % 10}" for i in range(30)], FEW)
+    assert "icat" not in found
+    assert found["margin"]["value"] == pytest.approx(0.1)

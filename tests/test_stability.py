@@ -1,0 +1,40 @@
+import numpy as np
+
+from sparc3.stability import candidates, mean_overlap, resampled_circuits, selection_frequency
+
+
+def test_candidates_start_with_the_circuit() -> None:
+    values = np.random.default_rng(0).standard_normal((3, 50))
+    barred = np.zeros((3, 50), dtype=bool)
+    barred[0, :20] = True
+    found = candidates(values, 4, barred)
+    free = [i for i in np.argsort(values, axis=None) if not barred.ravel()[i]]
+    assert found.tolist() == free[:80]
+    assert candidates(values, 30, barred).size == 130  # no more than there are
+
+
+def test_a_clear_signal_is_found_again_and_noise_is_not() -> None:
+    rng = np.random.default_rng(0)
+    reference, behaviour = rng.standard_normal((60, 40)), rng.standard_normal((60, 40))
+    behaviour[:, :5] += 10
+    (clear,) = resampled_circuits(reference, behaviour, "mean-difference", 5, [60], 50, 0)
+    assert selection_frequency(clear, 40)[:5].tolist() == [1.0] * 5
+    assert mean_overlap(clear, 5) == 1.0
+    noise = rng.standard_normal((60, 40))
+    (vague,) = resampled_circuits(reference, noise, "mean-difference", 5, [10], 300, 0)
+    # Five of forty by chance: an eighth of the circuit, up to the noise of 300 resamples.
+    assert mean_overlap(vague, 5) < 0.5
+    assert np.isclose(selection_frequency(vague, 40).sum(), 5)
+
+
+def test_more_prompts_agree_more() -> None:
+    rng = np.random.default_rng(1)
+    signal = np.linspace(1, 0, 60)
+    reference = rng.standard_normal((200, 60))
+    behaviour = rng.standard_normal((200, 60)) + signal
+    few, many = resampled_circuits(reference, behaviour, "t", 10, [10, 200], 60, 0)
+    assert mean_overlap(many, 10) > mean_overlap(few, 10)
+
+
+def test_an_empty_circuit_is_stable() -> None:
+    assert mean_overlap(np.empty((7, 0), dtype=int), 0) == 1.0
