@@ -37,6 +37,11 @@ def circuit_path(behaviour: str, method: str) -> Path:
     return OUTPUTS / "circuits" / behaviour / f"{method}.csv"
 
 
+def stability_path(behaviour: str, method: str | None = None) -> Path:
+    """A method's selection frequencies, or every method's curve of agreement."""
+    return OUTPUTS / "stability" / behaviour / f"{method or 'curves'}.csv"
+
+
 def evaluation_folder(behaviour: str) -> Path:
     return OUTPUTS / "evaluation" / behaviour
 
@@ -81,18 +86,19 @@ def read_scores(prompt_set: str, score: str) -> tuple[list[str], Array]:
 
 def logged_files(stage: str, axis: str | None) -> list[Path]:
     """The files of a stage that are worth a look in the MLflow UI; never tensors."""
+    name = str(axis)
     folders = {
-        "prepare": OUTPUTS / "prompts",
-        "select": OUTPUTS / "circuits" / str(axis),
-        "evaluate": OUTPUTS / "evaluation" / str(axis),
-        "transfer": OUTPUTS / "transfer",
-        "overlap": OUTPUTS / "overlap",
-        "report": OUTPUTS / "report",
+        "prepare": [OUTPUTS / "prompts"],
+        "select": [OUTPUTS / "circuits" / name, OUTPUTS / "stability" / name],
+        "evaluate": [evaluation_folder(name)],
+        "transfer": [OUTPUTS / "transfer"],
+        "overlap": [OUTPUTS / "overlap"],
+        "report": [OUTPUTS / "report"],
     }
-    files = {"gate": OUTPUTS / "gate" / f"{axis}.csv", "sweep": sweep_path(str(axis))}
+    files = {"gate": OUTPUTS / "gate" / f"{name}.csv", "sweep": sweep_path(name)}
     found = [files[stage]] if stage in files else []
-    if stage in folders:
-        found += sorted(path for path in folders[stage].iterdir() if path.is_file())
+    for folder in folders.get(stage, []):
+        found += sorted(path for path in folder.iterdir() if path.is_file())
     metrics = metrics_path(stage, axis)
     return [*found, metrics] if metrics.is_file() else found
 

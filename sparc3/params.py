@@ -105,6 +105,7 @@ class Select:
     num_neurons: int | None
     protect: float | None
     ppl_budget: float
+    resamples: int
     seed: int
 
 

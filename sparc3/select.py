@@ -6,19 +6,29 @@ never looked at.
 """
 
 import numpy as np
+from tqdm import tqdm
 
 from sparc3.artifacts import (
     circuit_path,
     differential_path,
     metrics_path,
     read_prompts,
+    read_scores,
+    stability_path,
     sweep_path,
 )
 from sparc3.differential import check_methods, noise
 from sparc3.errors import InputError
-from sparc3.files import Array, read_csv, read_tensors, write_json
+from sparc3.files import Array, read_csv, read_tensors, write_csv, write_json
 from sparc3.params import Method, Params
 from sparc3.prune import Circuit, write_circuit
+from sparc3.stability import (
+    CANDIDATES,
+    SHARES,
+    mean_overlap,
+    resampled_circuits,
+    selection_frequency,
+)
 
 
 def protected(importance: Array, share: float) -> Array:
@@ -98,6 +108,51 @@ def circuit_names(name: str, method: Method) -> list[str]:
     return [name] if method.draws == 1 else [f"{name}-{draw}" for draw in range(method.draws)]
 
 
+def measure_stability(
+    params: Params, behaviour: str, name: str, ids: Array, differential: Array, barred: Array
+) -> list[dict[str, object]]:
+    """Write each chosen neuron's selection frequency; return the method's curve of agreement.
+
+    `ids`: the circuit. The curve has a row per share of the prompts: how many of the behaviour's
+    that is, and how much of the circuit a bootstrap resample of that size finds again.
+    """
+    spec, method = params.behaviours[behaviour], params.methods[name]
+    assert method.contrast is not None  # only methods that score are measured
+    free = int(barred.size - barred.sum())
+    among = choose(differential, min(CANDIDATES * ids.size, free), barred)
+    reference, prompts = (
+        scores.reshape(len(scores), -1)[:, among]
+        for _, scores in (
+            read_scores(spec.reference, method.score),
+            read_scores(spec.prompts, method.score),
+        )
+    )
+    sizes = [max(2, round(share * len(prompts))) for share in SHARES]
+    chosen = resampled_circuits(
+        reference,
+        prompts,
+        method.contrast,
+        ids.size,
+        sizes,
+        params.select.resamples,
+        params.select.seed,
+    )
+    frequency = selection_frequency(chosen[-1], among.size)[: ids.size]
+    rows = [
+        {
+            "layer": int(i) // differential.shape[1],
+            "neuron": int(i) % differential.shape[1],
+            "frequency": float(f),
+        }
+        for i, f in zip(ids, frequency, strict=True)
+    ]
+    write_csv(stability_path(behaviour, name), rows, ("layer", "neuron", "frequency"))
+    return [
+        {"method": name, "prompts": size, "overlap": mean_overlap(found, ids.size)}
+        for size, found in zip(sizes, chosen, strict=True)
+    ]
+
+
 def run(params: Params, behaviour: str) -> dict[str, float]:
     check_methods(params)
     spec, select = params.behaviours[behaviour], params.select
@@ -109,10 +164,10 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     circuits: dict[str, Array] = {}
     shares: dict[str, float] = {}
     scalars: dict[str, float] = {}
+    curves: list[dict[str, object]] = []
     # A method that takes its size or layers from another comes after it.
-    for name, method in sorted(
-        params.methods.items(), key=lambda kv: bool(kv[1].size or kv[1].layers)
-    ):
+    order = sorted(params.methods.items(), key=lambda item: bool(item[1].size or item[1].layers))
+    for name, method in tqdm(order, desc=f"select {behaviour}", unit="method"):
         tensors, _ = read_tensors(differential_path(behaviour, name))
         values, importance = tensors["differential"], tensors["importance"]
         leader = method.size or method.layers
@@ -152,5 +207,10 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         circuits[name], shares[name] = ids, share
         scalars[f"{name}.num_neurons"] = float(k)
         scalars[f"{name}.protect"] = share
+        if method.score != "random":
+            curve = measure_stability(params, behaviour, name, ids, values, barred)
+            curves += curve
+            scalars[f"{name}.stability"] = float(str(curve[-1]["overlap"]))
+    write_csv(stability_path(behaviour), curves, ("method", "prompts", "overlap"))
     write_json(metrics_path("select", behaviour), scalars)
     return scalars

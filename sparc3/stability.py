@@ -1,7 +1,7 @@
 """How far a circuit depends on which prompts were drawn: bootstrap over the prompts it came from.
 
-Only neurons that could be chosen are resampled: the `CANDIDATES * k` most negative ones of the full
-sample. One from beyond that would have to overtake all of them in a resample.
+Only neurons that could be chosen are resampled, the candidates: the `CANDIDATES * k` most negative
+ones of the full sample, most negative first. One from beyond them would have to overtake them all.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,9 @@ import numpy as np
 
 from sparc3.contrasts import CONTRASTS
 from sparc3.files import Array
-from sparc3.select import choose
 
 CANDIDATES = 20
-
-
-def candidates(differential: Array, k: int, barred: Array) -> Array:
-    """Flat ids of the neurons worth resampling, most negative first."""
-    free = int(differential.size - barred.sum())
-    return choose(differential, min(CANDIDATES * k, free), barred)
+SHARES = (0.125, 0.25, 0.5, 1.0)  # of the prompts: where the curve of agreement is measured
 
 
 def resampled_circuits(

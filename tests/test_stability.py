@@ -1,16 +1,6 @@
 import numpy as np
 
-from sparc3.stability import candidates, mean_overlap, resampled_circuits, selection_frequency
-
-
-def test_candidates_start_with_the_circuit() -> None:
-    values = np.random.default_rng(0).standard_normal((3, 50))
-    barred = np.zeros((3, 50), dtype=bool)
-    barred[0, :20] = True
-    found = candidates(values, 4, barred)
-    free = [i for i in np.argsort(values, axis=None) if not barred.ravel()[i]]
-    assert found.tolist() == free[:80]
-    assert candidates(values, 30, barred).size == 130  # no more than there are
+from sparc3.stability import mean_overlap, resampled_circuits, selection_frequency
 
 
 def test_a_clear_signal_is_found_again_and_noise_is_not() -> None:
