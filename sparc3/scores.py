@@ -50,8 +50,9 @@ class Score(NamedTuple):
 
     `of(mlp, values, last)` reduces the tokens of P prompts to (P, neuron). `values` is h, or at
     "weights" the input x of `up`. `last` is dy/dh, or at "weights" the gradient at the output of
-    `up`: zero on padding. With gradient None `last` is instead the mask of real tokens (P, token,
-    1). All others are (P, token, coordinate); the tokens of both sequences of a pair are one axis.
+    `up`: zero on padding. With gradient None `last` is instead the mask of real tokens, and P
+    counts sequences. All are (P, token, coordinate), the mask (P, token, 1); with a gradient the
+    tokens of both sequences of a pair are one axis.
     """
 
     of: Callable[[MLP, Tensor, Tensor], Tensor]
@@ -115,7 +116,8 @@ def score(
     Target y, explained by the scores with a gradient:
     - max-logit: the largest logit at the last position;
     - pair: mean log p(preferred) - mean log p(other), over the tokens from the second one on. A
-      score takes the tokens of both sequences together.
+      score with a gradient takes the tokens of both sequences together; one without is that of
+      the preferred sequence minus that of the other, so that swapping the two turns its sign.
 
     Sequences are padded on the right: a causal model cannot see the padding, and no gradient comes
     from there. Out of memory halves the batch from then on, with a warning; the scores stay the
@@ -231,7 +233,7 @@ def _score_batch(
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(kind != "forward"))
             stack.enter_context(attnlrp(model) if kind == "attnlrp" else nullcontext())
-            stack.enter_context(_watching(model, real.view(len(prompts), -1, 1), found))
+            stack.enter_context(_watching(model, len(prompts), real[:, :, None], found))
             hidden = models.body(model)(input_ids=ids, use_cache=False).last_hidden_state
             if kind != "forward":
                 hidden.backward(_TARGETS[target](model, hidden.detach(), ids, lengths))
@@ -242,17 +244,23 @@ def _score_batch(
 
 
 @contextmanager
-def _watching(model: PreTrainedModel, real: Tensor, found: dict[str, Tensor]) -> Iterator[None]:
-    """Fill found[name] (layer, prompt, neuron) while the model runs, and then runs backward."""
+def _watching(
+    model: PreTrainedModel, prompts: int, real: Tensor, found: dict[str, Tensor]
+) -> Iterator[None]:
+    """Fill found[name] (layer, prompt, neuron) while the model runs, and then runs backward.
+
+    `real` (sequence, token, 1) is True where a token is no padding; the sequences of a prompt are
+    next to each other.
+    """
 
     def observe(names: list[str], layer: int, mlp: MLP, values: Tensor, at: Tensor) -> None:
         # Gradients go no further than the first tensor asked for: that of the first layer.
         if not at.requires_grad:
             at.requires_grad_()
-        values = values.detach().view(len(real), -1, values.shape[-1])
+        values = values.detach().view(prompts, -1, values.shape[-1])
 
         def reduce(gradient: Tensor) -> None:
-            gradient = gradient.view(len(real), -1, gradient.shape[-1])
+            gradient = gradient.view(prompts, -1, gradient.shape[-1])
             for name in names:
                 found[name][layer] = SCORES[name].of(mlp, values, gradient)
 
@@ -267,8 +275,9 @@ def _watching(model: PreTrainedModel, real: Tensor, found: dict[str, Tensor]) ->
         def before_down(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
             h = args[0]
             for name in forward:
-                values = h.detach().view(len(real), -1, h.shape[-1])
-                found[name][layer] = SCORES[name].of(mlp, values, real)
+                per_sequence = SCORES[name].of(mlp, h.detach(), real)
+                preferred, *other = per_sequence.view(prompts, -1, h.shape[-1]).unbind(1)
+                found[name][layer] = preferred - other[0] if other else preferred
             if neurons:
                 observe(neurons, layer, mlp, h, h)
 

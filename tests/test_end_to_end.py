@@ -16,7 +16,7 @@ SMALL: dict[str, Any] = {
         "general": {"count": 12, "min_tokens": 48, "max_tokens": 48},
         "general-toxicity": {"count": 16},
         "toxicity": {"count": 40},
-        "general-pairs": {"count": 40},
+        "general-pairs": {"count": 60, "where": {"bias_type": "profession", "first": 60}},
         "gender": {"count": 240},
         "race": {"count": 180},
     },
