@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.files import Array
-from sparc3.likelihood import token_nll
+from sparc3.likelihood import continuation_nll, sentence_scores, token_nll
 
 
 class Texts(NamedTuple):
@@ -68,14 +68,10 @@ def preferences(model: PreTrainedModel, sample: Items, batch_tokens: int) -> Arr
 
     NaN where an item has no unrelated text.
     """
-    flat = [tokens for item in sample.tokens for tokens in item]
-    means = iter(
-        [-nll.mean(dtype=np.float64) for nll in token_nll(model, flat, batch_tokens=batch_tokens)]
-    )
     table = np.full((len(sample.tokens), 3), np.nan)
-    for row, item in enumerate(sample.tokens):
-        for column in range(len(item)):
-            table[row, column] = next(means)
+    scored = continuation_nll(model, sample.tokens, batch_tokens=batch_tokens)
+    for row, sentences in enumerate(scored):
+        table[row, : len(sentences)] = sentence_scores(sentences)
     return table
 
 
