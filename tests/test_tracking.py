@@ -1,0 +1,602 @@
+"""Runs in real MLflow stores: SQLite files made here, processes started here."""
+
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from sparc3 import tracking
+from sparc3.errors import InputError
+from sparc3.files import write_text
+
+REPOSITORY = Path(__file__).parent.parent
+FOREIGN = re.compile(r"MLFLOW_|DVC_|SPARC3_|HF_TOKEN|GIT_")
+STAGE = """
+    import sys, time
+    from pathlib import Path
+    from sparc3.tracking import stage_run
+
+    with stage_run(sys.argv[1], {}, {"select": {"k": 1}}) as run:
+        Path("note.txt").write_text(sys.argv[1])
+        run.log_artifact(Path("note.txt"))
+        print("open", flush=True)
+        time.sleep(float(sys.argv[2]))
+"""
+
+
+def environment(**more):
+    """This process's, without what would send a run elsewhere."""
+    kept = {k: v for k, v in os.environ.items() if not FOREIGN.match(k)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    git = {
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "DVC_NO_ANALYTICS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "1",
+    }
+    return {**kept, **git, "PATH": path, "PYTHONPATH": str(REPOSITORY), **more}
+
+
+def call(folder, *command, **more):
+    done = subprocess.run(
+        command, cwd=folder, env=environment(**more), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def start(folder, *arguments, **more):
+    return subprocess.Popen(
+        [sys.executable, "stage.py", *arguments],
+        cwd=folder,
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def commit(folder):
+    call(folder, "git", "add", "-A")
+    call(folder, "git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A git checkout with one stage, whose database three processes found missing at once."""
+    folder = tmp_path_factory.mktemp("a project")  # with a space: MLflow quotes its addresses
+    (folder / "stage.py").write_text(textwrap.dedent(STAGE))
+    (folder / "params.yaml").write_text("k: 1\n")
+    (folder / ".gitignore").write_text("/mlflow.db*\n/mlruns/\nnote.txt\n")
+    call(folder, "git", "init", "-q")
+    commit(folder)
+    together = [start(folder, f"stage{i}", "0") for i in range(3)]
+    for process in together:
+        process.communicate()
+    assert [process.returncode for process in together] == [0, 0, 0]
+    return folder
+
+
+@pytest.fixture
+def here(project, monkeypatch, request):
+    """Work in the project, in an experiment of the test's own."""
+    monkeypatch.chdir(project)
+    for name in list(os.environ):
+        if FOREIGN.match(name):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", request.node.name)
+    return project
+
+
+@contextmanager
+def opened(stage="select", axes=None, params=None, **more):
+    with tracking.stage_run(stage, axes or {}, params or {}, **more) as run:
+        yield run
+
+
+def recorded(run):
+    return run.client.get_run(run.id)
+
+
+def all_runs(folder, name):
+    """Every run of an experiment, read with a client of its own."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    return client.search_runs([experiment.experiment_id], max_results=1000)
+
+
+# Where runs are kept
+
+
+def test_processes_that_find_no_database_create_one(project):
+    runs = [
+        r
+        for r in all_runs(project, "sparc3")
+        if str(r.info.run_name) in {f"stage{i}" for i in range(3)}
+    ]
+    assert sorted(str(r.info.run_name) for r in runs) == ["stage0", "stage1", "stage2"]
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    # The experiment is the one in which `mlflow run` puts its runs.
+    assert {r.info.experiment_id for r in runs} == {"0"}
+    for run in runs:
+        note = project / "mlruns" / "0" / run.info.run_id / "artifacts" / "note.txt"
+        assert note.read_text() in {"stage0", "stage1", "stage2"}
+    assert not list(project.glob(".mlflow.db*")), "the temporary database is left behind"
+
+
+@pytest.mark.parametrize(
+    ("folder", "given", "address"),
+    [
+        ("", None, "{root}/mlflow.db"),
+        (".dvc/tmp/exps/standalone/tmp1", None, "{root}/mlflow.db"),
+        (".dvc/tmp/exps/standalone/tmp1", "sqlite:///runs/a.db", "{root}/runs/a.db"),
+        (".dvc/tmp/exps/standalone/tmp1", "sqlite:////elsewhere/a.db", "/elsewhere/a.db"),
+        ("", "sqlite:////else%20where/a.db", "/else where/a.db"),
+    ],
+)
+def test_sqlite_addresses_are_absolute_and_outlive_dvcs_copy(
+    tmp_path, monkeypatch, folder, given, address
+):
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if given:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert tracking.tracking_uri() == f"sqlite:///{address.format(root=tmp_path)}"
+
+
+def test_the_users_server_is_used_and_its_password_not_shown(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@runs.example:8443/mlflow")
+    assert tracking.tracking_uri() == "https://me:secret@runs.example:8443/mlflow"
+    assert tracking.public_uri() == "https://runs.example:8443/mlflow"
+
+
+def test_a_users_database_gets_the_experiment_and_keeps_its_artifacts(here, tmp_path, monkeypatch):
+    template = here / "mlflow.db"  # creating one takes seconds; a copy is as foreign
+    (tmp_path / "mine.db").write_bytes(template.read_bytes())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mine.db'}")
+    write_text(tmp_path / "a.txt", "a")
+    with opened() as run:
+        run.log_artifact(tmp_path / "a.txt", "tables")
+    assert [p.name for p in (tmp_path / "mlruns").rglob("*.txt")] == ["a.txt"]
+
+
+def test_a_database_of_another_mlflow_is_one_line(here, monkeypatch, tmp_path):
+    other = tmp_path / "other.db"
+    other.write_bytes((here / "mlflow.db").read_bytes())
+    with closing(sqlite3.connect(other)) as connection, connection:
+        connection.execute("update alembic_version set version_num = '451aebb31d03'")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    message = r"^MLFLOW_TRACKING_URI: .*other\.db cannot be used: .*out-of-date[^\n]*$"
+    with pytest.raises(InputError, match=message):
+        tracking.ui_link()
+
+
+def test_a_deleted_experiment_is_named(here):
+    link = tracking.ui_link()
+    with opened() as run:
+        pass
+    run.client.delete_experiment(run.experiment)
+    assert f"/experiments/{run.experiment}/" in link
+    with pytest.raises(InputError, match=f"restore --experiment-id {run.experiment}"):
+        tracking.ui_link()
+
+
+def test_importing_tracking_does_not_import_mlflow():
+    code = "import sys, sparc3.tracking; sys.exit('mlflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+# A stage's run
+
+
+def test_a_finished_run_carries_what_was_logged(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "attribute@toxicity")
+    monkeypatch.setenv("DVC_EXP_NAME", "rusty-fern")
+    write_text(tmp_path / "circuit.csv", "layer,neuron\n")
+    params = {"select": {"num_neurons": 60, "q": 0.001, "seeds": [0, 1]}, "model.path": "models/x"}
+    with opened(
+        "attribute", {"behaviour": "toxicity"}, params, tags={"digest.model": "abc"}
+    ) as run:
+        run.log_metrics({"reduction": -23.5, "n": 7})
+        run.log_artifact(tmp_path / "circuit.csv", "circuits")
+        run.set_product("def")
+    record = recorded(run)
+    assert (record.info.status, record.info.run_name) == ("FINISHED", "attribute@toxicity")
+    assert record.data.params == {
+        "behaviour": "toxicity",
+        "select.num_neurons": "60",
+        "select.q": "0.001",
+        "select.seeds": "[0, 1]",
+        "model.path": "models/x",
+    }
+    assert record.data.metrics == {"reduction": -23.5, "n": 7.0}
+    assert [a.path for a in run.client.list_artifacts(run.id, "circuits")] == [
+        "circuits/circuit.csv"
+    ]
+    head = call(here, "git", "rev-parse", "HEAD").strip()
+    expected = {
+        "sparc3.stage": "attribute",
+        "sparc3.name": "attribute@toxicity",
+        "sparc3.dvc_stage": "attribute@toxicity",
+        "sparc3.dvc_experiment": "rusty-fern",
+        "sparc3.product": "def",
+        "digest.model": "abc",
+        "mlflow.source.git.commit": head,
+        "sparc3.dirty": "false",
+    }
+    assert expected.items() <= record.data.tags.items()
+    assert "mlflow.parentRunId" not in record.data.tags
+
+
+def test_dirty_means_what_decides_results(here):
+    def dirty():
+        with opened() as run:
+            pass
+        return recorded(run).data.tags["sparc3.dirty"]
+
+    results = [here / "dvc.lock", here / "metrics" / "a.json"]
+    for path in results:
+        write_text(path, "{}")
+    assert dirty() == "false"
+    (here / "params.yaml").write_text("k: 2\n")
+    assert dirty() == "true"
+    call(here, "git", "checkout", "-q", "params.yaml")
+    (here / "sparc3").mkdir()
+    write_text(here / "sparc3" / "new.py", "")  # untracked code decides results too
+    assert dirty() == "true"
+    for path in (*results, here / "sparc3" / "new.py"):
+        path.unlink()
+
+
+def test_without_git_the_commit_is_not_made_up(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    with opened() as run:
+        pass
+    tags = recorded(run).data.tags
+    assert tags["sparc3.dirty"] == "unknown"
+    assert "mlflow.source.git.commit" not in tags
+
+
+@pytest.mark.parametrize(
+    ("error", "tag"),
+    [
+        (InputError("params.yaml: select.k: expected int"), "InputError: params.yaml: select.k: "),
+        (RuntimeError("first line\nsecond line"), "RuntimeError: first line"),
+        (SystemExit(), "SystemExit: SystemExit"),
+    ],
+)
+def test_an_exception_ends_the_run_as_failed_and_goes_on(here, error, tag):
+    with pytest.raises(type(error)) as caught, opened() as run:
+        run.log_metrics({"loss": 1.0})
+        raise error
+    record = recorded(run)
+    assert caught.value is error
+    assert record.info.status == "FAILED"
+    assert record.data.tags["sparc3.error"].startswith(tag)
+    assert "second" not in record.data.tags["sparc3.error"]
+    assert record.data.metrics == {"loss": 1.0}
+
+
+def test_signals_end_the_run_as_killed(project):
+    sent = {"term": signal.SIGTERM, "int": signal.SIGINT}
+    processes = {name: start(project, name, "60") for name in sent}
+    for name, process in processes.items():
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        process.send_signal(sent[name])
+    codes = {name: process.wait(timeout=50) for name, process in processes.items()}
+    assert codes == {"term": 128 + 15, "int": -signal.SIGINT}
+    status = {str(r.info.run_name): r.info.status for r in all_runs(project, "sparc3")}
+    assert {name: status[name] for name in sent} == dict.fromkeys(sent, "KILLED")
+
+
+def test_handlers_of_signals_are_put_back(here):
+    before = signal.getsignal(signal.SIGTERM)
+    with opened():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_not_finite_is_an_error(here, value):
+    with pytest.raises(ValueError, match="metric 'ppl' is"), opened() as run:
+        run.log_metrics({"loss": 1.0, "ppl": value})
+    assert recorded(run).info.status == "FAILED"
+    assert recorded(run).data.metrics == {}
+
+
+def test_artifacts_are_files_and_no_tensors(here, tmp_path):
+    with opened() as run:
+        with pytest.raises(InputError, match=r"gone\.csv: file not found"):
+            run.log_artifact(tmp_path / "gone.csv")
+        with pytest.raises(ValueError, match="kept by DVC"):
+            run.log_artifact(tmp_path / "scores.safetensors")
+
+
+def test_many_and_long_values_fit_and_stay_distinct(here):
+    many = {f"key.{i}": i for i in range(250)}
+    long = {"a": "x" * 20_000, "b": "x" * 20_001}
+    with opened(params=many | long, tags=long) as run:
+        run.log_metrics({key: float(value) for key, value in many.items()})
+    data = recorded(run).data
+    assert {key: int(data.params[key]) for key in many} == many
+    assert data.metrics == many
+    for logged in (data.params, data.tags):
+        assert logged["a"].startswith("xxx")
+        assert logged["a"] != logged["b"]
+        assert "20000 characters" in logged["a"]
+        assert len(logged["a"]) <= 6000
+
+
+def test_secrets_reach_neither_the_database_nor_the_artifacts(here, tmp_path, monkeypatch):
+    secret = "hf_neverToBeSeenAnywhere"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    write_text(tmp_path / "completions.jsonl", f"... {secret} ...")
+    with pytest.raises(InputError, match="holds a token"), opened() as run:
+        run.log_artifact(tmp_path / "completions.jsonl")
+    with (
+        pytest.raises(RuntimeError),
+        opened(params={"url": f"x?{secret}"}, tags={"t": secret}) as run,
+    ):
+        run.set_tags({"u": f"bearer {secret}"})
+        raise RuntimeError(f"401 for https://hub?token={secret}")
+    data = recorded(run).data
+    assert data.params["url"] == "x?***"
+    assert data.tags["sparc3.error"] == "RuntimeError: 401 for https://hub?token=***"
+    files = [here / "mlflow.db", *(p for p in (here / "mlruns").rglob("*") if p.is_file())]
+    assert len(files) > 1
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_flatten_and_interval():
+    nested = {"a": {"b": {"c": 1}, "d": [1, {"e": 2}]}, "f": None, "g": {}, "h": True}
+    flat = {"a.b.c": "1", "a.d": '[1, {"e": 2}]', "f": "null", "g": "{}", "h": "true"}
+    assert tracking.flatten(nested) == flat
+    assert tracking.flatten(tracking.flatten(nested)) == flat
+    difference = {"value": -3.0, "low": -5.0, "high": -1.0, "p": 0.01, "mde": None}
+    named = {"reduction": -3.0, "reduction_low": -5.0, "reduction_high": -1.0, "reduction_p": 0.01}
+    assert tracking.interval("reduction", difference) == named
+
+
+# Nesting
+
+
+def test_a_stage_of_main_is_nested_and_one_started_alone_is_that_run(here, monkeypatch):
+    with opened("main") as outer:
+        monkeypatch.setenv("MLFLOW_RUN_ID", outer.id)
+        handed = tracking.hand_down(os.environ)
+    assert "MLFLOW_RUN_ID" not in handed
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    monkeypatch.setenv("SPARC3_PARENT_RUN_ID", handed["SPARC3_PARENT_RUN_ID"])
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another one")  # the parent's counts
+    with opened("prepare") as inner:
+        pass
+    assert recorded(inner).data.tags["mlflow.parentRunId"] == outer.id
+    assert recorded(inner).info.experiment_id == outer.experiment
+
+    monkeypatch.delenv("SPARC3_PARENT_RUN_ID")
+    monkeypatch.setenv("MLFLOW_RUN_ID", inner.id)
+    with opened("select", params={"k": 3}) as same:
+        pass
+    assert same.id == inner.id
+    assert recorded(inner).info.run_name == "select"
+    assert recorded(inner).data.params == {"k": "3"}
+
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    with pytest.raises(InputError, match=r"^MLFLOW_RUN_ID: 0+ is not a run of"), opened():
+        pass
+
+
+def test_mlflow_run_opens_the_stages_run_and_is_the_parent_of_mains(project):
+    entry = (
+        "import os, subprocess; from sparc3.tracking import hand_down; "
+        "env = hand_down(os.environ); "
+        "subprocess.run(['python', 'stage.py', 'inner', '0'], env=env, check=True)"
+    )
+    write_text(
+        project / "MLproject",
+        "name: sparc3\nentry_points:\n"
+        '  alone: {command: "python stage.py alone 0"}\n'
+        f'  main: {{command: "python -c \\"{entry}\\""}}\n',
+    )
+    write_text(
+        project / "both.py",
+        "import mlflow\n"
+        + "".join(
+            f"mlflow.run('.', {name!r}, env_manager='local')\n" for name in ("alone", "main")
+        ),
+    )
+    before = {r.info.run_id for r in all_runs(project, "sparc3")}
+    call(project, sys.executable, "both.py")
+    runs = [r for r in all_runs(project, "sparc3") if r.info.run_id not in before]
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    alone = [r for r in runs if r.data.tags.get("sparc3.stage") == "alone"]
+    (main,) = [r for r in runs if r.data.tags.get("mlflow.project.entryPoint") == "main"]
+    (inner,) = [r for r in runs if r.data.tags.get("sparc3.stage") == "inner"]
+    assert [r.data.tags["mlflow.project.entryPoint"] for r in alone] == ["alone"]
+    assert inner.data.tags["mlflow.parentRunId"] == main.info.run_id
+    assert len(runs) == 3
+
+
+def test_an_experiment_in_dvcs_temporary_copy_is_kept(project, tmp_path):
+    call(tmp_path, "git", "clone", "-q", str(project), "work")
+    work = tmp_path / "work"
+    (work / "mlflow.db").write_bytes((project / "mlflow.db").read_bytes())
+    call(work, "dvc", "init", "-q")
+    write_text(
+        work / "dvc.yaml",
+        "stages:\n  select:\n    cmd: python stage.py select 0 && cp note.txt out.txt\n"
+        "    params: [k]\n    outs: [out.txt]\n",
+    )
+    write_text(work / ".gitignore", "/mlflow.db*\n/mlruns/\nnote.txt\n/out.txt\n")
+    commit(work)
+    identity = {
+        f"GIT_{role}_{key}": "a@b" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")
+    }
+    call(
+        work,
+        "dvc",
+        "exp",
+        "run",
+        "--temp",
+        "--name",
+        "rusty-fern",
+        "-S",
+        "k=2",
+        MLFLOW_EXPERIMENT_NAME="temp",
+        **identity,
+    )
+    (run,) = all_runs(work, "temp")
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["sparc3.dvc_experiment"] == "rusty-fern"
+    assert run.data.tags["sparc3.dirty"] == "true"  # params.yaml is not the commit's
+    assert not list((work / ".dvc/tmp/exps/standalone").glob("*/stage.py")), "the copy is gone"
+    kept = work / "mlruns" / "temp" / run.info.run_id / "artifacts" / "note.txt"
+    assert kept.read_text() == "select"
+
+
+# The comparison
+
+
+def rows(tmp_path, reduction=-20.0):
+    circuit = tmp_path / "circuit.csv"
+    write_text(circuit, f"layer,neuron,score,scale\n0,1,{reduction},0\n")
+    return [
+        tracking.Row("toxicity", "lrp", {"reduction": reduction}, [circuit], ["evaluate@toxicity"]),
+        tracking.Row("toxicity", "random", {"reduction": 1.0}, (), ["evaluate@toxicity"]),
+        tracking.Row("race", "lrp", {"reduction": -2.0}, (), ["evaluate@race"]),
+    ]
+
+
+def compare(rows, state, params, products):
+    with opened("report") as report:
+        parent = tracking.pipeline_run(report, state, params, rows, products)
+    return report, parent
+
+
+def test_one_run_per_state_with_a_row_per_cell_however_often(here, tmp_path, request):
+    with opened("evaluate", {"behaviour": "toxicity"}) as maker:
+        maker.set_product("p1")
+    with opened("evaluate", {"behaviour": "toxicity"}) as other:
+        other.set_product("p2")
+    with pytest.raises(KeyError), opened("evaluate", {"behaviour": "toxicity"}) as failed:
+        failed.set_product("p1")
+        raise KeyError
+    products = {"evaluate@toxicity": "p1", "evaluate@race": "never made here"}
+    params = {"select": {"num_neurons": 60}}
+
+    report, parent = compare(rows(tmp_path), "s1", params, products)
+    again, same = compare(rows(tmp_path, reduction=-21.0), "s1", params, products)
+    assert same == parent
+
+    runs = {r.info.run_id: r for r in all_runs(here, request.node.name)}
+    cells = {
+        str(r.info.run_name): r
+        for r in runs.values()
+        if r.data.tags.get("sparc3.row", "all") != "all"
+    }
+    assert sorted(cells) == ["race/lrp", "toxicity/lrp", "toxicity/random"]
+    assert len(runs) == 3 + 2 + 1 + 3  # evaluate, report, parent, rows
+    for name, cell in cells.items():
+        assert cell.info.status == "FINISHED"
+        assert cell.data.tags["mlflow.parentRunId"] == parent
+        behaviour, method = name.split("/")
+        assert cell.data.params == {
+            "select.num_neurons": "60",
+            "behaviour": behaviour,
+            "method": method,
+        }
+    lrp = cells["toxicity/lrp"]
+    assert lrp.data.metrics == {"reduction": -21.0}
+    assert lrp.data.tags["stage.evaluate.toxicity"] == maker.id
+    assert "stage.evaluate.race" not in cells["race/lrp"].data.tags
+    artifact = maker.client.download_artifacts(lrp.info.run_id, "circuit.csv")
+    assert "-21.0" in Path(artifact).read_text()
+    # A value that did not change has one entry in the history, one that did has two.
+    history = [
+        len(maker.client.get_metric_history(cells[c].info.run_id, "reduction")) for c in cells
+    ]
+    assert dict(zip(cells, history, strict=True)) == {
+        "toxicity/lrp": 2,
+        "toxicity/random": 1,
+        "race/lrp": 1,
+    }
+
+    top = runs[parent]
+    assert top.info.status == "FINISHED"
+    assert top.data.params == {"select.num_neurons": "60"}
+    assert top.data.metrics == {
+        "toxicity/lrp/reduction": -21.0,
+        "toxicity/random/reduction": 1.0,
+        "race/lrp/reduction": -2.0,
+    }
+    nested = {i for i, r in runs.items() if r.data.tags.get("mlflow.parentRunId") == parent}
+    assert nested == {maker.id, report.id, again.id, *(c.info.run_id for c in cells.values())}
+
+    # Another state: its own parent and rows; a stage run reused from the first stays where it was.
+    _, second = compare(rows(tmp_path), "s2", {"select": {"num_neurons": 25}}, products)
+    assert second != parent
+    assert len(all_runs(here, request.node.name)) == len(runs) + 1 + 1 + 3
+    assert recorded(maker).data.tags["mlflow.parentRunId"] == parent
+    assert maker.client.get_run(second).data.tags["stage.evaluate.toxicity"] == maker.id
+
+
+def test_under_main_its_own_run_is_the_parent_of_the_rows(here, tmp_path, monkeypatch):
+    with opened("main") as main:
+        monkeypatch.setenv("SPARC3_PARENT_RUN_ID", main.id)
+        _, parent = compare(rows(tmp_path), "s", {"k": 1}, {})
+        assert recorded(main).info.status == "RUNNING"
+    assert parent == main.id
+    assert recorded(main).data.metrics["toxicity/lrp/reduction"] == -20.0
+    monkeypatch.delenv("SPARC3_PARENT_RUN_ID")
+    _, found = compare(rows(tmp_path), "s", {"k": 1}, {})
+    assert found == main.id
+
+
+def test_a_comparison_that_breaks_off_is_not_left_running(here, tmp_path, request):
+    broken = [*rows(tmp_path), tracking.Row("race", "random", {"reduction": float("nan")})]
+    with pytest.raises(ValueError, match="reduction"):
+        compare(broken, "s", {"k": 1}, {})
+    status = {str(r.info.run_name): r.info.status for r in all_runs(here, request.node.name)}
+    assert status == {
+        "report": "FAILED",
+        "pipeline s": "FAILED",
+        "race/random": "FAILED",
+        "toxicity/lrp": "FINISHED",
+        "toxicity/random": "FINISHED",
+        "race/lrp": "FINISHED",
+    }
+    _, parent = compare(rows(tmp_path), "s", {"k": 1}, {})
+    by_id = {r.info.run_id: r.info.status for r in all_runs(here, request.node.name)}
+    assert by_id[parent] == "FINISHED"
+
+
+# The UI
+
+
+def test_a_port_that_is_taken_is_named(here):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"PORT: {port} .* make ui PORT={port + 1}"):
+            tracking.serve(port)
+
+
+def test_the_link_of_a_server_is_the_servers(here, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9/")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "7")
+    link = tracking.ui_link()
+    assert link == "http://127.0.0.1:9/#/experiments/7/runs?workflowType=machine_learning"
