@@ -121,7 +121,9 @@ def test_only_the_circuit_is_touched_and_embeddings_are_not(family):
     projections = {owners[id(p)] for mlp in models.mlps(model) for p in mlp if p is not None}
     assert {name.rpartition(".")[0] for name in changed(before, bits(model))} <= projections
     if model.config.tie_word_embeddings:
-        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        assert head is not None
+        assert embedding.weight is head.weight
 
 
 def test_pruning_twice_is_pruning_once():

@@ -1,0 +1,155 @@
+"""Export: the pruned model as a folder that plain transformers loads, with its model card.
+
+python -m sparc3 export --behaviour toxicity --method lrp --folder exported/toxicity
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sparc3 import models
+from sparc3.artifacts import circuit_path, metrics_path
+from sparc3.errors import InputError
+from sparc3.files import digest, read_json, write_text
+from sparc3.params import Params
+from sparc3.prune import Circuit, prune_weights, read_circuit
+
+LEGEND = """\
+Differences between this model and the unpruned one, with 95 % intervals. ppl_delta and reduction
+are in percent of the unpruned model; ss, lms, icat and toxic_probability in points; margin and
+nll_shift in nats per token. `test` is held out; `in_sample` was measured on the prompts that the
+neurons were chosen on; `against_control` compares with as many random neurons."""
+
+
+def differences(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, difference) of every difference in a tree of metrics, names joined by dots."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            if {"value", "low", "high"} <= value.keys():
+                yield prefix + key, value
+            else:
+                yield from differences(value, f"{prefix}{key}.")
+
+
+def evaluation_table(tree: Mapping[str, Any]) -> str:
+    """Markdown: one row per difference, with its interval, p-value and number of clusters."""
+    lines = ["| measure | change | low | high | p | clusters |", "|---|---|---|---|---|---|"]
+    for name, row in differences(tree):
+        cells = [_number(row.get(key)) for key in ("value", "low", "high", "p", "n")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def neuron_list(circuit: Circuit) -> str:
+    """Markdown: one line per layer, its neurons in order; a dampened one with its scale."""
+    rows = sorted(circuit.rows())
+    lines = []
+    for layer, members in groupby(rows, key=lambda row: row[0]):
+        names = [f"{n} ({s:.3g})" if s else str(n) for _, n, _, s in members]
+        lines.append(f"- layer {layer}: {', '.join(names)}")
+    return "\n".join(lines) or "none"
+
+
+def card(
+    params: Params,
+    behaviour: str,
+    method: str,
+    circuit: Circuit,
+    sha256: str,
+    evaluation: Mapping[str, Any] | None,
+) -> str:
+    """The model card. `evaluation`: the circuit's differences, or None if it was not evaluated."""
+    model = params.model
+    removed = sum(scale == 0 for scale in circuit.scales.tolist())
+    at = f", revision {model.revision}" if model.revision else ""
+    measured = (
+        f"`metrics/evaluate/{behaviour}.json` was not there when this model was written."
+        if evaluation is None
+        else f"{LEGEND}\n\n{evaluation_table(evaluation)}"
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- sparc3
+- pruned
+---
+
+# {Path(model.path).name} without {len(circuit)} neurons of {behaviour}
+
+{model.path}{at}, in {model.dtype}, with {removed} MLP neurons removed and {len(circuit) - removed}
+dampened by [sparc3](https://arxiv.org/abs/2506.13727): the neurons that method `{method}` finds to
+serve {behaviour}. Nothing was trained. A removed neuron has zero weights throughout; a dampened one
+has its column of the MLP's output projection multiplied by its scale.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+## Evaluation
+
+{measured}
+
+## Neurons
+
+`circuit.csv` (sha256 {sha256}) lists them with their scores; by layer, from 0, with the scale of
+the dampened ones in brackets:
+
+{neuron_list(circuit)}
+"""
+
+
+def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, float]:
+    """Write the model pruned by a circuit: safetensors, tokenizer, README.md and circuit.csv.
+
+    `method` names the circuit of `behaviour` (a control with several draws has one for each), and
+    `folder` must be new or empty. It appears when it is complete. Returns the numbers of neurons.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: there is something already; name a new or an empty folder")
+    source = circuit_path(behaviour, method)
+    circuit = read_circuit(source)
+    metrics = metrics_path("evaluate", behaviour)
+    evaluation = None
+    if metrics.exists():
+        circuits = read_json(metrics)["circuits"]
+        if method not in circuits:
+            raise InputError(
+                f"{metrics}: no circuit {method!r}; run the evaluate stage again (dvc repro)"
+            )
+        evaluation = circuits[method]
+        if evaluation["num_neurons"] != len(circuit):
+            raise InputError(
+                f"{metrics}: {evaluation['num_neurons']} neurons in circuit {method!r}, but "
+                f"{len(circuit)} in {source}; run the evaluate stage again (dvc repro)"
+            )
+    tokenizer = models.tokenizer(params.model.path, params.model.revision)
+    model = models.load(params.model.path, params.model.revision, params.model.dtype)
+    prune_weights(model, circuit)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.copyfile(source, temporary / "circuit.csv")
+        text = card(params, behaviour, method, circuit, digest(source), evaluation)
+        write_text(temporary / "README.md", text)
+        for file in temporary.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    removed = int((circuit.scales == 0).sum())
+    return {"removed": float(removed), "dampened": float(len(circuit) - removed)}
