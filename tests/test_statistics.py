@@ -1,0 +1,605 @@
+"""Every formula against a naive loop, closed forms and identities; calibration by simulation."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sparc3 import statistics
+from sparc3.errors import InputError
+from sparc3.statistics import Difference, Estimate
+
+LEVEL = 0.95
+
+
+def skewed(rng, *shape):
+    """Scores in [0, 1] as a toxicity classifier gives them: most near 0, some near 1."""
+    toxic = rng.random(shape) < 0.25
+    return np.where(toxic, rng.beta(3, 1.5, shape), rng.beta(0.5, 12, shape))
+
+
+def icat(means):
+    ss, lms = means[:, 0], means[:, 1]
+    return lms * np.minimum(ss, 100 - ss) / 50
+
+
+# --- naive re-implementations ----------------------------------------------------------------
+
+
+def naive_interval(drawn, n):
+    """The k-th smallest draw, k = ceil(tail * draws), tail widened for n clusters."""
+    reach = math.sqrt(n / (n - 1)) * stats.t.ppf(1 - (1 - LEVEL) / 2, n - 1)
+    tail = stats.norm.cdf(-reach)
+    ordered = sorted(drawn)
+    return tuple(ordered[math.ceil(q * len(drawn)) - 1] for q in (tail, 1 - tail))
+
+
+def naive_resamples(clusters, resamples, seed):
+    """Lists of row numbers: whole clusters drawn with replacement."""
+    names = sorted(set(clusters))
+    rows = {name: [i for i, c in enumerate(clusters) if c == name] for name in names}
+    drawn = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
+    return [[i for k in draw for i in rows[names[k]]] for draw in drawn]
+
+
+def naive_p(before, after, clusters, effect):
+    """Share of all swap patterns with an effect at least as large."""
+    names = sorted(set(clusters))
+    observed = abs(effect(before, after))
+    extreme = 0
+    for pattern in itertools.product([False, True], repeat=len(names)):
+        swapped = np.array([pattern[names.index(c)] for c in clusters])
+        swapped = swapped.reshape((-1,) + (1,) * (before.ndim - 1))
+        b, a = np.where(swapped, after, before), np.where(swapped, before, after)
+        extreme += abs(effect(b, a)) >= observed - 1e-9
+    return extreme / 2 ** len(names)
+
+
+CLUSTERS = ["g", "a", "b", "a", "c", "d", "d", "d", "e", "f", "g", "b", "a", "h"]
+
+
+def compare(found, effect, resamples, n):
+    low, high = naive_interval([effect(rows) for rows in resamples], n)
+    assert found.value == pytest.approx(effect(range(len(CLUSTERS))))
+    assert found.low == pytest.approx(low)
+    assert found.high == pytest.approx(high)
+    assert found.n == n
+
+
+@pytest.fixture
+def scores():
+    rng = np.random.default_rng(3)
+    return skewed(rng, 14), 0.8 * skewed(rng, 14)
+
+
+def test_paired_difference_is_the_naive_loop(scores):
+    before, after = scores
+    found = statistics.paired_difference(before, after, CLUSTERS, resamples=400, seed=5)
+    resamples = naive_resamples(CLUSTERS, 400, 5)
+    compare(found, lambda rows: np.mean([after[i] - before[i] for i in rows]), resamples, 8)
+    assert found.p == naive_p(before, after, CLUSTERS, lambda b, a: a.mean() - b.mean())
+    student = stats.t(7)
+    half = (found.high - found.low) / 2
+    assert found.mde == pytest.approx(half * (1 + student.ppf(0.8) / student.ppf(0.975)))
+
+
+def test_relative_change_is_the_naive_loop(scores):
+    before, after = scores
+    found = statistics.relative_change(before, after, CLUSTERS, resamples=400, seed=6)
+
+    def percent(rows):
+        rows = list(rows)
+        return 100 * (sum(after[rows]) / sum(before[rows]) - 1)
+
+    compare(found, percent, naive_resamples(CLUSTERS, 400, 6), 8)
+    assert found.p == naive_p(before, after, CLUSTERS, lambda b, a: a.mean() - b.mean())
+
+
+def test_perplexity_change_is_the_naive_loop(scores):
+    tokens = np.arange(20, 34)
+    before, after = scores[0] * tokens, scores[1] * tokens
+    found = statistics.perplexity_change(before, after, tokens, CLUSTERS, resamples=400, seed=7)
+
+    def percent(rows):
+        rows = list(rows)
+        perplexities = [math.exp(nll[rows].sum() / tokens[rows].sum()) for nll in (before, after)]
+        return 100 * (perplexities[1] / perplexities[0] - 1)
+
+    compare(found, percent, naive_resamples(CLUSTERS, 400, 7), 8)
+    assert found.p == naive_p(before, after, CLUSTERS, lambda b, a: a.sum() - b.sum())
+
+
+def test_derived_statistic_is_the_naive_loop():
+    rng = np.random.default_rng(1)
+    before, after = 100 * rng.random((14, 2)), 100 * rng.random((14, 2))
+
+    def change(b, a):
+        return (icat(a.mean(0, keepdims=True)) - icat(b.mean(0, keepdims=True)))[0]
+
+    found = statistics.paired_difference(before, after, CLUSTERS, icat, resamples=400, seed=8)
+    resamples = naive_resamples(CLUSTERS, 400, 8)
+    compare(found, lambda rows: change(before[list(rows)], after[list(rows)]), resamples, 8)
+    assert found.p == naive_p(before, after, CLUSTERS, change)
+
+
+def test_mean_interval_is_the_naive_loop(scores):
+    found = statistics.mean_interval(scores[0], CLUSTERS, resamples=400, seed=9)
+    resamples = naive_resamples(CLUSTERS, 400, 9)
+    compare(found, lambda rows: scores[0][list(rows)].mean(), resamples, 8)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(statistics.correlation, stats.pearsonr), (statistics.rank_agreement, stats.spearmanr)],
+)
+def test_correlations_are_the_naive_loop(ours, theirs):
+    rng = np.random.default_rng(2)
+    x = rng.integers(0, 6, 14)  # ties
+    y = 1000 + x + rng.normal(size=14)
+    found = ours(x, y, CLUSTERS, resamples=400, seed=4)
+    resamples = naive_resamples(CLUSTERS, 400, 4)
+    compare(found, lambda rows: theirs(x[list(rows)], y[list(rows)]).statistic, resamples, 8)
+
+
+def test_correlation_difference_is_the_naive_loop():
+    rng = np.random.default_rng(12)
+    shared, first, second = rng.normal(size=(3, 14)) + rng.normal(size=14)
+    found = statistics.correlation_difference(
+        shared, first, second, CLUSTERS, resamples=400, seed=2
+    )
+
+    def gap(rows):
+        s, a, b = (v[list(rows)] for v in (shared, first, second))
+        return np.corrcoef(s, a)[0, 1] - np.corrcoef(s, b)[0, 1]
+
+    compare(found, gap, naive_resamples(CLUSTERS, 400, 2), 8)
+
+
+def test_cluster_means_by_hand():
+    values = [[1, 10], [2, 20], [3, 60], [7, 0]]
+    assert statistics.cluster_means(values, ["b", "a", "b", "b"]).tolist() == [
+        [2, 20],
+        [11 / 3, 70 / 3],
+    ]
+
+
+def test_independent_samples_are_resampled_apart():
+    """Each sample's weights sum to its own size in every draw."""
+    seen = []
+
+    def statistic(weights):
+        seen.append(weights)
+        return weights[:, 0]
+
+    found = statistics.bootstrap(statistic, [6, 9, 7], resamples=50)
+    drawn = np.concatenate(seen)
+    assert found.n == 6
+    for start, stop in ((0, 6), (6, 15), (15, 22)):
+        assert (drawn[:, start:stop].sum(1) == stop - start).all()
+    assert len(np.unique(drawn[:, :6].sum(1))) == 1
+    assert drawn.std(0).min() > 0
+
+
+# --- exact p-values --------------------------------------------------------------------------
+
+
+def test_exact_p_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    before, after = skewed(rng, 11), skewed(rng, 11)
+    p = stats.permutation_test(
+        (after - before,), np.mean, permutation_type="samples", n_resamples=10**6
+    ).pvalue
+    assert statistics.paired_difference(before, after, resamples=10).p == pytest.approx(p)
+
+
+def test_ties_count_as_extreme():
+    """Five rises and one fall of one size: sums of 4 or 6 come from 2 (6 + 1) of 64 patterns."""
+    before, after = [0.1] * 6 + [0.3], [0.3] * 5 + [-0.1, 0.3]
+    assert statistics.paired_difference(before, after, resamples=10).p == 14 / 64
+
+
+def test_smallest_p_of_the_smallest_sample_is_below_five_percent():
+    assert statistics.paired_difference(np.zeros(6), np.ones(6), resamples=10).p == 2 / 64
+
+
+def test_sampled_p_approaches_the_exact_one_and_is_never_zero(monkeypatch):
+    rng = np.random.default_rng(5)
+    before = skewed(rng, 14)
+    after = before - 0.1 * rng.random(14) + 0.04
+    exact = statistics.paired_difference(before, after, resamples=10).p
+    monkeypatch.setattr(statistics, "MAX_ENUMERATED", 0)
+    sampled = statistics.paired_difference(before, after, resamples=40_000).p
+    assert 0.005 < exact < 0.5
+    assert sampled == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 40_000))
+    assert statistics.paired_difference(before, before + 1, resamples=99).p == 1 / 100
+
+
+# --- closed forms ----------------------------------------------------------------------------
+
+
+def test_widened_quantiles_of_known_draws():
+    """A statistic that returns 1, 2, ... makes the interval's ends the ranks that are read."""
+    counter = itertools.count(1)
+
+    def ranks(weights):
+        return np.array([next(counter) for _ in weights], dtype=float)
+
+    found = statistics.bootstrap(ranks, 8, resamples=10_000)
+    tail = stats.norm.cdf(-math.sqrt(8 / 7) * stats.t.ppf(0.975, 7))
+    assert (found.low, found.high) == (math.ceil(10_000 * tail), math.ceil(10_000 * (1 - tail)))
+    assert tail == pytest.approx(0.0057, abs=0.0001)
+
+
+@pytest.mark.parametrize("n", [6, 12, 400])
+def test_interval_of_normal_differences_is_students(n):
+    """For evenly spread data a bootstrap mean is nearly normal: +- t * standard error."""
+    after = stats.norm.ppf((np.arange(n) + 0.5) / n)
+    found = statistics.paired_difference(np.zeros(n), after + 3, resamples=20_000)
+    half = stats.t.ppf(0.975, n - 1) * after.std(ddof=1) / math.sqrt(n)
+    assert found.low == pytest.approx(3 - half, abs=0.08 * half)
+    assert found.high == pytest.approx(3 + half, abs=0.08 * half)
+    power = stats.t.ppf(0.8, n - 1) * after.std(ddof=1) / math.sqrt(n)
+    assert found.mde == pytest.approx(half + power, rel=0.08)
+
+
+def test_perplexity_change_of_a_uniform_rise():
+    """Every token 0.01 nats less likely: perplexity times e^0.01, whatever the resample."""
+    tokens = np.arange(10, 40)
+    nll = 3.0 * tokens
+    found = statistics.perplexity_change(nll, nll + 0.01 * tokens, tokens, resamples=500)
+    rise = 100 * (math.exp(0.01) - 1)
+    assert [found.value, found.low, found.high] == pytest.approx([rise] * 3)
+
+
+# --- identities ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clusters", [None, list("abcdefghijabcdefghij")])
+@pytest.mark.parametrize("level", [0.2, 0.0])
+def test_identical_before_and_after_is_no_change(clusters, level):
+    scores = level * np.random.default_rng(0).random(20)
+    tokens = np.full(20, 30)
+    nothing = Difference(value=0, low=0, high=0, p=1, n=10 if clusters else 20, mde=0)
+    for found in (
+        statistics.paired_difference(scores, scores, clusters, resamples=200),
+        statistics.relative_change(scores, scores, clusters, resamples=200),
+        statistics.reduction(scores, scores, clusters, resamples=200),
+        statistics.perplexity_change(scores, scores, tokens, clusters, resamples=200),
+    ):
+        assert found == nothing
+        assert "-" not in json.dumps(found.as_dict())
+
+
+def test_exchanging_the_models_turns_the_sign(scores):
+    before, after = scores
+    forth = statistics.paired_difference(before, after, CLUSTERS, resamples=999)
+    back = statistics.paired_difference(after, before, CLUSTERS, resamples=999)
+    assert [back.value, back.p, back.n] == pytest.approx([-forth.value, forth.p, forth.n])
+    assert back.low == pytest.approx(-forth.high, abs=0.02)
+    assert back.high == pytest.approx(-forth.low, abs=0.02)
+
+
+def test_reduction_is_relative_change_turned(scores):
+    before, after = scores
+    change = statistics.relative_change(before, after, CLUSTERS, resamples=300)
+    found = statistics.reduction(before, after, CLUSTERS, resamples=300)
+    assert (found.value, found.low, found.high) == (-change.value, -change.high, -change.low)
+    assert (found.p, found.n, found.mde) == (change.p, change.n, change.mde)
+
+
+def test_relative_change_has_no_unit(scores):
+    before, after = scores
+    plain = statistics.relative_change(before, after, resamples=300)
+    scaled = statistics.relative_change(100 * before, 100 * after, resamples=300)
+    assert list(plain.as_dict().values()) == pytest.approx(list(scaled.as_dict().values()))
+
+
+def test_what_does_not_matter(scores):
+    """Names of clusters that keep their order, copies of every prompt, a shift of both models."""
+    before, after = scores
+    codes = np.unique(CLUSTERS, return_inverse=True)[1]
+    found = [
+        statistics.paired_difference(before, after, CLUSTERS, resamples=300),
+        statistics.paired_difference(before, after, codes * 10, resamples=300),
+        statistics.paired_difference(
+            np.repeat(before, 3), np.repeat(after, 3), np.repeat(CLUSTERS, 3), resamples=300
+        ),
+        statistics.paired_difference(before + 7, after + 7, CLUSTERS, resamples=300),
+    ]
+    for other in found[1:]:
+        assert list(other.as_dict().values()) == pytest.approx(list(found[0].as_dict().values()))
+
+
+def test_every_prompt_its_own_cluster_is_no_clusters(scores):
+    before, after = scores
+    alone = statistics.paired_difference(before, after, list(range(14)), resamples=300)
+    assert alone == statistics.paired_difference(before, after, resamples=300)
+
+
+def test_copies_in_a_cluster_are_no_evidence(scores):
+    """Twenty copies of a prompt: as one cluster nothing is gained, as prompts the interval lies."""
+    before, after = (np.repeat(s, 20) for s in scores)
+    honest = statistics.paired_difference(before, after, np.repeat(range(14), 20), resamples=999)
+    naive = statistics.paired_difference(before, after, resamples=999)
+    once = statistics.paired_difference(*scores, resamples=999)
+    assert honest.high - honest.low == pytest.approx(once.high - once.low)
+    assert naive.high - naive.low < 0.35 * (once.high - once.low)
+
+
+def test_result_does_not_depend_on_the_block(scores, monkeypatch):
+    """Memory is bounded by blocks of resamples; odd ones too must leave the draws as they are."""
+    before, after = (np.tile(s, 2) for s in scores)
+    whole = statistics.paired_difference(before, after, resamples=301)
+    agreement = statistics.rank_agreement(before, after, resamples=301)
+    monkeypatch.setattr(statistics, "BLOCK", 7 * 28)
+    assert statistics.paired_difference(before, after, resamples=301) == whole
+    assert statistics.rank_agreement(before, after, resamples=301) == agreement
+
+
+def test_blocks_bound_the_memory(monkeypatch):
+    monkeypatch.setattr(statistics, "BLOCK", 1000)
+    seen = []
+
+    def statistic(weights):
+        seen.append(len(weights))
+        return weights[:, 0]
+
+    statistics.bootstrap(statistic, 10, resamples=250)
+    statistics.bootstrap(statistic, 10, width=400, resamples=5)
+    assert seen == [100, 100, 50, 1, 2, 2, 1, 1]  # the value itself comes last, once per call
+
+
+def test_seed_decides(scores):
+    first, again, other = (
+        statistics.paired_difference(*scores, resamples=300, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert (first.low, first.high) != (other.low, other.high)
+    assert first.value == other.value
+
+
+# --- controls and families -------------------------------------------------------------------
+
+
+def test_rank_among_random_draws():
+    found = statistics.against_draws(3.0, [1.0, 3.0, 5.0, -1.0])
+    assert found.as_dict() == {"value": 3, "mean": 2, "low": -1, "high": 5, "p": 3 / 5, "n": 4}
+    assert statistics.against_draws(9.0, np.zeros(19)).p == 1 / 20
+    assert statistics.against_draws(0.0, np.zeros(19)).p == 1
+
+
+def test_rank_p_of_an_exchangeable_effect_is_uniform():
+    effects = np.random.default_rng(0).normal(size=(4000, 20))
+    p = [statistics.against_draws(row[0], row[1:]).p for row in effects]
+    shares = np.bincount(np.round(np.array(p) * 20).astype(int), minlength=21)[1:] / 4000
+    assert np.abs(shares - 0.05).max() < 4 * math.sqrt(0.05 * 0.95 / 4000)
+
+
+def test_holm_is_the_closed_bonferroni_test():
+    """p of a hypothesis: the largest Bonferroni p of any family of hypotheses that holds it."""
+    rng = np.random.default_rng(0)
+    for p in ([0.01, 0.04, 0.03, 0.005], [0.5, 0.5], [0.2], *rng.random((20, 5)) ** 2):
+        members = range(len(p))
+        families = [f for k in members for f in itertools.combinations(members, k + 1)]
+        bonferroni = {f: min(1, len(f) * min(p[i] for i in f)) for f in families}
+        naive = [max(bonferroni[f] for f in families if i in f) for i in members]
+        assert statistics.holm(p) == pytest.approx(naive)
+    assert statistics.holm([]) == []
+
+
+def test_holm_by_hand():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+# --- correlations ----------------------------------------------------------------------------
+
+
+def test_perfect_agreement():
+    x = np.random.default_rng(0).random(20)
+    assert statistics.rank_agreement(x, np.exp(9 * x), resamples=300).low == pytest.approx(1)
+    assert statistics.rank_agreement(x, -x, resamples=300).high == pytest.approx(-1)
+    assert statistics.correlation(x, 1e6 + 2 * x, resamples=300).low == pytest.approx(1)
+
+
+@pytest.mark.parametrize("correlate", [statistics.correlation, statistics.rank_agreement])
+def test_a_constant_scorer_says_nothing(correlate):
+    nothing = Estimate(value=0, low=-1, high=1, n=10)
+    assert correlate(np.full(10, 0.1), np.arange(10), resamples=100) == nothing
+    assert correlate(np.arange(10), np.full(10, 0.1), resamples=100) == nothing
+
+
+def test_a_resample_without_variation_counts_as_no_correlation():
+    """One row in ten differs: a resample without it, probability 0.9^10, has correlation 0."""
+    x = np.zeros(10)
+    x[4] = 1
+    for correlate in (statistics.correlation, statistics.rank_agreement):
+        found = correlate(x, x, resamples=500)
+        assert found.value == pytest.approx(1)
+        assert found.low == 0
+
+
+def test_correlation_interval_against_fisher():
+    """Normal data, n = 300: Fisher's z interval."""
+    rng = np.random.default_rng(8)
+    x = rng.normal(size=300)
+    y = 0.6 * x + 0.8 * rng.normal(size=300)
+    found = statistics.correlation(x, y)
+    expected = stats.pearsonr(x, y).confidence_interval()
+    assert [found.low, found.high] == pytest.approx([expected.low, expected.high], abs=0.02)
+
+
+def test_williams_against_the_determinant_and_a_published_example():
+    """r12 0.4, r13 0.5, r23 0.1, n 103 is the standard example: t -0.89, p 0.37."""
+    t, p = statistics.williams_test(0.4, 0.5, 0.1, 103)
+    assert (round(t, 2), round(p, 2)) == (-0.89, 0.37)
+    matrix = np.array([[1, 0.4, 0.5], [0.4, 1, 0.1], [0.5, 0.1, 1]])
+    below = 2 * 102 / 100 * np.linalg.det(matrix) + 0.45**2 * 0.9**3
+    assert t == pytest.approx(-0.1 * math.sqrt(102 * 1.1 / below))
+    assert p == pytest.approx(2 * stats.t.sf(-t, 100))
+    assert statistics.williams_test(0.5, 0.4, 0.1, 103) == pytest.approx((-t, p))
+    assert statistics.williams_test(0.4, 0.4, 1, 103) == (0, 1)
+
+
+def test_williams_holds_its_level():
+    """4,000 samples of 40 rows whose two correlations with the first variable are both 0.5."""
+    rng = np.random.default_rng(1)
+    covariance = np.array([[1, 0.5, 0.5], [0.5, 1, 0.3], [0.5, 0.3, 1]])
+    samples = rng.multivariate_normal(np.zeros(3), covariance, (4000, 40))
+    r = [np.corrcoef(sample.T) for sample in samples]
+    p = [statistics.williams_test(m[0, 1], m[0, 2], m[1, 2], 40)[1] for m in r]
+    assert 0.04 <= np.mean(np.array(p) <= 0.05) <= 0.06
+
+
+# --- calibration -----------------------------------------------------------------------------
+
+# Of 3,000 experiments at exactly 5 %, the share rejected leaves 4 to 6 % for one seed in 80.
+EXPERIMENTS = 3_000
+RESAMPLES = 999
+
+
+def toxicity_experiment(rng):
+    """80 prompts of their own toxicity, 8 completions each from one and the same model."""
+    toxic = rng.beta(0.6, 1.8, (80, 1))
+    shape = (80, 8)
+    before, after = (
+        np.where(rng.random(shape) < toxic, rng.beta(3, 1.5, shape), rng.beta(0.5, 12, shape)).mean(
+            1
+        )
+        for _ in range(2)
+    )
+    return statistics.relative_change(
+        before, after, resamples=RESAMPLES, seed=int(rng.integers(2**32))
+    )
+
+
+def margin_experiment(rng):
+    """30 target terms of 4 to 20 items: a term's margins move together, up as often as down."""
+    sizes = rng.integers(4, 21, 30)
+    terms = np.repeat(np.arange(30), sizes)
+    item = rng.exponential(1, len(terms))
+    before, after = (
+        item + rng.normal(0, 0.3, 30)[terms] + rng.normal(0, 0.3, len(terms)) for _ in range(2)
+    )
+    return statistics.paired_difference(
+        before, after, terms, resamples=RESAMPLES, seed=int(rng.integers(2**32))
+    )
+
+
+def perplexity_experiment(rng):
+    """60 texts of 20 to 400 tokens whose likelihood wobbles with their length."""
+    tokens = rng.integers(20, 401, 60)
+    nll = tokens * rng.gamma(40, 0.08, 60)
+    before, after = (nll * np.exp(rng.normal(0, 0.02, 60)) for _ in range(2))
+    return statistics.perplexity_change(
+        before, after, tokens, resamples=RESAMPLES, seed=int(rng.integers(2**32))
+    )
+
+
+def icat_experiment(rng):
+    """36 target terms of 25 items, SS about 62 and LMS about 90 in both models."""
+    lean = rng.normal(0.5, 0.6, 36)
+    before, after = (
+        np.column_stack(
+            [
+                4 * rng.binomial(25, 1 / (1 + np.exp(-lean - rng.normal(0, 0.2, 36)))),
+                2 * rng.binomial(50, 0.9, 36),
+            ]
+        )
+        for _ in range(2)
+    )
+    return statistics.paired_difference(
+        before, after, statistic=icat, resamples=RESAMPLES, seed=int(rng.integers(2**32))
+    )
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [toxicity_experiment, margin_experiment, perplexity_experiment, icat_experiment],
+)
+def test_calibrated_under_a_true_null(experiment):
+    """Of 3,000 null worlds 95 % intervals cover 93 to 97 %, and p-values reject 4 to 6 %."""
+    rng = np.random.default_rng(2024)
+    found = [experiment(rng) for _ in range(EXPERIMENTS)]
+    assert 0.93 <= np.mean([f.low <= 0 <= f.high for f in found]) <= 0.97
+    assert 0.04 <= np.mean([f.p <= 0.05 for f in found]) <= 0.06
+
+
+def test_minimum_detectable_effect_is_found_four_times_in_five():
+    """Shift 40 prompts by the effect that a first, independent sample calls detectable."""
+    rng = np.random.default_rng(0)
+    noise = rng.exponential(1, (600, 2, 40)) - rng.exponential(1, (600, 2, 40))
+    zero = np.zeros(40)
+    mde = np.median(
+        [statistics.paired_difference(zero, first, resamples=RESAMPLES).mde for first, _ in noise]
+    )
+    found = [
+        statistics.paired_difference(zero, second + mde, resamples=RESAMPLES).p <= 0.05
+        for _, second in noise
+    ]
+    assert 0.76 <= np.mean(found) <= 0.84
+
+
+# --- bad input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: statistics.paired_difference([0] * 5, [1] * 5), "at least 6 are needed"),
+        (
+            lambda: statistics.paired_difference([0] * 50, [1] * 50, [1, 2, 3, 4, 5] * 10),
+            "^5 prompts or groups of prompts are too few",
+        ),
+        (lambda: statistics.paired_difference([], []), "at least 6"),
+        (lambda: statistics.rank_agreement([], []), "at least 6"),
+        (lambda: statistics.paired_difference([0] * 8, [1] * 9), "the same prompts"),
+        (lambda: statistics.paired_difference([0] * 8, [1] * 8, ["a"] * 7), "7 keys for 8 prompts"),
+        (lambda: statistics.paired_difference([0] * 8, [1] * 7 + [np.nan]), "after: row 7"),
+        (lambda: statistics.paired_difference(np.zeros((2, 2, 2)), [1] * 2), "before: expected"),
+        (lambda: statistics.relative_change([0] * 8, [1] * 8), "the mean before is 0"),
+        (lambda: statistics.relative_change([1] * 8, [-1] + [1] * 7), "negative"),
+        (
+            lambda: statistics.relative_change([1] + [0] * 7, [1] * 8, resamples=99),
+            "the interval is unbounded",
+        ),
+        (lambda: statistics.perplexity_change([1] * 8, [1] * 8, [1] * 7 + [0]), "drop empty"),
+        (lambda: statistics.perplexity_change([1] * 8, [1] * 8, [1] * 7), "nll, tokens"),
+        (lambda: statistics.mean_interval([0] * 8, level=1), "level 1"),
+        (lambda: statistics.mean_interval([0] * 8, resamples=0), "resamples 0"),
+        (lambda: statistics.correlation([0] * 8, [0] * 7), "x, y"),
+        (lambda: statistics.against_draws(1, [1]), "at least 2"),
+        (lambda: statistics.against_draws(np.nan, [1, 2]), "value: nan"),
+        (lambda: statistics.holm([0.5, np.nan]), "p_values"),
+        (lambda: statistics.holm([1.5]), "p_values"),
+        (lambda: statistics.williams_test(0.1, 0.2, 0.3, 3), "at least 4"),
+        (lambda: statistics.williams_test(0.9, -0.9, 0.9, 30), "not the correlations"),
+        (lambda: statistics.williams_test(0.5, -0.5, -1.0, 30), "linearly dependent"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_remedy(call, message):
+    with pytest.raises(InputError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sparse_baseline_may_rise_from_nothing_outside_the_interval():
+    """Five toxic prompts of 60: resamples without any are rare enough for a finite interval."""
+    before = np.zeros(60)
+    before[:5] = 1
+    found = statistics.relative_change(before, np.roll(before, 3), resamples=2000)
+    assert found.value == 0
+    assert np.isfinite(list(found.as_dict().values())).all()
+
+
+def test_importing_loads_no_heavy_library():
+    code = (
+        "import sys, sparc3.statistics;"
+        "print([m for m in ('torch', 'mlflow', 'pandas', 'scipy.stats') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert output.stdout.decode().strip() == "[]"
