@@ -67,7 +67,8 @@ def card(
 ) -> str:
     """The model card. `evaluation`: the circuit's differences, or None if it was not evaluated."""
     model = params.model
-    removed = sum(scale == 0 for scale in circuit.scales.tolist())
+    removed = int((circuit.scales == 0).sum())
+    dampened = len(circuit) - removed
     at = f", revision {model.revision}" if model.revision else ""
     measured = (
         f"`metrics/evaluate/{behaviour}.json` was not there when this model was written."
@@ -84,10 +85,10 @@ tags:
 
 # {Path(model.path).name} without {len(circuit)} neurons of {behaviour}
 
-{model.path}{at}, in {model.dtype}, with {removed} MLP neurons removed and {len(circuit) - removed}
-dampened by [sparc3](https://arxiv.org/abs/2506.13727): the neurons that method `{method}` finds to
-serve {behaviour}. Nothing was trained. A removed neuron has zero weights throughout; a dampened one
-has its column of the MLP's output projection multiplied by its scale.
+{model.path}{at}, in {model.dtype}, with {removed} MLP neurons removed and {dampened} dampened:
+those that sparc3's method `{method}` finds to serve {behaviour} (after arXiv 2506.13727). Nothing was
+trained. A removed neuron has zero weights throughout; a dampened one has its column of the MLP's
+output projection multiplied by its scale.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,8 +103,8 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 ## Neurons
 
-`circuit.csv` (sha256 {sha256}) lists them with their scores; by layer, from 0, with the scale of
-the dampened ones in brackets:
+By layer, from 0; a dampened one with its scale in brackets. `circuit.csv` has their scores; its
+sha256 is {sha256}.
 
 {neuron_list(circuit)}
 """

@@ -105,7 +105,7 @@ def test_card_lists_every_neuron(project):
     assert card.startswith("---\nlibrary_name: transformers\n")
     for line in ("- layer 0: 1", "- layer 1: 4 (0.25)", "- layer 2: 7, 23"):
         assert f"\n{line}\n" in card
-    assert "3 MLP neurons removed and 1" in card
+    assert "3 MLP neurons removed and 1 dampened" in card
     assert "metrics/evaluate/toxicity.json` was not there" in card
 
 
