@@ -8,12 +8,12 @@ Estimand: the mean over prompts. A cluster of 30 prompts weighs 30 times a clust
 value and in every resample. For a mean over clusters (SS, LMS and ICAT average per target term
 first) reduce with `cluster_means` and pass the result without clusters.
 
-Interval: percentile bootstrap, its quantiles widened for small samples (Hesterberg 2015, "What
-Teachers Should Know About the Bootstrap", The American Statistician 69(4), section 4.2): a 95 %
-interval reads the quantiles at Phi(+-sqrt(n / (n - 1)) t), with t the 97.5 % quantile of Student's
-distribution at n - 1 degrees of freedom. Chosen by simulated coverage of nominal 95 % intervals
-under a true null: paired difference and relative change of the mean of skewed, toxicity-like
-scores, 1 and 8 completions per prompt (6,000 experiments each):
+Interval: percentile bootstrap, widened for small samples (the expanded percentile interval of
+Hesterberg 2015, "What Teachers Should Know About the Bootstrap", The American Statistician 69(4)):
+a 95 % interval reads the quantiles at Phi(+-sqrt(n / (n - 1)) t), with t the 97.5 % quantile of
+Student's distribution at n - 1 degrees of freedom. Chosen by simulated coverage of nominal 95 %
+intervals under a true null: paired difference and relative change of the mean of skewed,
+toxicity-like scores, 1 and 8 completions per prompt (6,000 experiments each):
 
     clusters   percentile   widened       BCa          widened BCa
     6          82 - 85 %    92 - 94 %     77 - 85 %    88 - 93 %
