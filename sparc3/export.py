@@ -86,9 +86,9 @@ tags:
 # {Path(model.path).name} without {len(circuit)} neurons of {behaviour}
 
 {model.path}{at}, in {model.dtype}, with {removed} MLP neurons removed and {dampened} dampened:
-those that sparc3's method `{method}` finds to serve {behaviour} (after arXiv 2506.13727). Nothing was
-trained. A removed neuron has zero weights throughout; a dampened one has its column of the MLP's
-output projection multiplied by its scale.
+those that sparc3's method `{method}` finds to serve {behaviour} (after arXiv 2506.13727).
+Nothing was trained. A removed neuron has zero weights throughout; a dampened one has its column of
+the MLP's output projection multiplied by its scale.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,6 +144,8 @@ def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, 
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         shutil.copyfile(source, temporary / "circuit.csv")
+        for licence in sorted(Path(params.model.path).glob("LICENSE*")):  # goes where weights go
+            shutil.copyfile(licence, temporary / licence.name)
         text = card(params, behaviour, method, circuit, digest(source), evaluation)
         write_text(temporary / "README.md", text)
         for file in temporary.rglob("*"):

@@ -52,6 +52,7 @@ def project(tmp_path, monkeypatch):
         backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
         backend.pre_tokenizer = Whitespace()
         PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained("models/tiny")
+        Path("models/tiny/LICENSE").write_text("terms")
         write_circuit(circuit_path("toxicity", "lrp"), CIRCUIT)
         return replace(
             load(ROOT / "params.yaml"),
@@ -83,6 +84,7 @@ def test_folder_holds_weights_tokenizer_card_and_circuit(project):
     export.run(params, "toxicity", "lrp", Path("out"))
     names = {p.name for p in Path("out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert Path("out/LICENSE").read_text() == "terms"
     weights = load_file("out/model.safetensors")
     assert not weights["model.layers.0.mlp.up_proj.weight"][1].any()
     assert not weights["model.layers.0.mlp.gate_proj.weight"][1].any()
