@@ -289,12 +289,12 @@ def test_an_exception_ends_the_run_as_failed_and_goes_on(here, error, tag):
 
 def test_signals_end_the_run_as_killed(project):
     sent = {"term": signal.SIGTERM, "int": signal.SIGINT}
-    processes = {name: start(project, name, "60") for name in sent}
+    processes = {name: start(project, name, "600") for name in sent}
     for name, process in processes.items():
         assert process.stdout is not None
         assert process.stdout.readline() == "open\n"
         process.send_signal(sent[name])
-    codes = {name: process.wait(timeout=50) for name, process in processes.items()}
+    codes = {name: process.wait(timeout=300) for name, process in processes.items()}
     assert codes == {"term": 128 + 15, "int": -signal.SIGINT}
     status = {str(r.info.run_name): r.info.status for r in all_runs(project, "sparc3")}
     assert {name: status[name] for name in sent} == dict.fromkeys(sent, "KILLED")

@@ -1,0 +1,212 @@
+"""One declaration of dependencies, and every way to an environment comes to the same one."""
+
+import ast
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+RUNTIME = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
+DEVELOPMENT = [Requirement(line) for line in PROJECT["dependency-groups"]["dev"]]
+LOCK_TEXT = (ROOT / "requirements.txt").read_text()
+LOCK = [Requirement(line) for line in LOCK_TEXT.splitlines() if not line.startswith("#")]
+
+
+def pinned(requirement):
+    """The version of NAME==VERSION; any other specifier fails."""
+    (specifier,) = requirement.specifier
+    assert specifier.operator == "==", requirement
+    assert not specifier.version.endswith("*"), requirement
+    return specifier.version
+
+
+def applies(requirement, extra=""):
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def installed(name):
+    return importlib.metadata.version(name)
+
+
+def make(*arguments, folder=ROOT, **variables):
+    """Return code, standard output and standard error of make, started from no other make."""
+    environment = {k: v for k, v in os.environ.items() if k not in {"VENV", "PYTHON", "MAKEFLAGS"}}
+    done = subprocess.run(
+        ["make", *arguments],
+        cwd=folder,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_every_version_is_exact_and_declared_once():
+    declared = [canonicalize_name(r.name) for r in RUNTIME + DEVELOPMENT]
+    assert len(declared) == len(set(declared))
+    locked = {canonicalize_name(r.name): pinned(r) for r in LOCK}
+    assert len(locked) == len(LOCK)
+    for requirement in RUNTIME + DEVELOPMENT:
+        assert locked[canonicalize_name(requirement.name)] == pinned(requirement)
+
+
+def test_the_lock_is_what_is_installed_and_lacks_nothing():
+    here = {canonicalize_name(r.name): r for r in LOCK if applies(r)}
+    assert {n: installed(n) for n in here} == {n: pinned(r) for n, r in here.items()}
+    # From the declared ones, following what each installed package asks for, all is in the lock.
+    reached, open_ends = set(), [(r, extra) for r in RUNTIME for extra in ("", *r.extras)]
+    while open_ends:
+        requirement, extra = open_ends.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, extra) in reached:
+            continue
+        reached.add((name, extra))
+        assert name in here, f"{name} is needed and not in requirements.txt: make lock"
+        for line in importlib.metadata.requires(name) or []:
+            needed = Requirement(line)
+            if applies(needed, extra):
+                assert needed.specifier.contains(installed(needed.name), prereleases=True), line
+                open_ends += [(needed, e) for e in ("", *needed.extras)]
+
+
+def test_conda_yaml_is_the_lock_for_every_environment_manager():
+    text = (ROOT / "conda.yaml").read_text()
+    content = yaml.safe_load(text)
+    python, pip, section = content["dependencies"]
+    assert (pip, section) == ("pip", {"pip": ["-r requirements.txt"]})
+    minor = python.removeprefix("python=")
+    assert minor in PROJECT["project"]["requires-python"]
+    # MLflow names a conda environment by this file's digest: a new lock must change the file.
+    digest = hashlib.sha256(LOCK_TEXT.encode()).hexdigest()
+    assert f"# sha256 of requirements.txt: {digest}\n" in text, "make lock"
+
+
+def test_mlflow_resolves_conda_yaml_to_the_lock():
+    """As `mlflow run --env-manager virtualenv` and `uv` do."""
+    from mlflow.utils.environment import _PythonEnv
+    from mlflow.utils.requirements_utils import _parse_requirements
+
+    environment = _PythonEnv.from_conda_yaml(ROOT / "conda.yaml")
+    resolved = _parse_requirements(environment.dependencies, is_constraint=False, base_dir=ROOT)
+    assert [Requirement(r.req_str) for r in resolved] == LOCK
+    assert environment.build_dependencies == ["pip"]
+    assert environment.python == "3.11"
+
+
+def test_the_makefile_installs_the_lock_and_nothing_else():
+    code, output, error = make("--dry-run", "env")
+    assert code == 0, error
+    installs = re.findall(r"pip install (.*?)\s*\\?$", output, re.MULTILINE)
+    assert installs == ["--no-input -r requirements.txt"]
+
+
+def test_an_environment_that_is_given_is_used_as_it_is(tmp_path):
+    code, output, _ = make("--dry-run", "env", f"VENV={sys.prefix}")
+    assert code == 0
+    assert "install" not in output
+    code, _, error = make("env", f"VENV={sys.prefix}")
+    assert (code, error) == (0, "")
+    code, _, error = make("env", f"VENV={tmp_path}")
+    assert code != 0
+    assert f"VENV={tmp_path} is no environment" in error
+
+
+def launcher(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A checkout with nothing to install, and a PATH without Python."""
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "requirements.txt").write_text("# first\n")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("sh", "make", "cmp", "cp"):
+        found = shutil.which(tool)
+        assert found
+        (tools / tool).symlink_to(found)
+    launcher(tools, "python3.11", "echo 'python3.11: command not found' >&2; exit 127")
+    launcher(tools, "python3", "echo 0")  # an old one finds itself unsuitable
+    return tmp_path
+
+
+def test_without_a_fit_interpreter_make_says_what_to_do(fresh):
+    code, _, error = make("env", folder=fresh, PATH=str(fresh / "tools"))
+    assert code != 0
+    assert "no Python 3.11 or 3.12 that can make an environment" in error
+    assert "PYTHON=/path/to/python3.11" in error
+    assert not (fresh / ".venv").exists()
+
+
+def test_the_first_interpreter_that_runs_makes_the_environment_once(fresh):
+    launcher(fresh / "tools", "python3.12", f'exec {sys.executable} "$@"')
+    path = {"folder": fresh, "PATH": str(fresh / "tools")}
+    code, output, error = make("env", **path)
+    assert code == 0, error
+    assert "Installing into .venv" in output
+    assert "minutes" in output
+    configuration = (fresh / ".venv" / "pyvenv.cfg").read_text()
+    assert f"home = {sys.base_prefix}/bin\n" in configuration  # its base, not the launcher
+
+    (fresh / "requirements.txt").touch()
+    assert make("env", **path) == (0, "", "")  # the same contents, a later date
+
+    (fresh / "requirements.txt").write_text("# second\n")
+    (fresh / ".venv" / "stale").touch()
+    code, output, _ = make("env", **path)
+    assert (code, "Installing" in output) == (0, True)
+    assert not (fresh / ".venv" / "stale").exists()
+
+
+def imports(path):
+    """Top-level names of what a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("folder", "declared"), [("sparc3", RUNTIME), ("tests", RUNTIME + DEVELOPMENT)]
+)
+def test_what_is_imported_is_declared(folder, declared):
+    names = {canonicalize_name(r.name) for r in declared}
+    modules = {path.stem for path in (ROOT / folder).glob("*.py")} | {"sparc3", "benchmarks"}
+    owners = importlib.metadata.packages_distributions()
+    for path in (ROOT / folder).glob("*.py"):
+        for module in set(imports(path)) - sys.stdlib_module_names - modules:
+            of = {canonicalize_name(owner) for owner in owners.get(module, [])}
+            assert of & names, (
+                f"{path.name} imports {module}, which pyproject.toml does not declare"
+            )
+
+
+def test_only_tracking_imports_mlflow_and_only_lrp_imports_lxt():
+    for module, home in {"mlflow": "tracking.py", "lxt": "lrp.py"}.items():
+        importers = [p.name for p in (ROOT / "sparc3").glob("*.py") if module in imports(p)]
+        assert importers == [home]
+
+
+def test_ci_runs_what_make_does():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.findall(r"^make .*", script, re.MULTILINE) == ["make lint", "make test"]
+    assert "set -euo pipefail" in script
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
