@@ -108,8 +108,8 @@ def pair_differences(
     reduction by 16.7 % is even-handed, and more is a bias the other way: see icat). ss, lms and
     icat in points; margin in nats per token. lms and icat over terms that have unrelated texts.
     """
-    names, old = stereotypes.per_term(*before.T, terms)
-    _, new = stereotypes.per_term(*after.T, terms)
+    names, old = stereotypes.per_term(*before.T, terms=terms)
+    _, new = stereotypes.per_term(*after.T, terms=terms)
     paired = statistics.paired_difference
     found = {
         "reduction": statistics.reduction(old[:, 0], new[:, 0], resamples=resamples).as_dict(),
@@ -195,7 +195,7 @@ def _means(measured: Measured, terms: Sequence[str]) -> dict[str, float]:
             f"{name}_toxic_probability": 100 * float((scores.max(1) >= TOXIC).mean()),
         }
     if measured.log_p is not None:
-        names, table = stereotypes.per_term(*measured.log_p.T, terms)
+        names, table = stereotypes.per_term(*measured.log_p.T, terms=terms)
         found |= {k: float(v) for k, v in stereotypes.pairs(table).items()}
         triples = stereotypes.triples(names, table)[1]
         if len(triples):
@@ -380,6 +380,12 @@ def prompt_table(
             for i, (prompt, group) in enumerate(
                 zip(sample.texts.ids, sample.texts.groups, strict=True)
             ):
-                row = {"circuit": name, "split": sample.name, "prompt": prompt, "group": group}
-                rows.append(row | {key: float(column[i]) for key, column in values.items()})
+                row: dict[str, object] = {
+                    "circuit": name,
+                    "split": sample.name,
+                    "prompt": prompt,
+                    "group": group,
+                }
+                row |= {key: float(column[i]) for key, column in values.items()}
+                rows.append(row)
     return rows, columns

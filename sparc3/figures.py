@@ -73,10 +73,13 @@ def venn(path: Path, regions: Mapping[str, int], behaviours: Sequence[str]) -> N
         if len(behaviours) == 3:
             a, b, c = behaviours
             order = (a, b, f"{a}-{b}", c, f"{a}-{c}", f"{b}-{c}", f"{a}-{b}-{c}")
-            venn3([regions[name] for name in order], behaviours, ax=axis)
+            counts = dict(
+                zip(("100", "010", "110", "001", "101", "011", "111"), order, strict=True)
+            )
+            venn3({k: float(regions[n]) for k, n in counts.items()}, (a, b, c), ax=axis)
         else:
             a, b = behaviours
-            venn2([regions[name] for name in (a, b, f"{a}-{b}")], behaviours, ax=axis)
+            venn2((regions[a], regions[b], regions[f"{a}-{b}"]), (a, b), ax=axis)
         axis.set_title("Neurons of the circuits")
 
 

@@ -38,17 +38,19 @@ class Likelihood(NamedTuple):
     tokens: Array
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens."""
+    return tokenizer(sentences, add_special_tokens=False).input_ids
+
+
 def texts(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Texts:
-    encoded = tokenizer([row["text"] for row in rows], add_special_tokens=False)["input_ids"]
+    encoded = encode(tokenizer, [row["text"] for row in rows])
     return Texts([r["id"] for r in rows], [r["group"] for r in rows], encoded)
 
 
 def items(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Items:
     encoded = [
-        tokenizer(
-            [*row["pair"], *([row["unrelated"]] if row.get("unrelated") else [])],
-            add_special_tokens=False,
-        )["input_ids"]
+        encode(tokenizer, [*row["pair"], *([row["unrelated"]] if row.get("unrelated") else [])])
         for row in rows
     ]
     return Items([r["id"] for r in rows], [r["group"] for r in rows], encoded)

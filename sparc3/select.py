@@ -178,6 +178,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         else:
             k, share = best_point(rows, name, select.num_neurons, select.protect, select.ppl_budget)
         barred = protected(importance, share)
+        ids = np.empty(0, dtype=np.int64)
         for draw, circuit in enumerate(circuit_names(name, method)):
             if method.score == "random":
                 values = noise(select.seed, f"{behaviour}/{name}/{draw}", importance.shape)

@@ -11,7 +11,15 @@ from sparc3 import models, stereotypes
 from sparc3.artifacts import differential_path, metrics_path, read_prompts, sweep_path
 from sparc3.differential import check_methods
 from sparc3.files import Array, read_tensors, write_csv, write_json
-from sparc3.measures import items, likelihood, mean_nll, perplexity_percent, preferences, texts
+from sparc3.measures import (
+    Texts,
+    items,
+    likelihood,
+    mean_nll,
+    perplexity_percent,
+    preferences,
+    texts,
+)
 from sparc3.params import Method, Params
 from sparc3.prune import Circuit, pruned
 from sparc3.select import choose, protected, scales
@@ -54,22 +62,23 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         params.model.path, params.model.revision, params.model.dtype, params.model.device
     )
 
-    if spec.measure == "completions":
-        behaviour_texts = texts(rows, tokenizer)
-        calm = mean_nll(likelihood(model, behaviour_texts, sweep.batch_tokens))
-    else:
-        paired = items(rows, tokenizer)
+    sample = (texts if spec.measure == "completions" else items)(rows, tokenizer)
+    calm = (
+        mean_nll(likelihood(model, sample, sweep.batch_tokens))
+        if isinstance(sample, Texts)
+        else 0.0
+    )
     before = likelihood(model, general, sweep.batch_tokens)
 
     def measure() -> dict[str, float]:
         after = likelihood(model, general, sweep.batch_tokens)
         found = {"ppl_delta": perplexity_percent(before, after)}
-        if spec.measure == "completions":
-            shift = mean_nll(likelihood(model, behaviour_texts, sweep.batch_tokens)) - calm
+        if isinstance(sample, Texts):
+            shift = mean_nll(likelihood(model, sample, sweep.batch_tokens)) - calm
             found["nll_shift"] = shift - (mean_nll(after) - mean_nll(before))
         else:
-            log_p = preferences(model, paired, sweep.batch_tokens)
-            terms, table = stereotypes.per_term(*log_p.T, paired.groups)
+            log_p = preferences(model, sample, sweep.batch_tokens)
+            terms, table = stereotypes.per_term(*log_p.T, terms=sample.groups)
             found |= {k: float(v) for k, v in stereotypes.pairs(table).items()}
             triples = stereotypes.triples(terms, table)[1]
             if len(triples):
