@@ -1,0 +1,261 @@
+"""Likelihoods against the obvious way: one sequence at a time, all logits, log_softmax."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+from sparc3 import likelihood, models
+from sparc3.errors import InputError
+from sparc3.likelihood import (
+    continuation_nll,
+    perplexity,
+    sentence_scores,
+    token_nll,
+    window_nll,
+)
+
+FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
+LENGTHS = [9, 1, 2, 33, 7, 8, 8, 3, 20, 12, 11]
+
+
+@torch.no_grad()
+def naive_nll(model, tokens):
+    log_p = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+    return np.array([-log_p[i, token].item() for i, token in enumerate(tokens[1:])])
+
+
+def assert_equal(found, expected, tolerance=2e-5):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == np.float32
+        np.testing.assert_allclose(one, other, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture
+def llama():
+    return tiny.model("llama")
+
+
+@FAMILIES
+def test_token_nll_equals_the_naive_way(family):
+    model = tiny.model(family)
+    sequences = tiny.sequences(LENGTHS)
+    assert_equal(token_nll(model, sequences), [naive_nll(model, s) for s in sequences])
+
+
+def test_bfloat16_is_summed_in_float32():
+    model = tiny.model("llama", torch.bfloat16)
+    sequences = tiny.sequences([12, 5])
+    assert_equal(token_nll(model, sequences), [naive_nll(model, s) for s in sequences], 0.05)
+
+
+def test_soft_capped_logits():
+    model = AutoModelForCausalLM.from_config(
+        Gemma3TextConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            intermediate_size=24,
+            final_logit_softcapping=0.1,
+        )
+    ).eval()
+    model.get_output_embeddings().weight.data.normal_(0, 1)
+    sequences = tiny.sequences([12, 5])
+    found = token_nll(model, sequences)
+    assert_equal(found, [naive_nll(model, s) for s in sequences])
+    # Logits within ±0.1 keep every token within 0.2 of the uniform distribution.
+    assert all((abs(nll - np.log(50)) <= 0.2).all() for nll in found)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 16, 40, 10_000])
+def test_batches_and_chunks_change_nothing(llama, batch_tokens, monkeypatch):
+    sequences = tiny.sequences(LENGTHS)
+    expected = [naive_nll(llama, s) for s in sequences]
+    monkeypatch.setattr(likelihood, "CHUNK", 5)
+    done = []
+    found = token_nll(llama, sequences, batch_tokens=batch_tokens, progress=done.append)
+    assert_equal(found, expected)
+    assert sum(done) == len(sequences)
+
+
+def fed_shapes(model):
+    """The shape of every batch of token ids that the model reads from now on."""
+    shapes = []
+    models.body(model).register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    return shapes
+
+
+def test_little_padding_and_no_batch_beyond_the_limit(llama):
+    lengths = np.random.default_rng(0).integers(2, 60, 300).tolist()
+    shapes = fed_shapes(llama)
+    token_nll(llama, tiny.sequences(lengths), batch_tokens=400)
+    cells = [rows * width for rows, width in shapes]
+    assert max(cells) <= 400
+    assert sum(lengths) >= 0.9 * sum(cells)
+    assert sum(rows for rows, _ in shapes) == len(lengths)
+
+
+def test_logits_exist_for_one_chunk_at_a_time(llama, monkeypatch):
+    monkeypatch.setattr(likelihood, "CHUNK", 16)
+    positions = []
+    llama.get_output_embeddings().register_forward_hook(
+        lambda module, args, logits: positions.append(logits.numel() // tiny.VOCABULARY)
+    )
+    token_nll(llama, tiny.sequences([30] * 10))
+    assert max(positions) == 16
+    assert sum(positions) == 10 * 29
+
+
+GROUPS = {
+    "shared prefix": [[5, 6, 7, 8, 9], [5, 6, 10, 8], [5, 6, 11, 12, 13]],
+    "nothing shared": [[5, 6, 7], [8, 6, 7, 9]],
+    "first token shared": [[5, 6, 7], [5, 8]],
+    "identical": [[5, 6, 7, 8], [5, 6, 7, 8]],
+    "one begins the other": [[5, 6, 7], [5, 6, 7, 8, 9]],
+    "alone": [[5, 6, 7, 8]],
+    "single tokens": [[5], [6]],
+    "a single token begins the other": [[5], [5, 6]],
+}
+
+
+@FAMILIES
+def test_continuations_equal_separate_sequences(family):
+    model = tiny.model(family)
+    groups = list(GROUPS.values())
+    found = continuation_nll(model, groups)
+    for one, group in zip(found, groups, strict=True):
+        assert_equal(one, [naive_nll(model, s) if len(s) > 1 else [] for s in group])
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen3"])
+def test_long_continuations_in_mixed_batches(family):
+    model = tiny.model(family)
+    base = tiny.sequences([30] * 12, seed=1)
+    groups = [
+        [[*base[i][:shared], *base[j][: tail + j]] for j in range(3)]
+        for i, shared, tail in zip(range(12), range(0, 24, 2), itertools.cycle([3, 9]))
+    ]
+    found = continuation_nll(model, groups, batch_tokens=150)
+    for one, group in zip(found, groups, strict=True):
+        assert_equal(one, [naive_nll(model, s) for s in group])
+
+
+def test_a_common_prefix_is_read_once(llama):
+    shapes = fed_shapes(llama)
+    prefix = tiny.sequences([20])[0]
+    continuation_nll(llama, [[[*prefix, 3], [*prefix, 4], [*prefix, 5, 6]]])
+    assert shapes == [(1, 24)]
+
+
+def test_a_sliding_window_is_not_stretched_over_the_row():
+    model = tiny.model("mistral")  # window of 5
+    assert_equal(token_nll(model, [[5, 6, 7, 8, 9, 10]]), [naive_nll(model, [5, 6, 7, 8, 9, 10])])
+    with pytest.raises(InputError, match="6 tokens, expected 1 to 5"):
+        continuation_nll(model, [[[5, 6, 7, 8, 9, 10]]])
+
+
+def test_sentence_scores_are_means_of_log_p():
+    scores = sentence_scores([np.array([1, 2, 6], np.float32), np.array([0.5], np.float32)])
+    assert scores.tolist() == [-3, -0.5]
+    with pytest.raises(InputError, match="sequence 1 has 1 token"):
+        sentence_scores([np.ones(2), np.ones(0)])
+
+
+@torch.no_grad()
+def guide_nll(model, tokens, window, stride):
+    """The loop of the guide, with labels masked by -100: nats and counts for each window."""
+    previous, rows = 0, []
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + window, len(tokens))
+        ids = torch.tensor([tokens[begin:end]])
+        labels = ids.clone()
+        labels[:, : -(end - previous)] = -100
+        count = int((labels[:, 1:] != -100).sum())
+        if count:
+            rows.append((model(ids, labels=labels).loss.item() * count, count))
+        previous = end
+        if end == len(tokens):
+            break
+    return rows
+
+
+WINDOWS = [(16, 4), (16, 5), (16, 16), (7, 1), (40, 13), (2, 1)]
+
+
+@pytest.mark.parametrize(("window", "stride"), WINDOWS)
+@pytest.mark.parametrize("batch_tokens", [1, 64])
+def test_windows_as_in_the_guide(llama, window, stride, batch_tokens):
+    texts = tiny.sequences([61, 2, 16, 17, 33])
+    found = window_nll(llama, texts, window, stride, batch_tokens)
+    expected = [guide_nll(llama, text, window, stride) for text in texts]
+    flat = [row for rows in expected for row in rows]
+    np.testing.assert_allclose(found.nll, [nll for nll, _ in flat], rtol=1e-5)
+    assert found.tokens.tolist() == [count for _, count in flat]
+    assert found.text.tolist() == [i for i, rows in enumerate(expected) for _ in rows]
+    nll, tokens = found.by_text()
+    np.testing.assert_allclose(nll, [sum(n for n, _ in rows) for rows in expected], rtol=1e-5)
+    if stride < window:
+        assert tokens.tolist() == [len(text) - 1 for text in texts]
+
+
+def test_a_window_as_long_as_the_text_is_the_plain_likelihood(llama):
+    texts = tiny.sequences([30, 12])
+    nll, tokens = window_nll(llama, texts, window=30, stride=10).by_text()
+    np.testing.assert_allclose(nll, [t.sum() for t in token_nll(llama, texts)], rtol=1e-6)
+    assert tokens.tolist() == [29, 11]
+
+
+def test_stride_equal_to_window_gives_independent_chunks(llama):
+    text = tiny.sequences([43])[0]
+    found = window_nll(llama, [text], window=10, stride=10)
+    chunks = token_nll(llama, [text[i : i + 10] for i in range(0, 43, 10)])
+    np.testing.assert_allclose(found.nll, [c.sum() for c in chunks], rtol=1e-6)
+    assert found.tokens.tolist() == [9, 9, 9, 9, 2]
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary(llama):
+    llama.get_output_embeddings().weight.zero_()
+    found = window_nll(llama, tiny.sequences([20, 5]), window=8, stride=3)
+    assert perplexity(found.nll, found.tokens) == pytest.approx(tiny.VOCABULARY, rel=1e-6)
+    assert perplexity(np.array([1e6]), np.array([1])) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda m: token_nll(m, [[5], []]), "sequence 1 has 0 tokens, expected 1 to 64"),
+        (lambda m: token_nll(m, [[5] * 65]), "sequence 0 has 65 tokens, expected 1 to 64"),
+        (lambda m: continuation_nll(m, [[[5]], []]), "group 1 is empty"),
+        (lambda m: continuation_nll(m, [[[5], []]]), "0 tokens"),
+        (lambda m: window_nll(m, [[5, 6], [5]]), "sequence 1 has 1 tokens, expected at least 2"),
+        (lambda m: window_nll(m, [[5, 6]], 65, 5), "window 65: expected 2 to 64"),
+        (lambda m: window_nll(m, [[5, 6]], 1, 1), "window 1: expected 2 to 64"),
+        (lambda m: window_nll(m, [[5, 6]], 8, 9), "stride 9: expected 1 to 8"),
+        (lambda m: window_nll(m, [[5, 6]], 8, 0), "stride 0: expected 1 to 8"),
+    ],
+)
+def test_bad_input_is_named(llama, call, match):
+    with pytest.raises(InputError, match=match):
+        call(llama)
+
+
+def test_logits_that_are_not_finite_are_an_error(llama):
+    llama.get_output_embeddings().weight[7] = torch.inf
+    with pytest.raises(InputError, match="not finite"):
+        token_nll(llama, [[5, 6, 7]])
+
+
+def test_nothing_to_score(llama):
+    assert token_nll(llama, []) == []
+    assert [len(nll) for nll in token_nll(llama, [[5]])] == [0]
+    assert continuation_nll(llama, []) == []
