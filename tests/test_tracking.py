@@ -3,10 +3,14 @@
 import os
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
+import urllib.error
+import urllib.request
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -584,9 +588,48 @@ def test_a_comparison_that_breaks_off_is_not_left_running(here, tmp_path, reques
 # The UI
 
 
-def test_a_port_that_is_taken_is_named(here):
-    import socket
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
+
+def get(address):
+    """Body of the answer, asked for until the server is up."""
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(address) as answer:
+                return answer.read().decode()
+        except urllib.error.URLError:
+            time.sleep(0.5)
+    raise TimeoutError(address)
+
+
+def test_the_ui_shows_the_runs_and_their_artifacts(project):
+    run = next(r for r in all_runs(project, "sparc3") if r.info.run_name == "stage1")
+    port = free_port()
+    code = f"from sparc3.tracking import serve; serve({port})"
+    server = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=project,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        page = f"http://127.0.0.1:{port}/#/experiments/0/runs?workflowType=machine_learning"
+        assert server.stdout.readline() == f"The runs are at {page}\n"
+        assert "<title>MLflow</title>" in get(f"http://127.0.0.1:{port}/")
+        asked = f"get-artifact?path=note.txt&run_uuid={run.info.run_id}"
+        assert get(f"http://127.0.0.1:{port}/{asked}") == "stage1"
+    finally:
+        server.terminate()
+        server.wait(timeout=300)
+
+
+def test_a_port_that_is_taken_is_named(here):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
