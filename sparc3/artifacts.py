@@ -50,10 +50,10 @@ def metrics_path(stage: str, axis: str | None = None) -> Path:
     return METRICS / stage / f"{axis}.json" if axis else METRICS / f"{stage}.json"
 
 
-def read_prompts(prompt_set: str, split: str) -> list[dict[str, Any]]:
-    """Rows of one split of a prompt set, in file order; at least one (InputError)."""
+def read_prompts(prompt_set: str, split: str | None) -> list[dict[str, Any]]:
+    """Rows of one split of a prompt set, or of all, in file order; at least one (InputError)."""
     path = prompts_path(prompt_set)
-    rows = [row for row in read_jsonl(path) if row["split"] == split]
+    rows = [row for row in read_jsonl(path) if split in (None, row["split"])]
     if not rows:
         raise InputError(
             f"{path}: no prompt in the {split} split; raise prompt_sets.{prompt_set}.count"

@@ -39,15 +39,31 @@ def t(reference: Array, behaviour: Array) -> Array:
     return _by_layer(_welch, reference, behaviour, "t", fewest=2)
 
 
+def reversed_difference(reference: Array, behaviour: Array) -> Array:
+    """mean R_behaviour - mean R_reference: a control that prunes the most positive differential."""
+    return -mean_difference(reference, behaviour)
+
+
+def reference_only(reference: Array, behaviour: Array) -> Array:
+    """-mean |R_reference|: a control that prunes what matters most for the reference."""
+    return _by_layer(_reference_only, reference, behaviour, "reference-only", fewest=1)
+
+
 CONTRASTS: dict[str, Callable[[Array, Array], Array]] = {
     "mean-difference": mean_difference,
     "auroc": auroc,
     "t": t,
+    "reversed-difference": reversed_difference,
+    "reference-only": reference_only,
 }
 
 
 def _mean_difference(reference: Array, behaviour: Array) -> Array:
     return reference.mean(0, dtype=np.float64) - behaviour.mean(0, dtype=np.float64)
+
+
+def _reference_only(reference: Array, behaviour: Array) -> Array:
+    return -np.abs(reference).mean(0, dtype=np.float64)
 
 
 def _auroc(reference: Array, behaviour: Array) -> Array:

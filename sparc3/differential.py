@@ -49,6 +49,12 @@ def check_methods(params: Params) -> None:
             raise InputError(
                 f"{key}.draws is {method.draws}; expected 1, or more with score: random"
             )
+        if method.protect is not None and not (
+            0 <= method.protect <= 1 and (method.size or method.layers)
+        ):
+            raise InputError(
+                f"{key}.protect is {method.protect}; expected 0 to 1, and with it size or layers"
+            )
         if method.size and method.layers:
             raise InputError(f"{key}: give size or layers, not both (layers fixes the size too)")
         leader = method.size or method.layers

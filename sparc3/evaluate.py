@@ -7,6 +7,7 @@ reproduction did, stands beside under its own name, `in_sample`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,13 +41,15 @@ Differences = dict[str, dict[str, float]]
 
 
 def refuse_leak(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], name: str) -> None:
-    """InputError if a circuit was chosen on one of the prompts it is about to be tested on."""
+    """InputError if a circuit was chosen on a prompt, or a group, that it is to be tested on."""
     used = {prompt for ids in about["chosen_on"].values() for prompt in ids}
-    leaked = [row["id"] for row in rows if row["id"] in used]
+    groups = set(about["groups"])
+    leaked = [row["id"] for row in rows if row["id"] in used or row["group"] in groups]
     if leaked:
         raise InputError(
-            f"{name}: chosen on {len(leaked)} of the {len(rows)} test prompts (first: {leaked[0]}): "
-            "nothing measured on them is held out; rebuild it from the attribute split"
+            f"{name}: chosen on {len(leaked)} of the {len(rows)} test prompts or their groups "
+            f"(first: {leaked[0]}): nothing measured on them is held out; rebuild the circuit "
+            "from the attribute split"
         )
 
 
@@ -240,6 +243,65 @@ def pooled(measured: Sequence[Measured]) -> Measured:
     )
 
 
+def effects(before: Measured, after: Measured, terms: Sequence[str]) -> dict[str, float]:
+    """How much less of the behaviour there is, larger is less: what controls are ranked by."""
+    found = {}
+    if before.text is not None and after.text is not None:
+        found["nll"] = mean_nll(after.text) - mean_nll(before.text)
+    if before.log_p is not None and after.log_p is not None:
+        _, old = stereotypes.per_term(*before.log_p.T, terms=terms)
+        _, new = stereotypes.per_term(*after.log_p.T, terms=terms)
+        fall = stereotypes.pairs(old)["margin"] - stereotypes.pairs(new)["margin"]
+        found["margin"] = float(fall)
+    for name, scores in (after.scores or {}).items():
+        if before.scores is not None:
+            found[name] = float(before.scores[name].mean() - scores.mean())
+    return found
+
+
+def among(
+    after: Measured, control: Sequence[Measured], before: Measured, terms: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """A circuit's effects among those of the control's draws, with their rank p; several draws."""
+    if len(control) < 2:
+        return {}
+    own = effects(before, after, terms)
+    drawn = [effects(before, measured, terms) for measured in control]
+    return {
+        key: statistics.against_draws(value, [effect[key] for effect in drawn]).as_dict()
+        for key, value in own.items()
+        if all(key in effect for effect in drawn)
+    }
+
+
+def writing(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Quality of the completions by circuit and split: means of length, distinct-n and repetition,
+    and the percentage that is degenerate.
+    """
+    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["circuit"], row["split"]), []).append(row)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (circuit, split), own in cells.items():
+        means = {
+            key: float(np.mean([row[key] for row in own]))
+            for key in ("length", "distinct_1", "distinct_2", "repetition")
+        }
+        broken = 100 * float(np.mean([row["degenerate"] for row in own]))
+        found.setdefault(circuit, {})[split] = {**means, "degenerate_percent": broken}
+    return found
+
+
+def agreement(scores: Mapping[str, Array], resamples: int) -> dict[str, dict[str, float]]:
+    """Spearman correlation, over prompts, of every two scorers' mean scores."""
+    return {
+        f"{a}-{b}": statistics.rank_agreement(
+            scores[a].mean(1), scores[b].mean(1), resamples=resamples
+        ).as_dict()
+        for a, b in combinations(scores, 2)
+    }
+
+
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, evaluate = params.behaviours[behaviour], params.evaluate
     for key in ("completed", "in_sample"):
@@ -251,7 +313,8 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     tokenizer = models.tokenizer(params.model.path, params.model.revision)
     test_rows = read_prompts(spec.prompts, "test")[: evaluate.items]
     seen_rows = read_prompts(spec.prompts, "attribute")[: evaluate.items]
-    general = texts(read_prompts(params.differential.general, "test")[: evaluate.texts], tokenizer)
+    general_rows = read_prompts(params.differential.general, "test")[: evaluate.texts]
+    general = texts(general_rows, tokenizer)
     splits = [
         Sample(
             name,
@@ -260,16 +323,17 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         )
         for name, rows in (("test", test_rows), ("in_sample", seen_rows))
     ]
-    second = (
-        items(read_prompts(spec.second, "test")[: evaluate.items], tokenizer)
-        if spec.second
-        else None
-    )
+    second_rows = read_prompts(spec.second, None) if spec.second else []
+    second = items(second_rows, tokenizer) if second_rows else None
     circuits = {}
     for method, row in params.methods.items():
         for name in circuit_names(method, row):
             path = circuit_path(behaviour, name)
-            refuse_leak(test_rows, read_json(path.with_suffix(".json")), str(path))
+            refuse_leak(
+                [*test_rows, *general_rows, *second_rows],
+                read_json(path.with_suffix(".json")),
+                str(path),
+            )
             circuits[name] = (method, read_circuit(path))
     scorers = {
         name: scorer(ScorerSpec(**asdict(params.scorers[name])), params.model.device)
@@ -329,6 +393,9 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
                 "values": _means(new, terms[sample.name]),
             }
         if method != evaluate.control:
+            results[name]["among_controls"] = among(
+                now["test"], control, before["test"], terms["test"]
+            )
             against = compare(
                 pooled(control),
                 Measured(log_p=now["test"].log_p, scores=now["test"].scores),
@@ -347,7 +414,10 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
             f"{sample.name}_{k}": v
             for k, v in _means(before[sample.name], terms[sample.name]).items()
         }
-    write_json(metrics_path("evaluate", behaviour), {"baseline": baseline, "circuits": results})
+    found = {"baseline": baseline, "circuits": results, "completions": writing(completions)}
+    if before["test"].scores:
+        found["scorer_agreement"] = agreement(before["test"].scores, evaluate.resamples)
+    write_json(metrics_path("evaluate", behaviour), found)
     write_jsonl(folder / "completions.jsonl", completions)
     write_csv(folder / "prompts.csv", *prompt_table(before, after, splits))
     return {

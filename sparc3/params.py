@@ -50,6 +50,7 @@ class Method:
     scale: float | Literal["auroc"] = 0.0
     size: str | None = None
     layers: str | None = None
+    protect: float | None = None
     draws: int = 1
 
 
@@ -151,6 +152,7 @@ class Report:
 class Params:
     model: Model
     prompt_sets: dict[str, PromptSet]
+    test_sets: dict[str, PromptSet]
     behaviours: dict[str, Behaviour]
     methods: dict[str, Method]
     scorers: dict[str, Scorer]

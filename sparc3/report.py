@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from sparc3 import statistics
-from sparc3.artifacts import METRICS, OUTPUTS, circuit_path, metrics_path, sweep_path
+from sparc3.artifacts import (
+    METRICS,
+    OUTPUTS,
+    circuit_path,
+    metrics_path,
+    stability_path,
+    sweep_path,
+)
 from sparc3.claims import claims
 from sparc3.errors import InputError
 from sparc3.files import read_csv, read_json, write_text
@@ -252,7 +259,16 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
     behaviours = list(params.behaviours)
     paths = {
         name: FOLDER / f"{name}.png"
-        for name in ("bars", "layers", "pareto", "correlations", "overlaps", "transfer", "venn")
+        for name in (
+            "bars",
+            "pareto",
+            "transfer",
+            "venn",
+            "overlaps",
+            "correlations",
+            "layers",
+            "stability",
+        )
     }
     figures.bars(
         paths["bars"],
@@ -264,6 +280,17 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
         },
     )
     figures.layer_distribution(paths["layers"], overlap["layers"])
+    curves = {
+        f"{behaviour}, {method}": [
+            {key: float(row[key]) for key in ("prompts", "overlap")}
+            for row in read_csv(stability_path(behaviour))
+            if row["method"] == method
+        ]
+        for behaviour in behaviours
+        for method, spec in params.methods.items()
+        if spec.score != "random"
+    }
+    figures.rank_stability(paths["stability"], curves)
     sweeps = {name: read_csv(sweep_path(name)) for name in behaviours}
     titles = {"completions": ("nll_shift", "rise of NLL, nats"), "pairs": ("ss", "SS, %")}
     figures.pareto(

@@ -157,10 +157,12 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     check_methods(params)
     spec, select = params.behaviours[behaviour], params.select
     rows = read_csv(sweep_path(behaviour))
-    chosen_on = {
-        prompt_set: [row["id"] for row in read_prompts(prompt_set, "attribute")]
-        for prompt_set in (spec.prompts, spec.reference)
+    seen = {
+        prompt_set: read_prompts(prompt_set, "attribute")
+        for prompt_set in dict.fromkeys((spec.prompts, spec.reference, params.differential.general))
     }
+    chosen_on = {name: [row["id"] for row in found] for name, found in seen.items()}
+    groups = sorted({row["group"] for found in seen.values() for row in found})
     circuits: dict[str, Array] = {}
     shares: dict[str, float] = {}
     scalars: dict[str, float] = {}
@@ -172,7 +174,8 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         values, importance = tensors["differential"], tensors["importance"]
         leader = method.size or method.layers
         if leader is not None:
-            k, share = circuits[leader].size, shares[leader]
+            k = circuits[leader].size
+            share = shares[leader] if method.protect is None else method.protect
         elif select.num_neurons is not None and select.protect is not None:
             k, share = select.num_neurons, select.protect
         else:
@@ -199,6 +202,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
                 "layers": int(values.shape[0]),
                 "width": int(values.shape[1]),
                 "chosen_on": chosen_on,
+                "groups": groups,
             }
             path = circuit_path(behaviour, circuit)
             layers, neurons = np.divmod(ids, values.shape[1])

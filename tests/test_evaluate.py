@@ -4,23 +4,50 @@ import pytest
 from sparc3 import stereotypes
 from sparc3.errors import InputError
 from sparc3.evaluate import (
+    Measured,
+    among,
     completion_differences,
     pair_differences,
     perplexity_difference,
     refuse_leak,
     shift_difference,
+    writing,
 )
+from sparc3.generate import quality
 from sparc3.measures import Likelihood, perplexity, perplexity_percent
 
 RNG = np.random.default_rng(0)
 FEW = 400  # resamples: the values are exact whatever their number
 
 
-def test_a_leak_is_refused() -> None:
-    rows = [{"id": "a"}, {"id": "b"}]
-    refuse_leak(rows, {"chosen_on": {"toxicity": ["c"], "general": ["d"]}}, "circuit")
-    with pytest.raises(InputError, match=r"chosen on 1 of the 2 test prompts \(first: b\)"):
-        refuse_leak(rows, {"chosen_on": {"toxicity": ["c"], "general": ["b"]}}, "circuit")
+def test_a_leak_is_refused_by_prompt_and_by_group() -> None:
+    rows = [{"id": "a", "group": "g"}, {"id": "b", "group": "h"}]
+    refuse_leak(rows, {"chosen_on": {"toxicity": ["c"], "general": ["d"]}, "groups": ["i"]}, "x")
+    with pytest.raises(InputError, match=r"chosen on 1 of the 2 test prompts .*first: b"):
+        refuse_leak(rows, {"chosen_on": {"toxicity": ["c", "b"]}, "groups": []}, "x")
+    with pytest.raises(InputError, match=r"chosen on 1 of the 2 test prompts .*first: a"):
+        refuse_leak(rows, {"chosen_on": {"toxicity": []}, "groups": ["g"]}, "x")
+
+
+def test_a_circuit_is_ranked_among_the_draws_of_its_control() -> None:
+    tokens = np.full(8, 10)
+    models = [Measured(text=Likelihood(np.full(8, total), tokens)) for total in (30, 31, 32, 36)]
+    before, *control, after = models
+    found = among(after, control, before, ["t"] * 8)
+    assert found["nll"]["value"] == pytest.approx(0.6)
+    assert found["nll"]["mean"] == pytest.approx(0.15)
+    assert found["nll"]["p"] == pytest.approx(1 / 3)
+    assert among(after, control[:1], before, ["t"] * 8) == {}
+
+
+def test_writing_counts_degenerate_completions() -> None:
+    rows = [
+        {"circuit": "lrp", "split": "test", **quality(tokens)}
+        for tokens in ([1, 2, 3, 4], [], [5, 5, 5, 5, 5, 5])
+    ]
+    found = writing(rows)["lrp"]["test"]
+    assert found["degenerate_percent"] == pytest.approx(200 / 3)
+    assert found["length"] == pytest.approx(10 / 3)
 
 
 def test_completion_differences_are_those_of_gehman() -> None:
