@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import sparc3
-from sparc3 import tracking
+from sparc3 import parallel, tracking
 from sparc3.artifacts import logged_files, metrics_path, model_digest
 from sparc3.errors import InputError
 from sparc3.files import digest, digest_text
@@ -81,6 +81,12 @@ def digests(params: Params, stage: str) -> dict[str, str]:
 def run_stage(params: Params, stage: str, axes: dict[str, str]) -> None:
     """One stage inside its MLflow run: scalars, files and digests are logged, tensors never."""
     module = importlib.import_module(f"sparc3.{stage}")
+    here = parallel.place()
+    if here.world > 1 and stage != "attribute":
+        raise InputError(f"{stage}: runs in one process, not {here.world}; start it with python -m")
+    if here.rank > 0:  # rank 0 has the run
+        module.run(params, **axes)
+        return
     with tracking.stage_run(
         stage, axes, parameters(params, stage, axes), digests(params, stage)
     ) as run:
