@@ -1,0 +1,440 @@
+"""Prompt sets: rows of the sources, narrowed, split by group, sampled, cut, written as JSONL.
+
+Leak-free by construction: a group (an article, a target term, an occupation, a text) lies in one
+split only, the same one in every prompt set, because its split depends on the source's groups and
+the shares alone. Everything is ordered by hashes, never by a random generator, so that the same
+params give the same files on every machine.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from sparc3 import sources
+from sparc3.artifacts import metrics_path, prompts_path
+from sparc3.errors import InputError
+from sparc3.files import digest_text, read_json, write_json, write_jsonl
+from sparc3.params import Params, PromptSet
+from sparc3.sources import Row
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("attribute", "tune", "test")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chosen row, with the text as it will be used and the tokens of its longest sequence."""
+
+    row: Row
+    text: str
+    tokens: int
+    split: str
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return identity(self.row, self.text)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The tokens that a text must have at least, and those it is cut to (None: it is not cut)."""
+
+    least: int
+    most: int | None
+
+
+def identity(row: Row, text: str) -> str:
+    """16 hexadecimal characters of the sha256 of the text, or of a pair's two lines."""
+    return digest_text("\n".join(row.pair) if row.pair else text)[:16]
+
+
+def largest_remainder(total: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """Whole numbers that sum to `total`, each less than 1 away from its share by weight.
+
+    Ties go to the earlier key. Weights are not negative and not all zero.
+    """
+    whole = sum(weights.values())
+    exact = {key: total * weight / whole for key, weight in weights.items()}
+    counts = {key: int(value) for key, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda key: counts[key] - exact[key])
+    for key in by_remainder[: total - sum(counts.values())]:
+        counts[key] += 1
+    return counts
+
+
+def split_of_groups(groups: Iterable[str], shares: Mapping[str, float]) -> dict[str, str]:
+    """Group -> split: the groups in the order of their hashes, cut by the shares.
+
+    Every split of a positive share has at least one group. ValueError, with the number needed, if
+    there are fewer groups than such splits.
+    """
+    ordered = sorted(set(groups), key=digest_text)
+    wanted = [split for split, share in shares.items() if share > 0]
+    if len(ordered) < len(wanted):
+        raise ValueError(f"{len(ordered)} groups, at least {len(wanted)} needed")
+    counts = largest_remainder(len(ordered), shares)
+    for split in wanted:
+        if counts[split] == 0:
+            counts[max(counts, key=lambda key: counts[key])] -= 1
+            counts[split] = 1
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    return dict(zip(ordered, splits, strict=True))
+
+
+def split_of_one(group: str, shares: Mapping[str, float]) -> str:
+    """The split of a group of a stream, whose other groups are not known: its hash as a number."""
+    wanted = [split for split, share in shares.items() if share > 0]
+    position = int(digest_text(group), 16) / 16**64
+    edges = np.cumsum([shares[split] for split in wanted])[:-1]
+    return wanted[int(np.searchsorted(edges, position, side="right"))]
+
+
+def fit(tokenizer: Tokenizer, row: Row, limits: Limits, split: str, seed: int) -> Prompt | None:
+    """The row as a prompt, its text cut at a token; tokens are counted without special ones.
+
+    None if it is too short, or if the beginning of its text, alone, would be tokenised otherwise
+    than within the text. A pair is never cut, and as long as its longest sentence.
+    """
+    if row.pair:
+        sentences = [row.text, *row.pair, *([row.unrelated] if row.unrelated else [])]
+        found = tokenizer.encode_batch(sentences, add_special_tokens=False)
+        tokens = max(len(encoding.ids) for encoding in found)
+        return Prompt(row, row.text, tokens, split, seed) if tokens >= limits.least else None
+    encoding = tokenizer.encode(row.text, add_special_tokens=False)
+    tokens = len(encoding.ids)
+    if tokens < limits.least:
+        return None
+    if limits.most is None or tokens <= limits.most:
+        return Prompt(row, row.text, tokens, split, seed)
+    text = row.text[: encoding.offsets[limits.most - 1][1]]
+    again = tokenizer.encode(text, add_special_tokens=False).ids
+    same = again == encoding.ids[: limits.most]
+    return Prompt(row, text, limits.most, split, seed) if same else None
+
+
+def interleave(counts: Mapping[str, int]) -> list[str]:
+    """Each key as often as counted, so ordered that every stretch holds them in proportion.
+
+    The n-th of a key's N stands at (n + 1/2) / N of the way.
+    """
+    places = [((n + 0.5) / count, key) for key, count in counts.items() for n in range(count)]
+    return [key for _, key in sorted(places, key=lambda place: place[0])]
+
+
+def order(key: str, seed: int, identifier: str) -> str:
+    """Sorting key: the order in which a seed of a set draws, whichever section the set is in."""
+    return digest_text(f"{key.partition('.')[2]}/{seed}/{identifier}")
+
+
+def limits_like(
+    key: str, seed: int, prompts: Sequence[Prompt], split: str, number: int
+) -> list[Limits]:
+    """Limits that match the lengths of a split's prompts, drawn in an order the seed decides.
+
+    All of the lengths come before one comes again. Whatever its length, a text must be as long as
+    the longest prompt before it is cut, so that which texts are chosen does not depend on it.
+    InputError if the split has no prompt.
+    """
+    lengths = [
+        prompt.tokens
+        for prompt in sorted(prompts, key=lambda prompt: order(key, seed, prompt.id))
+        if prompt.split == split
+    ]
+    if number and not lengths:
+        raise InputError(
+            f"params: {key}.match_length names a set without prompts in the {split} "
+            "split; raise its count"
+        )
+    longest = max(prompt.tokens for prompt in prompts)
+    return [Limits(longest, lengths[n % len(lengths)]) for n in range(number)]
+
+
+def draw(
+    key: str,
+    spec: PromptSet,
+    rows: Sequence[Row],
+    split_of: Mapping[str, str],
+    tokenizer: Tokenizer,
+    like: Sequence[Prompt] | None = None,
+) -> list[Prompt]:
+    """`count` prompts for each seed, in the proportions that the splits have, no text twice.
+
+    A seed's prompts are the first that fit, in the order of a hash of the set's name, the seed and
+    the text, of those that earlier seeds have left. Texts are cut to the lengths of the prompts
+    `like` if those are given, split by split. InputError, naming the set: too few of them.
+    """
+    asked = spec.count * len(spec.seeds)
+    if len(rows) < asked:
+        raise InputError(
+            f"params: {key} asks for {len(spec.seeds)} x {spec.count} = {asked} "
+            f"prompts, there are {len(rows)}; lower count or ask less of where"
+        )
+    by_split = {split: [row for row in rows if split_of[row.group] == split] for split in SPLITS}
+    slots = interleave(largest_remainder(asked, {k: len(v) for k, v in by_split.items()}))
+    prompts: list[Prompt] = []
+    used: set[str] = set()
+    for number, seed in enumerate(spec.seeds):
+        quotas = Counter(slots[number * spec.count : (number + 1) * spec.count])
+        for split in SPLITS:
+            limits = [Limits(spec.min_tokens or 1, spec.max_tokens)] * quotas[split]
+            if like is not None:
+                limits = limits_like(key, seed, like, split, quotas[split])
+            found = 0
+            for row in sorted(
+                by_split[split], key=lambda row: order(key, seed, identity(row, row.text))
+            ):
+                if found == len(limits):
+                    break
+                prompt = fit(tokenizer, row, limits[found], split, seed)
+                if prompt is not None and prompt.id not in used:
+                    used.add(prompt.id)
+                    prompts.append(prompt)
+                    found += 1
+            if found < len(limits):
+                raise InputError(
+                    f"params: {key} asks for {len(limits)} prompts in the {split} "
+                    f"split of seed {seed}, {found} that are long enough are left; lower count or "
+                    "min_tokens"
+                )
+    return prompts
+
+
+def draw_stream(
+    key: str, spec: PromptSet, shares: Mapping[str, float], tokenizer: Tokenizer
+) -> list[Prompt]:
+    """As `draw`, out of a source that is read row by row until there are enough prompts.
+
+    A seed's prompts are the first that fit in the source's own order for the seed, as many in each
+    split as the shares say.
+    """
+    quotas = largest_remainder(spec.count, shares)
+    limits = Limits(spec.min_tokens or 1, spec.max_tokens)
+    prompts: list[Prompt] = []
+    used: set[str] = set()
+    for seed in spec.seeds:
+        missing = dict(quotas)
+        with tqdm(total=spec.count, desc=f"prepare {key}, seed {seed}", unit="prompt") as bar:
+            for row in sources.STREAMS[spec.source](spec.where, seed):
+                split = split_of_one(row.group, shares)
+                prompt = fit(tokenizer, row, limits, split, seed) if missing[split] else None
+                if prompt is not None and prompt.id not in used:
+                    used.add(prompt.id)
+                    prompts.append(prompt)
+                    missing[split] -= 1
+                    bar.update()
+                if not any(missing.values()):
+                    break
+        if any(missing.values()):
+            raise InputError(
+                f"params: {key} asks for {spec.count} prompts for seed {seed}, "
+                f"{spec.count - sum(missing.values())} fit; lower count or min_tokens"
+            )
+    return prompts
+
+
+def splits(
+    key: str, rows: Sequence[Row], shares: Mapping[str, float], kept: Sequence[Row]
+) -> dict[str, str]:
+    """Group -> split for the strata of the rows that are kept, shared out over all their groups.
+
+    What `where` leaves out still counts, so that two sets of one source agree on every group.
+    """
+    found = {}
+    for source, stratum in sorted({(row.source, row.stratum) for row in kept}):
+        groups = {row.group for row in rows if (row.source, row.stratum) == (source, stratum)}
+        try:
+            found |= split_of_groups(groups, shares)
+        except ValueError as error:
+            raise InputError(
+                f"params: {key}: {source} {stratum} cannot be split by "
+                f"prepare.splits: {error}; choose another where, or give fewer splits a share"
+            ) from None
+    return found
+
+
+def prompt_set(
+    key: str,
+    spec: PromptSet,
+    shares: Mapping[str, float],
+    tokenizer: Tokenizer,
+    like: Sequence[Prompt] | None = None,
+) -> list[Prompt]:
+    """The prompts of one set, seed by seed, attribute before tune before test."""
+    if spec.source in sources.STREAMS:
+        return draw_stream(key, spec, shares, tokenizer)
+    rows = distinct(sources.SOURCES[spec.source].rows(spec.where))
+    kept = sources.narrow(key, rows, spec.where)
+    if not kept:
+        raise InputError(f"params: {key}.where leaves none of {len(rows)} rows; ask less of it")
+    paired = kept[0].pair is not None
+    if spec.target == "pair" and not paired:
+        raise InputError(
+            f"params: {key}.target is 'pair', but source {spec.source!r} has no "
+            "pairs; choose max-logit or another source"
+        )
+    if paired and (spec.max_tokens is not None or spec.match_length is not None):
+        raise InputError(
+            f"params: {key}: the pairs of source {spec.source!r} are never cut; "
+            "leave out max_tokens and match_length"
+        )
+    return draw(key, spec, kept, splits(key, rows, shares, kept), tokenizer, like)
+
+
+def distinct(rows: Iterable[Row]) -> list[Row]:
+    """The rows in their order, each text or pair once, none empty."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row.text or row.pair:
+            found.setdefault(identity(row, row.text), row)
+    return list(found.values())
+
+
+def prompt_sets(params: Params) -> dict[str, tuple[str, PromptSet]]:
+    """Name -> key in params and set, of those that are attributed and those only tested on.
+
+    InputError: a name in both sections, which would be one file.
+    """
+    for name in params.test_sets:
+        if name in params.prompt_sets:
+            raise InputError(f"params: test_sets.{name} is in prompt_sets too; rename one of them")
+    return {
+        name: (f"{section}.{name}", spec)
+        for section in ("prompt_sets", "test_sets")
+        for name, spec in getattr(params, section).items()
+    }
+
+
+def check(params: Params) -> None:
+    """InputError for values that no source could satisfy; each names its key."""
+    everything = prompt_sets(params)
+    shares = params.prepare.splits
+    if set(shares) != set(SPLITS) or any(share < 0 for share in shares.values()):
+        raise InputError(
+            f"params: prepare.splits is {shares}; expected a share of at least 0 for each of "
+            f"{', '.join(SPLITS)}"
+        )
+    if abs(sum(shares.values()) - 1) > 1e-9:
+        raise InputError(f"params: prepare.splits sums to {sum(shares.values())}; expected 1")
+    for key, spec in everything.values():
+        sources.check(key, spec.source, spec.where)
+        if spec.count < 1:
+            raise InputError(f"params: {key}.count is {spec.count}; expected at least 1")
+        if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds):
+            raise InputError(f"params: {key}.seeds is {spec.seeds}; expected different numbers")
+        for limit in ("min_tokens", "max_tokens"):
+            value = getattr(spec, limit)
+            if value is not None and value < 1:
+                raise InputError(f"params: {key}.{limit} is {value}; expected at least 1")
+        other = spec.match_length
+        if other is None:
+            continue
+        if other not in everything or everything[other][1].match_length is not None:
+            raise InputError(
+                f"params: {key}.match_length is {other!r}; expected a prompt set that matches none"
+            )
+        if spec.min_tokens or spec.max_tokens or spec.source in sources.STREAMS:
+            raise InputError(
+                f"params: {key}.match_length replaces min_tokens and max_tokens, and needs a "
+                "source that is no stream"
+            )
+
+
+def load_tokenizer(path: str, revision: str | None) -> tuple[Tokenizer, int]:
+    """The model's tokenizer and the tokens of its context, without torch if they are at hand."""
+    folder = Path(path)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tree = read_json(folder / "config.json")
+        context = tree.get("max_position_embeddings", tree.get("n_positions"))
+    else:  # on the hub, or in an older format that transformers converts
+        from transformers import AutoConfig
+
+        from sparc3 import models
+
+        tokenizer = getattr(models.tokenizer(path, revision), "backend_tokenizer", None)
+        if not isinstance(tokenizer, Tokenizer):
+            raise InputError(
+                f"params: model.path: {path} has no tokenizer.json and no tokenizer that converts "
+                "to one; choose another model"
+            )
+        context = AutoConfig.from_pretrained(path, revision=revision).max_position_embeddings
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, context
+
+
+def check_context(key: str, prompts: Sequence[Prompt], context: int) -> None:
+    """InputError for a prompt that the model cannot read whole."""
+    for prompt in prompts:
+        if prompt.tokens > context:
+            raise InputError(
+                f"params: {key}: prompt {prompt.id} ({prompt.text[:40]!r}) has "
+                f"{prompt.tokens} tokens, the model's context {context}; set max_tokens"
+            )
+
+
+def as_row(prompt: Prompt) -> dict[str, object]:
+    """The line that stands for a prompt in its file."""
+    row = {
+        "id": prompt.id,
+        "text": prompt.text,
+        "group": prompt.row.group,
+        "split": prompt.split,
+        "seed": prompt.seed,
+        "tokens": prompt.tokens,
+        "source": prompt.row.source,
+    }
+    if prompt.row.pair:
+        row["pair"] = list(prompt.row.pair)
+    if prompt.row.unrelated:
+        row["unrelated"] = prompt.row.unrelated
+    return row
+
+
+def describe(prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
+    """Prompts, groups and mean tokens of each split that has prompts."""
+    found = {}
+    for split in SPLITS:
+        there = [prompt for prompt in prompts if prompt.split == split]
+        if there:
+            found[split] = {
+                "prompts": len(there),
+                "groups": len({prompt.row.group for prompt in there}),
+                "mean_tokens": sum(prompt.tokens for prompt in there) / len(there),
+            }
+    return found
+
+
+def run(params: Params) -> dict[str, float]:
+    """Write outputs/prompts/SET.jsonl for every prompt set, and no other file there."""
+    check(params)
+    tokenizer, context = load_tokenizer(params.model.path, params.model.revision)
+    made: dict[str, list[Prompt]] = {}
+    specs = prompt_sets(params)
+    for name in sorted(specs, key=lambda name: specs[name][1].match_length is not None):
+        key, spec = specs[name]
+        like = made[spec.match_length] if spec.match_length else None
+        made[name] = prompt_set(key, spec, params.prepare.splits, tokenizer, like)
+        check_context(key, made[name], context)
+        log.info("prepare: %s has %d prompts", name, len(made[name]))
+    for path in prompts_path("any").parent.glob("*.jsonl"):
+        if path.stem not in made:
+            path.unlink()
+    for name, prompts in made.items():
+        write_jsonl(prompts_path(name), map(as_row, prompts))
+    metrics = {name: describe(made[name]) for name in specs}
+    write_json(metrics_path("prepare"), metrics)
+    return {
+        f"{name}.{split}.{key}": float(value)
+        for name, found in metrics.items()
+        for split, values in found.items()
+        for key, value in values.items()
+    }
