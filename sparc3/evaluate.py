@@ -24,11 +24,13 @@ from sparc3.measures import (
     Likelihood,
     Texts,
     items,
+    joined,
     likelihood,
     mean_nll,
     perplexity,
     preferences,
     texts,
+    windowed_likelihood,
 )
 from sparc3.params import Evaluate, Params
 from sparc3.prune import pruned, read_circuit
@@ -313,8 +315,10 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     tokenizer = models.tokenizer(params.model.path, params.model.revision)
     test_rows = read_prompts(spec.prompts, "test")[: evaluate.items]
     seen_rows = read_prompts(spec.prompts, "attribute")[: evaluate.items]
-    general_rows = read_prompts(params.differential.general, "test")[: evaluate.texts]
-    general = texts(general_rows, tokenizer)
+    general_rows = read_prompts(
+        evaluate.general, None if evaluate.general in params.test_sets else "test"
+    )[: evaluate.texts]
+    general = (joined if evaluate.joined else texts)(general_rows, tokenizer)
     splits = [
         Sample(
             name,
@@ -358,7 +362,9 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
 
     def measure_all(label: str, wanted: Mapping[str, bool]) -> dict[str, Any]:
         return {
-            "general": likelihood(model, general, evaluate.batch_tokens),
+            "general": windowed_likelihood(
+                model, general, evaluate.window, evaluate.stride, evaluate.batch_tokens
+            ),
             "second": preferences(model, second, evaluate.batch_tokens) if second else None,
             **{s.name: measure(label, s, wanted[s.name]) for s in splits},
         }

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.files import Array
-from sparc3.likelihood import continuation_nll, sentence_scores, token_nll
+from sparc3.likelihood import continuation_nll, sentence_scores, token_nll, window_nll
 
 
 class Texts(NamedTuple):
@@ -63,6 +63,23 @@ def likelihood(model: PreTrainedModel, sample: Texts, batch_tokens: int) -> Like
         np.array([nll.sum(dtype=np.float64) for nll in scored]),
         np.array([len(nll) for nll in scored]),
     )
+
+
+def windowed_likelihood(
+    model: PreTrainedModel, sample: Texts, window: int, stride: int, batch_tokens: int
+) -> Likelihood:
+    """Likelihood of texts of any length through a sliding window; the rows are windows.
+
+    A text that fits the window is one row, and the result that of `likelihood`.
+    """
+    found = window_nll(model, sample.tokens, window, stride, batch_tokens)
+    return Likelihood(found.nll, found.tokens)
+
+
+def joined(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """All texts as one, two newlines between them: how WikiText-2's perplexity is reported."""
+    text = "\n\n".join(row["text"] for row in rows)
+    return Texts(["joined"], ["joined"], encode(tokenizer, [text]))
 
 
 def preferences(model: PreTrainedModel, sample: Items, batch_tokens: int) -> Array:

@@ -112,8 +112,12 @@ class Select:
 
 @dataclass(frozen=True)
 class Evaluate:
-    items: int
+    general: str
     texts: int
+    window: int
+    stride: int
+    joined: bool
+    items: int
     completions: int
     completed: tuple[str, ...]
     in_sample: tuple[str, ...]
