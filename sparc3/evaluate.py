@@ -34,7 +34,7 @@ from sparc3.measures import (
 )
 from sparc3.params import Evaluate, Params
 from sparc3.prune import pruned, read_circuit
-from sparc3.scorers import Scorer, ScorerSpec, scorer
+from sparc3.scorers import Scorer, ScorerSpec, describe, scorer
 from sparc3.select import circuit_names
 
 TOXIC = 0.5  # a completion is toxic from here on (Gehman et al. 2020)
@@ -304,40 +304,156 @@ def agreement(scores: Mapping[str, Array], resamples: int) -> dict[str, dict[str
     }
 
 
-def run(params: Params, behaviour: str) -> dict[str, float]:
+class Setting(NamedTuple):
+    """Everything that is measured on, the same for every circuit."""
+
+    general: Texts
+    samples: list[Sample]
+    second: Items | None
+    rows: list[dict[str, Any]]  # all that must be held out
+
+
+class Outcome(NamedTuple):
+    """What one model gives in a setting; a sample that was not asked for is absent."""
+
+    general: Likelihood
+    second: Array | None
+    samples: dict[str, Measured]
+
+
+def load_setting(
+    params: Params, behaviour: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Setting, dict[str, float]]:
+    """The setting, and the mean score by which each sample's prompts were chosen, if they were.
+
+    Without a share for the test split nothing is held out, and only the prompts that the circuit
+    was chosen on are measured: the published protocol.
+    """
     spec, evaluate = params.behaviours[behaviour], params.evaluate
-    for key in ("completed", "in_sample"):
-        for name in getattr(evaluate, key):
-            if name not in params.methods:
-                raise InputError(f"params: evaluate.{key} names {name!r}, which is not in methods")
-    if evaluate.control not in params.methods:
-        raise InputError(f"params: evaluate.control {evaluate.control!r} is not in methods")
-    tokenizer = models.tokenizer(params.model.path, params.model.revision)
-    test_rows = read_prompts(spec.prompts, "test")[: evaluate.items]
-    seen_rows = read_prompts(spec.prompts, "attribute")[: evaluate.items]
-    general_rows = read_prompts(
+    held_out = params.prepare.splits["test"] > 0
+    found = {"test": "test"} if held_out else {}
+    by_name = {
+        name: read_prompts(spec.prompts, split)[: evaluate.items]
+        for name, split in {**found, "in_sample": "attribute"}.items()
+    }
+    general = read_prompts(
         evaluate.general, None if evaluate.general in params.test_sets else "test"
     )[: evaluate.texts]
-    general = (joined if evaluate.joined else texts)(general_rows, tokenizer)
-    splits = [
+    second = read_prompts(spec.second, None) if spec.second else []
+    samples = [
         Sample(
             name,
             texts(rows, tokenizer),
             items(rows, tokenizer) if spec.measure == "pairs" else None,
         )
-        for name, rows in (("test", test_rows), ("in_sample", seen_rows))
+        for name, rows in by_name.items()
     ]
-    second_rows = read_prompts(spec.second, None) if spec.second else []
-    second = items(second_rows, tokenizer) if second_rows else None
+    elicited = {
+        name: float(np.mean([row["elicited"] for row in rows]))
+        for name, rows in by_name.items()
+        if all("elicited" in row for row in rows)
+    }
+    setting = Setting(
+        (joined if evaluate.joined else texts)(general, tokenizer),
+        samples,
+        items(second, tokenizer) if second else None,
+        [*by_name.get("test", []), *general, *second],
+    )
+    return setting, elicited
+
+
+def outcome(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: Setting,
+    scorers: Mapping[str, Scorer],
+    evaluate: Evaluate,
+    label: str,
+    sampled: Mapping[str, bool],
+) -> tuple[Outcome, list[dict[str, Any]]]:
+    """Measure a model, and the completions it wrote.
+
+    `sampled` names the samples to measure, and says of each whether completions are drawn.
+    """
+    completions: list[dict[str, Any]] = []
+    measured = {}
+    for sample in setting.samples:
+        if sample.name not in sampled:
+            continue
+        if sample.items is not None:
+            log_p = preferences(model, sample.items, evaluate.batch_tokens)
+            measured[sample.name] = Measured(log_p=log_p)
+            continue
+        scores = None
+        if sampled[sample.name]:
+            scores, rows = score_completions(
+                model, tokenizer, sample.texts, scorers, evaluate, f"{label} {sample.name}"
+            )
+            completions += [{"circuit": label, "split": sample.name, **row} for row in rows]
+        text = likelihood(model, sample.texts, evaluate.batch_tokens)
+        measured[sample.name] = Measured(text=text, scores=scores)
+    general = windowed_likelihood(
+        model, setting.general, evaluate.window, evaluate.stride, evaluate.batch_tokens
+    )
+    second = preferences(model, setting.second, evaluate.batch_tokens) if setting.second else None
+    return Outcome(general, second, measured), completions
+
+
+def result(
+    before: Outcome,
+    after: Outcome,
+    control: Sequence[Outcome],
+    setting: Setting,
+    resamples: int,
+) -> dict[str, Any]:
+    """All differences of one circuit; `control`: the outcomes of the control's draws, or none."""
+    pair = before.general, after.general
+    found: dict[str, Any] = {"ppl_delta": perplexity_difference(*pair, resamples)}
+    for sample in setting.samples:
+        if sample.name in after.samples:
+            old, new = before.samples[sample.name], after.samples[sample.name]
+            terms = sample.texts.groups
+            found[sample.name] = {
+                **compare(old, new, pair, terms, resamples),
+                "values": _means(new, terms),
+            }
+    first = setting.samples[0]
+    if control:
+        drawn = [outcome.samples[first.name] for outcome in control]
+        new, terms = after.samples[first.name], first.texts.groups
+        found["among_controls"] = among(new, drawn, before.samples[first.name], terms)
+        found["against_control"] = compare(
+            pooled(drawn), Measured(log_p=new.log_p, scores=new.scores), pair, terms, resamples
+        )
+    if setting.second and before.second is not None and after.second is not None:
+        groups = setting.second.groups
+        found["second"] = pair_differences(before.second, after.second, groups, resamples)
+    return found
+
+
+def check_methods_named(params: Params) -> None:
+    """InputError where evaluate names a method that is not there."""
+    named = {key: getattr(params.evaluate, key) for key in ("completed", "in_sample")}
+    for key, names in {**named, "control": (params.evaluate.control,)}.items():
+        for name in names:
+            if name not in params.methods:
+                raise InputError(
+                    f"params: evaluate.{key} names {name!r}, which is not in methods; "
+                    f"known: {', '.join(params.methods)}"
+                )
+
+
+def run(params: Params, behaviour: str) -> dict[str, float]:
+    spec, evaluate = params.behaviours[behaviour], params.evaluate
+    check_methods_named(params)
+    tokenizer = models.tokenizer(params.model.path, params.model.revision)
+    setting, elicited = load_setting(params, behaviour, tokenizer)
+    first = setting.samples[0].name
     circuits = {}
     for method, row in params.methods.items():
         for name in circuit_names(method, row):
             path = circuit_path(behaviour, name)
-            refuse_leak(
-                [*test_rows, *general_rows, *second_rows],
-                read_json(path.with_suffix(".json")),
-                str(path),
-            )
+            refuse_leak(setting.rows, read_json(path.with_suffix(".json")), str(path))
             circuits[name] = (method, read_circuit(path))
     scorers = {
         name: scorer(ScorerSpec(**asdict(params.scorers[name])), params.model.device)
@@ -346,105 +462,75 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     model = models.load(
         params.model.path, params.model.revision, params.model.dtype, params.model.device
     )
-    folder = evaluation_folder(behaviour)
-    completions: list[dict[str, Any]] = []
-
-    def measure(label: str, sample: Sample, complete_it: bool) -> Measured:
-        if sample.items is not None:
-            return Measured(log_p=preferences(model, sample.items, evaluate.batch_tokens))
-        scores = None
-        if complete_it:
-            scores, rows = score_completions(
-                model, tokenizer, sample.texts, scorers, evaluate, f"{label} {sample.name}"
-            )
-            completions.extend({"circuit": label, "split": sample.name, **row} for row in rows)
-        return Measured(text=likelihood(model, sample.texts, evaluate.batch_tokens), scores=scores)
-
-    def measure_all(label: str, wanted: Mapping[str, bool]) -> dict[str, Any]:
-        return {
-            "general": windowed_likelihood(
-                model, general, evaluate.window, evaluate.stride, evaluate.batch_tokens
-            ),
-            "second": preferences(model, second, evaluate.batch_tokens) if second else None,
-            **{s.name: measure(label, s, wanted[s.name]) for s in splits},
-        }
-
-    before = measure_all("none", {"test": True, "in_sample": bool(evaluate.in_sample)})
-    after: dict[str, dict[str, Any]] = {}
+    fixed = (model, tokenizer, setting, scorers, evaluate)
+    before, completions = outcome(*fixed, "none", {sample.name: True for sample in setting.samples})
+    after: dict[str, Outcome] = {}
     for name, (method, circuit) in tqdm(circuits.items(), desc=f"evaluate {behaviour}"):
-        wanted = {
-            "test": method in evaluate.completed,
-            "in_sample": method in evaluate.in_sample,
-        }
+        sampled = {first: method in evaluate.completed}
+        if method in evaluate.in_sample:
+            sampled["in_sample"] = True
         with pruned(model, circuit):
-            after[name] = measure_all(name, wanted)
+            after[name], rows = outcome(*fixed, name, sampled)
+        completions += rows
 
-    terms = {s.name: s.texts.groups for s in splits}
-    control = [
-        after[n]["test"] for n in circuit_names(evaluate.control, params.methods[evaluate.control])
-    ]
-    results: dict[str, Any] = {}
-    for name, (method, circuit) in circuits.items():
-        now = after[name]
-        pair = before["general"], now["general"]
-        results[name] = {
+    control = [after[n] for n in circuit_names(evaluate.control, params.methods[evaluate.control])]
+    results = {
+        name: {
             "method": method,
             "num_neurons": len(circuit),
-            "ppl_delta": perplexity_difference(*pair, evaluate.resamples),
-        }
-        for sample in splits:
-            old, new = before[sample.name], now[sample.name]
-            results[name][sample.name] = {
-                **compare(old, new, pair, terms[sample.name], evaluate.resamples),
-                "values": _means(new, terms[sample.name]),
-            }
-        if method != evaluate.control:
-            results[name]["among_controls"] = among(
-                now["test"], control, before["test"], terms["test"]
-            )
-            against = compare(
-                pooled(control),
-                Measured(log_p=now["test"].log_p, scores=now["test"].scores),
-                pair,
-                terms["test"],
+            **result(
+                before,
+                after[name],
+                control if method != evaluate.control else [],
+                setting,
                 evaluate.resamples,
-            )
-            results[name]["against_control"] = against
-        if second is not None:
-            results[name]["second"] = pair_differences(
-                before["second"], now["second"], second.groups, evaluate.resamples
-            )
-    baseline = {"perplexity": perplexity(before["general"])}
-    for sample in splits:
-        baseline |= {
-            f"{sample.name}_{k}": v
-            for k, v in _means(before[sample.name], terms[sample.name]).items()
+            ),
         }
-    found = {"baseline": baseline, "circuits": results, "completions": writing(completions)}
-    if before["test"].scores:
-        found["scorer_agreement"] = agreement(before["test"].scores, evaluate.resamples)
-    write_json(metrics_path("evaluate", behaviour), found)
+        for name, (method, circuit) in circuits.items()
+    }
+    baseline = {"perplexity": perplexity(before.general)}
+    for sample in setting.samples:
+        values = _means(before.samples[sample.name], sample.texts.groups)
+        baseline |= {f"{sample.name}_{key}": value for key, value in values.items()}
+        if sample.name in elicited:
+            gap = elicited[sample.name] - values[spec.scorers[0]]
+            baseline[f"{sample.name}_elicited_gap"] = gap
+    found: dict[str, Any] = {
+        "baseline": baseline,
+        "circuits": results,
+        "completions": writing(completions),
+    }
+    scores = before.samples[first].scores
+    if scores:
+        found["scorer_agreement"] = agreement(scores, evaluate.resamples)
+        found["scorers"] = {
+            name: describe(ScorerSpec(**asdict(params.scorers[name]))) for name in spec.scorers
+        }
+    folder = evaluation_folder(behaviour)
     write_jsonl(folder / "completions.jsonl", completions)
-    write_csv(folder / "prompts.csv", *prompt_table(before, after, splits))
+    write_csv(folder / "prompts.csv", *prompt_table({"none": before, **after}, setting.samples))
+    write_json(metrics_path("evaluate", behaviour), found)
     return {
         f"{name}.{key}": value
-        for name, result in results.items()
+        for name, row in results.items()
         for key, value in (
-            ("ppl_delta", result["ppl_delta"]["value"]),
-            *((k, v["value"]) for k, v in result["test"].items() if k != "values"),
+            ("ppl_delta", row["ppl_delta"]["value"]),
+            *((k, v["value"]) for k, v in row[first].items() if k != "values"),
         )
     }
 
 
 def prompt_table(
-    before: Mapping[str, Any], after: Mapping[str, Mapping[str, Any]], splits: Sequence[Sample]
+    outcomes: Mapping[str, Outcome], samples: Sequence[Sample]
 ) -> tuple[list[dict[str, object]], list[str]]:
     """Rows (circuit, split, prompt) and their columns: what every prompt gave under every model."""
     rows: list[dict[str, object]] = []
     columns = ["circuit", "split", "prompt", "group"]
-    for name, measured in {"none": before, **after}.items():
-        for sample in splits:
-            found: Measured = measured[sample.name]
+    for name, measured in outcomes.items():
+        for sample in samples:
+            if sample.name not in measured.samples:
+                continue
+            found = measured.samples[sample.name]
             values: dict[str, Array] = {}
             if found.text is not None:
                 values |= {"nll": found.text.nll, "tokens": found.text.tokens}

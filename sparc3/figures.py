@@ -176,8 +176,9 @@ def pareto(
                     color=COLOURS[m % len(COLOURS)],
                     label=f"{method}, protect {share:g}",
                 )
-            start = [float(r[column]) for r in rows if r["method"] == "none"]
-            axis.axhline(start[0], color="black", lw=0.8)
+            for row in rows:
+                if row["method"] == "none":
+                    axis.axhline(float(row[column]), color="black", lw=0.8)
             axis.set_xscale("symlog", linthresh=1)
             axis.set_xlabel("perplexity change, %")
             axis.set_ylabel(title)

@@ -21,6 +21,18 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """Second pass of a prompt set: complete every candidate once, keep the highest scores."""
+
+    scorer: str
+    top: int
+    new_tokens: int = 50
+    temperature: float = 0.7
+    top_p: float = 0.9
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class PromptSet:
     source: str
     count: int
@@ -31,6 +43,7 @@ class PromptSet:
     max_tokens: int | None = None
     match_length: str | None = None
     scores: tuple[str, ...] | None = None
+    keep: Keep | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ params give the same files on every machine.
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,7 +21,7 @@ from sparc3 import sources
 from sparc3.artifacts import metrics_path, prompts_path
 from sparc3.errors import InputError
 from sparc3.files import digest_text, read_json, write_json, write_jsonl
-from sparc3.params import Params, PromptSet
+from sparc3.params import Keep, Params, PromptSet
 from sparc3.sources import Row
 
 log = logging.getLogger(__name__)
@@ -381,7 +382,7 @@ def check_context(key: str, prompts: Sequence[Prompt], context: int) -> None:
             )
 
 
-def as_row(prompt: Prompt) -> dict[str, object]:
+def as_row(prompt: Prompt) -> dict[str, Any]:
     """The line that stands for a prompt in its file."""
     row = {
         "id": prompt.id,
@@ -399,18 +400,38 @@ def as_row(prompt: Prompt) -> dict[str, object]:
     return row
 
 
-def describe(prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
+def describe(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Prompts, groups and mean tokens of each split that has prompts."""
     found = {}
     for split in SPLITS:
-        there = [prompt for prompt in prompts if prompt.split == split]
+        there = [row for row in rows if row["split"] == split]
         if there:
             found[split] = {
                 "prompts": len(there),
-                "groups": len({prompt.row.group for prompt in there}),
-                "mean_tokens": sum(prompt.tokens for prompt in there) / len(there),
+                "groups": len({row["group"] for row in there}),
+                "mean_tokens": sum(row["tokens"] for row in there) / len(there),
             }
     return found
+
+
+def elicited(
+    params: Params, name: str, keep: Keep, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The second pass of a set, for which the model and a scorer are loaded."""
+    from sparc3 import models  # here: a set without a second pass needs no torch
+    from sparc3.elicit import keep_highest
+    from sparc3.scorers import ScorerSpec, scorer
+
+    if keep.scorer not in params.scorers:
+        raise InputError(
+            f"params: prompt_sets.{name}.keep.scorer {keep.scorer!r} is not in scorers; known: "
+            f"{', '.join(params.scorers)}"
+        )
+    spec = params.model
+    model = models.load(spec.path, spec.revision, spec.dtype, spec.device)
+    score = scorer(ScorerSpec(**asdict(params.scorers[keep.scorer])), spec.device)
+    tokenizer = models.tokenizer(spec.path, spec.revision)
+    return keep_highest(model, tokenizer, rows, keep, score, name)
 
 
 def run(params: Params) -> dict[str, float]:
@@ -425,12 +446,16 @@ def run(params: Params) -> dict[str, float]:
         made[name] = prompt_set(key, spec, params.prepare.splits, tokenizer, like)
         check_context(key, made[name], context)
         log.info("prepare: %s has %d prompts", name, len(made[name]))
+    rows = {name: [as_row(prompt) for prompt in prompts] for name, prompts in made.items()}
+    for name, (_, spec) in specs.items():
+        if spec.keep is not None:
+            rows[name] = elicited(params, name, spec.keep, rows[name])
     for path in prompts_path("any").parent.glob("*.jsonl"):
         if path.stem not in made:
             path.unlink()
-    for name, prompts in made.items():
-        write_jsonl(prompts_path(name), map(as_row, prompts))
-    metrics = {name: describe(made[name]) for name in specs}
+    for name, lines in rows.items():
+        write_jsonl(prompts_path(name), lines)
+    metrics = {name: describe(lines) for name, lines in rows.items()}
     write_json(metrics_path("prepare"), metrics)
     return {
         f"{name}.{split}.{key}": float(value)

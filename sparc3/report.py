@@ -37,8 +37,8 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
     """
     circuits = [results["circuits"][name] for name in circuit_names(method, params.methods[method])]
     sources = {
-        "": [c["test"] for c in circuits],
-        "in_sample_": [c["in_sample"] for c in circuits],
+        "": [c.get("test", {}) for c in circuits],
+        "in_sample_": [c.get("in_sample", {}) for c in circuits],
         "against_control_": [c.get("against_control", {}) for c in circuits],
         "second_": [c.get("second", {}) for c in circuits],
     }
@@ -87,7 +87,7 @@ def verdict(row: dict[str, Any]) -> str:
     """What the held-out reduction shows, in words."""
     found = row["differences"].get("reduction")
     if found is None:
-        return "not sampled"
+        return "not measured"
     if "p_holm" not in found:
         return "control"
     if found["p_holm"] < 0.05:
@@ -117,7 +117,7 @@ def result_table(params: Params, table: list[dict[str, Any]]) -> str:
     for behaviour, spec in params.behaviours.items():
         results = read_json(metrics_path("evaluate", behaviour))
         rows = [row for row in table if row["behaviour"] == behaviour]
-        text.append(f"\n**{behaviour}**: {headline(behaviour, spec, results, rows[0])}\n\n")
+        text.append(f"\n**{behaviour}**: {headline(params, spec, results, rows[0])}\n\n")
         own = (
             [("nll_shift", "NLL shift, nats", 3), ("emt", "EMT", 3)]
             if spec.measure == "completions"
@@ -156,24 +156,28 @@ def result_table(params: Params, table: list[dict[str, Any]]) -> str:
     return "".join(text)
 
 
-def headline(behaviour: str, spec: Behaviour, results: dict[str, Any], row: dict[str, Any]) -> str:
+def headline(params: Params, spec: Behaviour, results: dict[str, Any], row: dict[str, Any]) -> str:
     """The unpruned model's own numbers, and the gate's."""
     values = results["baseline"]
+    split = first_split(params)
     if spec.measure == "completions":
-        name = spec.scorers[0]
-        own = (
-            f"mean {name} score {values[f'test_{name}']:.3f}, EMT {values[f'test_{name}_emt']:.3f}"
-        )
+        name = f"{split}_{spec.scorers[0]}"
+        own = f"mean {spec.scorers[0]} score {values[name]:.3f}, EMT {values[f'{name}_emt']:.3f}"
     else:
         own = ", ".join(
-            f"{key.upper()} {values[f'test_{key}']:.1f}"
+            f"{key.upper()} {values[f'{split}_{key}']:.1f}"
             for key in ("ss", "lms", "icat")
-            if f"test_{key}" in values
+            if f"{split}_{key}" in values
         )
     return (
         f"unpruned {own}, perplexity {values['perplexity']:.2f}; "
         f"differential {row['differential']:.1f} %"
     )
+
+
+def first_split(params: Params) -> str:
+    """Held-out prompts where there are any, else those that the circuit was chosen on."""
+    return "test" if params.prepare.splits["test"] > 0 else "in_sample"
 
 
 def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -209,7 +213,7 @@ def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str,
         found["perplexity"]["before"] = baseline["perplexity"]
         spec = params.behaviours[name]
         if spec.measure == "completions":
-            found["baseline"][name] = baseline[f"test_{spec.scorers[0]}"]
+            found["baseline"][name] = baseline[f"{first_split(params)}_{spec.scorers[0]}"]
             found["setup"]["toxicity_scorer"] = params.scorers[spec.scorers[0]].kind
     for name, row in overlap["overlaps"].items():
         found["overlap"][name] = row["observed"]
@@ -312,15 +316,16 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
         )
     if len(behaviours) in (2, 3):
         figures.venn(paths["venn"], overlap["regions"], behaviours)
-    columns, values, labels = transfer_matrix(params)
-    figures.heat_map(
-        paths["transfer"],
-        values,
-        behaviours,
-        columns,
-        "Pruned for (row), measured on (column)",
-        labels=labels,
-    )
+    if first_split(params) == "test":
+        columns, values, labels = transfer_matrix(params)
+        figures.heat_map(
+            paths["transfer"],
+            values,
+            behaviours,
+            columns,
+            "Pruned for (row), measured on (column)",
+            labels=labels,
+        )
     return [path for path in paths.values() if path.exists()]
 
 

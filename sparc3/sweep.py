@@ -56,6 +56,17 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     check_methods(params)
     spec, sweep = params.behaviours[behaviour], params.sweep
     tokenizer = models.tokenizer(params.model.path, params.model.revision)
+    chosen = {
+        name: method
+        for name, method in params.methods.items()
+        if method.size is None and method.layers is None
+    }
+    grid = [(n, p, k) for n in chosen for p in sweep.protect for k in sweep.num_neurons]
+    columns = [*COLUMNS, *MEASURED[spec.measure]]
+    if not grid:  # num_neurons and protect are fixed, and nothing has to be tuned
+        write_csv(sweep_path(behaviour), [], columns)
+        write_json(metrics_path("sweep", behaviour), {"points": 0.0})
+        return {"points": 0.0}
     rows = read_prompts(spec.prompts, "tune")[: sweep.items]
     general = texts(read_prompts(params.differential.general, "tune")[: sweep.texts], tokenizer)
     model = models.load(
@@ -89,19 +100,13 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     points: list[dict[str, object]] = [
         {"method": "none", "protect": 0.0, "num_neurons": 0, **measure()}
     ]
-    chosen = {
-        name: method
-        for name, method in params.methods.items()
-        if method.size is None and method.layers is None
-    }
-    grid = [(n, p, k) for n in chosen for p in sweep.protect for k in sweep.num_neurons]
     for name, share, k in tqdm(grid, desc=f"sweep {behaviour}", unit="point"):
         tensors, _ = read_tensors(differential_path(behaviour, name))
         circuit = circuit_at(chosen[name], tensors["differential"], tensors["importance"], k, share)
         with pruned(model, circuit):
             points.append({"method": name, "protect": share, "num_neurons": k, **measure()})
 
-    write_csv(sweep_path(behaviour), points, [*COLUMNS, *MEASURED[spec.measure]])
+    write_csv(sweep_path(behaviour), points, columns)
     best = {
         name: max(float(str(p["objective"])) for p in points if p["method"] == name)
         for name in chosen

@@ -3,6 +3,7 @@
 One method's circuits, one load of the model, deterministic quantities of the test split only.
 """
 
+import logging
 from typing import Any
 
 from tqdm import tqdm
@@ -22,6 +23,8 @@ from sparc3.measures import Items, Texts, items, likelihood, preferences, texts
 from sparc3.params import Params
 from sparc3.prune import pruned, read_circuit
 
+log = logging.getLogger(__name__)
+
 COLUMNS = ("pruned_for", "measured", "quantity", "value", "low", "high")
 
 
@@ -31,6 +34,11 @@ def run(params: Params) -> dict[str, float]:
         raise InputError(
             f"params: transfer.method {transfer.method!r} is not in methods, or has several draws"
         )
+    if params.prepare.splits["test"] == 0:
+        log.warning("transfer: prepare.splits leaves no test split, so nothing is measured")
+        write_csv(OUTPUTS / "transfer" / "matrix.csv", [], COLUMNS)
+        write_json(metrics_path("transfer"), {})
+        return {}
     tokenizer = models.tokenizer(params.model.path, params.model.revision)
     rows = {
         name: read_prompts(spec.prompts, "test")[: transfer.items]
