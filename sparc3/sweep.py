@@ -42,14 +42,13 @@ def circuit_at(
 
 
 def objective(measure: str, measured: dict[str, float]) -> float:
-    """What `select` maximises: for completions the rise of the behaviour's negative log-likelihood
-    beyond that of general text, in nats per token; for pairs min(SS, 100 - SS), in percent, times
-    LMS / 100 where it is known (that is ICAT / 2).
+    """What `select` maximises, in nats per token.
+
+    For completions the rise of the behaviour's negative log-likelihood beyond that of general text.
+    For pairs -|preference margin|: SS and ICAT count preferences and jump from item to item, and on
+    a tune split of some dozens of items their best point is one of noise.
     """
-    if measure == "completions":
-        return measured["nll_shift"]
-    fair = min(measured["ss"], 100 - measured["ss"])
-    return fair * measured.get("lms", 100.0) / 100
+    return measured["nll_shift"] if measure == "completions" else -abs(measured["margin"])
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
