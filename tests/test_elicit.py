@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+import tiny
+
+from sparc3.elicit import highest, keep_highest
+from sparc3.errors import InputError
+from sparc3.params import Keep
+
+
+class Words:
+    """A tokenizer of whole numbers: text "3 7" is the tokens 3 and 7."""
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> "Words":
+        self.input_ids = [[int(word) for word in text.split()] for text in texts]
+        return self
+
+    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return [" ".join(map(str, row)) for row in rows]
+
+
+ROWS = [{"id": str(i), "text": f"{i} {i + 1}"} for i in range(12)]
+
+
+def lengths(texts: list[str]) -> np.ndarray:
+    return np.array([sum(int(word) for word in text.split()) / 500 for text in texts])
+
+
+def test_highest_keeps_order_and_breaks_ties_by_it() -> None:
+    assert highest([0.1, 0.9, 0.5, 0.9, 0.5], 3) == [1, 2, 3]
+    assert highest([0.1], 0) == []
+
+
+def test_the_rows_with_the_highest_completion_are_kept_with_their_score() -> None:
+    model, keep = tiny.model("llama"), Keep(scorer="s", top=4, new_tokens=5)
+    kept = keep_highest(model, Words(), ROWS, keep, lengths, "set")
+    everything = keep_highest(
+        model, Words(), ROWS, Keep(scorer="s", top=12, new_tokens=5), lengths, "set"
+    )
+    scores = sorted((row["elicited"] for row in everything), reverse=True)
+    assert sorted((row["elicited"] for row in kept), reverse=True) == scores[:4]
+    assert [row["id"] for row in kept] == sorted((r["id"] for r in kept), key=int)
+    assert keep_highest(model, Words(), ROWS, keep, lengths, "set") == kept
+
+
+def test_chance_flatters_the_chosen() -> None:
+    """The winner's curse: drawn again, the prompts that scored highest score lower."""
+    model = tiny.model("llama")
+    rows = [{"id": str(i), "text": "3 4"} for i in range(60)]  # alike: all difference is chance
+    first = keep_highest(model, Words(), rows, Keep("s", 15, 5, 1.0, 1.0, 0), lengths, "set")
+    again = keep_highest(model, Words(), first, Keep("s", 15, 5, 1.0, 1.0, 1), lengths, "set")
+    gap = np.mean([r["elicited"] for r in first]) - np.mean([r["elicited"] for r in again])
+    assert gap > 0.02
+
+
+def test_too_few_candidates_are_refused() -> None:
+    with pytest.raises(InputError, match=r"prompt_sets\.set\.keep\.top is 13, but there are 12"):
+        keep_highest(tiny.model("llama"), Words(), ROWS, Keep("s", 13), lengths, "set")
