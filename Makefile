@@ -3,6 +3,7 @@
 # make lint     ruff and pyright
 # make ui       the runs in MLflow's UI on 127.0.0.1 (PORT=5000)
 # make bench    the project's own timings
+# make readme   the result table into README.md
 # make lock     requirements.txt anew from pyproject.toml
 # make clean    remove the environment and the caches; data, models, results and runs stay
 #
@@ -34,7 +35,7 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-.PHONY: env repro test lint ui bench lock clean
+.PHONY: env repro test lint ui bench readme lock clean
 
 ifeq ($(origin VENV),file)
 # The list that was installed is the stamp: equal contents install nothing, whatever the dates.
@@ -75,6 +76,9 @@ ui: env
 
 bench: env
 	$(IN_ENV) python -m benchmarks
+
+readme: env
+	$(IN_ENV) python -m sparc3 readme
 
 # What is locked already stays where it is, unless pyproject.toml says otherwise. MLflow names a
 # conda environment by the digest of conda.yaml alone, so conda.yaml carries the digest of the lock.

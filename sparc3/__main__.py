@@ -41,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{axis.replace('_', '-')}", required=True, metavar="NAME")
     commands.add_parser("fetch", help="raw data and the embedded model, verified")
     commands.add_parser("main", help="fetch, then dvc repro")
+    commands.add_parser("readme", help="put the result table into README.md")
+    export = commands.add_parser("export", help="write a pruned model as a Hugging Face folder")
+    for flag in ("behaviour", "method", "folder"):
+        export.add_argument(f"--{flag}", required=True)
     return top
 
 
@@ -145,6 +149,24 @@ def run_pipeline(params: Params) -> int:
     return 0
 
 
+def export_model(params: Params, arguments: argparse.Namespace) -> None:
+    """The model without a circuit, as a folder that transformers loads."""
+    from sparc3 import export  # here, as below: a light stage should not wait for torch
+
+    export.run(params, arguments.behaviour, arguments.method, Path(arguments.folder))
+
+
+def write_readme(params: Params, arguments: argparse.Namespace) -> None:
+    """The result table in README.md, as the last run left it."""
+    from sparc3 import report
+
+    report.write_readme()
+
+
+# What is no stage and leaves no run in MLflow.
+COMMANDS = {"export": export_model, "readme": write_readme}
+
+
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sparc3").setLevel(logging.INFO)
@@ -154,6 +176,9 @@ def main(argv: list[str] | None = None) -> int:
         params = load(Path("params.yaml"))
         if stage == "main":
             return run_pipeline(params)
+        if stage in COMMANDS:
+            COMMANDS[stage](params, arguments)
+            return 0
         run_stage(params, stage, axis_of(params, stage, arguments))
     except InputError as error:
         print(f"sparc3: error: {error}", file=sys.stderr)

@@ -21,12 +21,13 @@ from sparc3.artifacts import (
 )
 from sparc3.claims import claims
 from sparc3.errors import InputError
-from sparc3.files import read_csv, read_json, write_text
+from sparc3.files import read_csv, read_json, read_text, write_text
 from sparc3.params import Behaviour, Params
 from sparc3.select import circuit_names
 
 FOLDER = OUTPUTS / "report"
 TABLE = METRICS / "table.md"
+BLOCK = ("<!-- results: written by `make readme` -->", "<!-- end of results -->")
 
 
 def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -> dict[str, Any]:
@@ -379,3 +380,18 @@ def run(params: Params) -> dict[str, float]:
         for key in ("reduction", "ppl_delta")
         if key in row["differences"] and math.isfinite(row["differences"][key]["value"])
     }
+
+
+def readme_with(readme: str, table: str) -> str:
+    """README's text with its results block replaced by a result table."""
+    head, found, rest = readme.partition(BLOCK[0])
+    _, closed, tail = rest.partition(BLOCK[1])
+    if not (found and closed):
+        raise InputError(f"README.md: expected the lines {BLOCK[0]!r} and {BLOCK[1]!r}")
+    return f"{head}{BLOCK[0]}\n\n{table}\n{BLOCK[1]}{tail}"
+
+
+def write_readme() -> None:
+    """Put metrics/table.md into README.md: what `make readme` does."""
+    readme = Path("README.md")
+    write_text(readme, readme_with(read_text(readme), read_text(TABLE)))

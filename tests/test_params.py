@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from sparc3.__main__ import STAGES
+from sparc3.differential import check_methods
 from sparc3.errors import InputError
 from sparc3.params import Params, load
 
@@ -33,7 +34,13 @@ def test_default_params_load_as_written() -> None:
 
 @pytest.mark.parametrize("path", sorted(Path("profiles").glob("*.yaml")), ids=lambda p: p.stem)
 def test_profiles_are_complete(path: Path) -> None:
-    assert load(path).behaviours
+    params = load(path)
+    check_methods(params)
+    assert params.report.method in params.methods
+
+
+def test_the_default_is_a_profile() -> None:
+    assert Path("profiles/smollm2-135m.yaml").read_text() == Path("params.yaml").read_text()
 
 
 @pytest.mark.parametrize(
