@@ -16,13 +16,16 @@ SMALL: dict[str, Any] = {
         "general": {"count": 12, "min_tokens": 48, "max_tokens": 48},
         "general-toxicity": {"count": 16},
         "toxicity": {"count": 40},
-        "general-pairs": {"count": 60, "where": {"bias_type": "profession", "first": 60}},
+        "general-pairs": {"count": 80, "where": {"bias_type": "profession", "first": 80}},
         "gender": {"count": 240},
         "race": {"count": 180},
     },
+    "test_sets": {"news": {"count": 8, "min_tokens": 48, "max_tokens": 48}},
+    "methods": {"random-layer-matched": {"draws": 2}},
     "attribute": {"shard_prompts": 16},
     "sweep": {"num_neurons": [20, 60], "protect": [0.2], "texts": 6, "items": 12},
-    "evaluate": {"items": 16, "texts": 8, "completions": 3, "new_tokens": 6, "resamples": 500},
+    "select": {"resamples": 10},
+    "evaluate": {"items": 30, "texts": 8, "completions": 2, "new_tokens": 6, "resamples": 500},
     "transfer": {"items": 12, "resamples": 500},
     "overlap": {"resamples": 200, "repeats": 2},
 }
@@ -63,13 +66,13 @@ def test_every_stage_ran_and_the_numbers_are_there(finished: tuple[Path, str]) -
     assert ran(output) == expected
     for behaviour in behaviours:
         results = json.loads((folder / f"metrics/evaluate/{behaviour}.json").read_text())
-        for name in ("lrp", "aura", "random-layer-matched-0"):
+        for name in ("lrp", "lrp-abs", "aura", "random-layer-matched-0"):
             row = results["circuits"][name]
             assert row["ppl_delta"]["low"] <= row["ppl_delta"]["value"] <= row["ppl_delta"]["high"]
             assert 0 <= row["test"]["reduction"]["p"] <= 1
         lists = folder / "outputs/circuits" / behaviour
-        neurons = {(row["layer"], row["neuron"]) for row in read_csv(lists / "lrp.csv")}
-        assert len(neurons) == results["circuits"]["lrp"]["num_neurons"] > 0
+        neurons = {(row["layer"], row["neuron"]) for row in read_csv(lists / "lrp-abs.csv")}
+        assert len(neurons) == results["circuits"]["lrp-abs"]["num_neurons"] > 0
         matched = [row["layer"] for row in read_csv(lists / "random-layer-matched-0.csv")]
         assert sorted(matched) == sorted(layer for layer, _ in neurons)
     assert (folder / "metrics/table.md").read_text().count("| lrp |") == 3
@@ -113,28 +116,15 @@ def test_again_does_nothing_and_an_edit_only_its_own(
     assert again.returncode == 0
     assert ran(again.stdout) == set()
 
-    edit(folder, {"behaviours": {"race": {"on_fail": "stop"}}, "gate": {"threshold": -1e6}})
-    edit(
-        folder,
-        {
-            "gate": {
-                "threshold": yaml.safe_load(Path("params.yaml").read_text())["gate"]["threshold"]
-            }
-        },
-    )
-    edit(
-        folder,
-        {"behaviours": {"race": {"on_fail": "warn"}, "toxicity": {"scorers": ["profanity"]}}},
-    )
-    assert ran(run_in(folder, "dvc", "status").stdout) == set()
-
-    edit(folder, {"behaviours": {"gender": {"on_fail": "stop"}}, "gate": {}})
+    params = (folder / "params.yaml").read_text()
+    edit(folder, {"behaviours": {"gender": {"on_fail": "stop"}}})
     planned = run_in(folder, "dvc", "repro", "--dry")
+    (folder / "params.yaml").write_text(params)
     assert planned.returncode == 0, planned.stderr
     touched = ran(planned.stdout)
-    assert "gate@gender" in touched
-    assert not {stage for stage in touched if stage.endswith(("@toxicity", "@race"))}
-    edit(folder, {"behaviours": {"gender": {"on_fail": "warn"}}})
+    assert {"gate@gender", "select@gender", "evaluate@gender", "report"} <= touched
+    assert not {s for s in touched if s.startswith(("prepare", "attribute"))}
+    assert not {s for s in touched if s.endswith(("@toxicity", "@race"))}
 
 
 def test_runs_are_in_mlflow(finished: tuple[Path, str], run_in: Any) -> None:
@@ -150,7 +140,7 @@ def test_runs_are_in_mlflow(finished: tuple[Path, str], run_in: Any) -> None:
     assert ran(output) <= names
     rows = [run for run in runs if run.data.tags.get("sparc3.row")]
     shown = {(run.data.params["behaviour"], run.data.params["method"]): run for run in rows}
-    assert len(shown) == 15
+    assert len(shown) == 3 * 7
     row = shown["toxicity", "lrp"]
     assert {"reduction", "ppl_delta", "differential"} <= set(row.data.metrics)
     artifacts = [a.path for a in client.list_artifacts(row.info.run_id)]
