@@ -46,7 +46,7 @@ def token_nll(
     Raises InputError for an empty sequence, for one longer than the model's context, and for
     logits that are not finite.
     """
-    check_lengths(sequences, 1, context(model))
+    _check_lengths(sequences, 1, context(model))
     return _score(model, [_plain(tokens, 1) for tokens in sequences], batch_tokens, progress)
 
 
@@ -67,7 +67,7 @@ def continuation_nll(
     for index, group in enumerate(groups):
         if not group:
             raise InputError(f"group {index} is empty; expected at least one sequence")
-        check_lengths(group, 1, limit)
+        _check_lengths(group, 1, limit)
     shared = [_common_prefix(group) for group in groups]
     rows = [_packed(group, prefix) for group, prefix in zip(groups, shared, strict=True)]
     scored = _score(model, rows, batch_tokens, progress)
@@ -102,7 +102,7 @@ def window_nll(
     `progress` counts windows. Source: Hugging Face, "Perplexity of fixed-length models".
     Raises InputError for a text of fewer than 2 tokens and for a window or stride that cannot be.
     """
-    check_lengths(texts, 2, math.inf)
+    _check_lengths(texts, 2, math.inf)
     if not 2 <= window <= context(model):
         raise InputError(f"window {window}: expected 2 to {context(model)}, the model's context")
     if not 1 <= stride <= window:
@@ -132,7 +132,7 @@ def context(model: PreTrainedModel) -> float:
     return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
-def check_lengths(sequences: Sequence[Tokens], shortest: int, longest: float) -> None:
+def _check_lengths(sequences: Sequence[Tokens], shortest: int, longest: float) -> None:
     """Raises InputError for the first sequence with fewer or more tokens than that."""
     for index, tokens in enumerate(sequences):
         if not shortest <= len(tokens) <= longest:
