@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
@@ -87,8 +88,9 @@ def test_conda_yaml_is_the_lock_for_every_environment_manager():
     content = yaml.safe_load(text)
     python, pip, section = content["dependencies"]
     assert (pip, section) == ("pip", {"pip": ["-r requirements.txt"]})
-    minor = python.removeprefix("python=")
-    assert minor in PROJECT["project"]["requires-python"]
+    version = python.removeprefix("python=")
+    assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(version)
+    assert len(version.split(".")) == 3, "pyenv takes the newest of a series, and compiles it"
     # MLflow names a conda environment by this file's digest: a new lock must change the file.
     digest = hashlib.sha256(LOCK_TEXT.encode()).hexdigest()
     assert f"# sha256 of requirements.txt: {digest}\n" in text, "make lock"
@@ -103,7 +105,7 @@ def test_mlflow_resolves_conda_yaml_to_the_lock():
     resolved = _parse_requirements(environment.dependencies, is_constraint=False, base_dir=ROOT)
     assert [Requirement(r.req_str) for r in resolved] == LOCK
     assert environment.build_dependencies == ["pip"]
-    assert environment.python == "3.11"
+    assert environment.python == "3.11.7"
 
 
 def test_the_makefile_installs_the_lock_and_nothing_else():
