@@ -332,14 +332,15 @@ def load_setting(
     spec, evaluate = params.behaviours[behaviour], params.evaluate
     held_out = params.prepare.splits["test"] > 0
     found = {"test": "test"} if held_out else {}
+    count = evaluate.prompts if spec.measure == "completions" else evaluate.items
     by_name = {
-        name: read_prompts(spec.prompts, split)[: evaluate.items]
+        name: read_prompts(spec.prompts, split)[:count]
         for name, split in {**found, "in_sample": "attribute"}.items()
     }
     general = read_prompts(
         evaluate.general, None if evaluate.general in params.test_sets else "test"
     )[: evaluate.texts]
-    second = read_prompts(spec.second, None) if spec.second else []
+    second = read_prompts(spec.second, None)[: evaluate.items] if spec.second else []
     samples = [
         Sample(
             name,

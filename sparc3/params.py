@@ -130,6 +130,7 @@ class Evaluate:
     window: int
     stride: int
     joined: bool
+    prompts: int
     items: int
     completions: int
     completed: tuple[str, ...]

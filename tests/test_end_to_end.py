@@ -25,7 +25,15 @@ SMALL: dict[str, Any] = {
     "attribute": {"shard_prompts": 16},
     "sweep": {"num_neurons": [20, 60], "protect": [0.2], "texts": 6, "items": 12},
     "select": {"resamples": 10},
-    "evaluate": {"items": 30, "texts": 8, "completions": 2, "new_tokens": 6, "resamples": 500},
+    "evaluate": {
+        "texts": 6,
+        "prompts": 12,
+        "items": 30,
+        "completions": 2,
+        "completed": ["lrp", "lrp-abs", "aura", "random-layer-matched"],
+        "new_tokens": 6,
+        "resamples": 500,
+    },
     "transfer": {"items": 12, "resamples": 500},
     "overlap": {"resamples": 200, "repeats": 2},
 }
