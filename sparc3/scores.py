@@ -275,7 +275,8 @@ def _watching(
         def before_down(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
             h = args[0]
             for name in forward:
-                per_sequence = SCORES[name].of(mlp, h.detach(), real)
+                values = h.detach().view(*real.shape[:2], -1)  # OPT runs all tokens as one axis
+                per_sequence = SCORES[name].of(mlp, values, real.to(h.device))
                 preferred, *other = per_sequence.view(prompts, -1, h.shape[-1]).unbind(1)
                 found[name][layer] = preferred - other[0] if other else preferred
             if neurons:

@@ -1,6 +1,7 @@
 """Tiny random models of every family, built from configs: float32, frozen, eval mode."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import (
@@ -16,16 +17,22 @@ from transformers import (
     Qwen3Config,
 )
 
+torch.set_num_threads(1)  # products this small only lose by threads
+
 LAYERS, HIDDEN, WIDTH, VOCABULARY = 3, 16, 24, 50
 
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-_GATED = {**_COMMON, "intermediate_size": WIDTH, "num_key_value_heads": 2}  # grouped queries
+_GATED: dict[str, Any] = {
+    **_COMMON,
+    "intermediate_size": WIDTH,
+    "num_key_value_heads": 2,
+}  # grouped queries
 
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_GATED, tie_word_embeddings=True),

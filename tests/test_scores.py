@@ -1,0 +1,327 @@
+"""Each score against the slow, obvious way: every weight's gradient, one prompt at a time."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from sparc3 import models, scores
+from sparc3.errors import InputError
+from sparc3.lrp import attnlrp
+from sparc3.scores import SCORES, Prompt, batches, score
+
+FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
+GATED = [name for name, row in models.FAMILIES.items() if row.gate is not None]
+LENGTHS = [7, 9, 8, 1, 12]
+
+
+def prompts(lengths=LENGTHS, seed=0):
+    return [Prompt(f"p{i}", (s,)) for i, s in enumerate(tiny.sequences(lengths, seed))]
+
+
+def pairs():
+    found = tiny.sequences([7, 9, 8, 2, 6, 6])
+    return [Prompt(f"p{i}", (found[2 * i], found[2 * i + 1])) for i in range(3)]
+
+
+def scored(model, given, names, **options):
+    """All shards of `score` as {name: (prompt, layer, neuron)}."""
+    shards = [shard for _, shard in score(model, given, names, **options)]
+    return {name: np.concatenate([shard[name] for shard in shards]) for name in names}
+
+
+class Naive:
+    """Autograd over all weights for one prompt: h, dy/dh, w * dy/dw of `up` and `gate` by layer."""
+
+    def __init__(self, model, prompt, target, rules):
+        model.requires_grad_(True).zero_grad()
+        steps = []  # (layer, h) of each sequence and layer
+
+        def keep(layer):
+            def hook(_, args):
+                args[0].retain_grad()
+                steps.append((layer, args[0]))
+
+            return hook
+
+        mlps = models.mlps(model)
+        handles = [
+            mlp.down.register_forward_pre_hook(keep(layer)) for layer, mlp in enumerate(mlps)
+        ]
+        with rules:
+            logits = [model(torch.tensor([s])).logits[0] for s in prompt.sequences]
+        for handle in handles:
+            handle.remove()
+        self.y = self.target(target, prompt, logits)
+        self.y.backward()
+
+        def tokens(layer, what):  # one (token, neuron) per sequence
+            return [what(h).reshape(-1, tiny.WIDTH) for at, h in steps if at == layer]
+
+        layers = range(len(mlps))
+        self.h = [tokens(layer, lambda h: h.detach()) for layer in layers]
+        self.dh = [tokens(layer, lambda h: h.grad) for layer in layers]
+        self.up = [self.weight_times_gradient(mlp.up) for mlp in mlps]
+        self.gate = [self.weight_times_gradient(mlp.gate) for mlp in mlps if mlp.gate is not None]
+        self.norm = [models.outgoing(mlp.down).detach().square().sum(0).sqrt() for mlp in mlps]
+        model.requires_grad_(False)
+
+    @staticmethod
+    def target(name, prompt, logits):
+        if name == "max-logit":
+            return logits[0][-1].max()
+        mean = []
+        for sequence, rows in zip(prompt.sequences, logits, strict=True):
+            terms = [
+                rows[t - 1, sequence[t]] - rows[t - 1].exp().sum().log()
+                for t in range(1, len(sequence))
+            ]
+            mean.append(sum(terms) / len(terms))
+        return mean[0] - mean[1]
+
+    @staticmethod
+    def weight_times_gradient(projection):
+        weight = projection.weight
+        product = (weight * weight.grad).detach()
+        return product.T if type(projection).__name__ == "Conv1D" else product
+
+    def score(self, name):
+        """(layer, neuron)."""
+        return torch.stack([self.of_layer(name, i) for i in range(len(self.h))]).numpy()
+
+    def of_layer(self, name, i):
+        if name == "lrp-abs":
+            return torch.stack(self.up[i].abs().unbind(1)).sum(0)
+        if name in ("lrp", "gradient"):
+            pairs = zip(torch.cat(self.h[i]), torch.cat(self.dh[i]), strict=True)
+            return torch.stack([h * dh for h, dh in pairs]).sum(0)
+        reduce = {
+            "activation": lambda h: torch.stack([token.abs() for token in h]).mean(0),
+            "max-activation": lambda h: torch.tensor([max(column) for column in h.T.tolist()]),
+            "wanda": lambda h: self.norm[i] * torch.stack([t * t for t in h]).sum(0).sqrt(),
+        }[name]
+        of_sequences = [reduce(h) for h in self.h[i]]
+        return of_sequences[0] - of_sequences[1] if len(of_sequences) == 2 else of_sequences[0]
+
+
+@FAMILIES
+@pytest.mark.parametrize("name", SCORES)
+def test_agrees_with_the_naive_way(family, name):
+    model = tiny.model(family)
+    given = prompts()
+    found = scored(model, given, [name])[name]
+    assert found.shape == (len(given), tiny.LAYERS, tiny.WIDTH)
+    assert found.dtype == np.float32
+    for prompt, values in zip(given, found, strict=True):
+        rules = attnlrp(model) if SCORES[name].gradient == "attnlrp" else nullcontext()
+        expected = Naive(model, prompt, "max-logit", rules).score(name)
+        np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
+
+
+@FAMILIES
+@pytest.mark.parametrize("name", SCORES)
+def test_agrees_with_the_naive_way_for_pairs(family, name, monkeypatch):
+    monkeypatch.setattr(scores, "POSITIONS_AT_ONCE", 4)  # several chunks, one of them not full
+    model = tiny.model(family)
+    given = pairs()
+    found = scored(model, given, [name], target="pair")[name]
+    for prompt, values in zip(given, found, strict=True):
+        rules = attnlrp(model) if SCORES[name].gradient == "attnlrp" else nullcontext()
+        expected = Naive(model, prompt, "pair", rules).score(name)
+        np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", GATED)
+@pytest.mark.parametrize("target", ["max-logit", "pair"])
+def test_signed_row_sums_of_up_and_of_gate_are_each_half_of_lrp(family, target):
+    model = tiny.model(family)
+    given = prompts() if target == "max-logit" else pairs()
+    found = scored(model, given, ["lrp"], target=target)["lrp"]
+    for prompt, values in zip(given, found, strict=True):
+        naive = Naive(model, prompt, target, attnlrp(model))
+        for rows in (naive.up, naive.gate):
+            half = torch.stack([row.sum(1) for row in rows]).numpy()
+            np.testing.assert_allclose(half, values / 2, rtol=1e-3, atol=1e-5)
+
+
+@FAMILIES
+def test_lrp_abs_bounds_the_signed_sum_of_the_same_weights(family):
+    """|sum_j w dy/dw| <= sum_j |w dy/dw|, and a single token of one sign would make them equal."""
+    model = tiny.model(family)
+    found = scored(model, prompts(), ["lrp-abs"])["lrp-abs"]
+    for prompt, values in zip(prompts(), found, strict=True):
+        signed = [row.sum(1) for row in Naive(model, prompt, "max-logit", attnlrp(model)).up]
+        assert (values >= torch.stack(signed).abs().numpy() * (1 - 1e-5) - 1e-6).all()
+
+
+def test_exchanging_a_pair_changes_the_sign():
+    model = tiny.model("llama")
+    signed = [name for name in SCORES if name != "lrp-abs"]
+    one = scored(model, pairs(), signed, target="pair")
+    swapped = [Prompt(p.id, p.sequences[::-1]) for p in pairs()]
+    other = scored(model, swapped, signed, target="pair")
+    for name, values in one.items():
+        np.testing.assert_allclose(other[name], -values, rtol=1e-3, atol=1e-6)
+
+
+def test_a_pair_of_equal_sentences_has_no_score():
+    sentence = tiny.sequences([9])[0]
+    given = [Prompt("p", (sentence, sentence))]
+    found = scored(tiny.model("llama"), given, list(SCORES), target="pair")
+    for values in found.values():
+        np.testing.assert_allclose(values, 0, atol=1e-6)
+
+
+@FAMILIES
+@pytest.mark.parametrize("target", ["max-logit", "pair"])
+def test_batches_and_padding_do_not_matter(family, target, monkeypatch):
+    model = tiny.model(family)
+    given = prompts() if target == "max-logit" else pairs()
+    names = list(SCORES)
+    alone = scored(model, given, names, target=target, batch_tokens=1)
+    monkeypatch.setattr(scores, "batches", lambda lengths, _: [list(range(len(lengths)))])
+    together = scored(model, given, names, target=target)
+    for name in names:
+        np.testing.assert_allclose(together[name], alone[name], rtol=1e-3, atol=1e-5)
+
+
+@FAMILIES
+def test_passes_shared_by_several_scores_change_none_of_them(family):
+    model = tiny.model(family)
+    runs = []
+    models.body(model).register_forward_pre_hook(lambda *_: runs.append(1))
+    given = prompts([8, 8])
+    together = scored(model, given, list(SCORES))
+    assert len(runs) == 2  # one with AttnLRP, one plain; activations are read in the first
+    for name in SCORES:
+        alone = scored(model, given, [name])[name]
+        np.testing.assert_allclose(together[name], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_after_lrp_is_the_plain_gradient():
+    model = tiny.model("llama")
+    before = scored(model, prompts(), ["gradient"])["gradient"]
+    relevance = scored(model, prompts(), ["lrp"])["lrp"]
+    assert np.array_equal(scored(model, prompts(), ["gradient"])["gradient"], before)
+    assert not np.allclose(relevance, before, rtol=0.1)
+
+
+def test_random_weights_elsewhere_get_no_gradient_and_no_hooks_stay():
+    model = tiny.model("llama")
+    scored(model, prompts(), list(SCORES))
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@FAMILIES
+def test_bfloat16_is_close_to_float32(family):
+    exact = scored(tiny.model(family), prompts(), list(SCORES))
+    rough = scored(tiny.model(family, torch.bfloat16), prompts(), list(SCORES))
+    for name in SCORES:
+        assert rough[name].dtype == np.float32
+        agreement = [
+            np.corrcoef(a.ravel(), b.ravel())[0, 1]
+            for a, b in zip(rough[name], exact[name], strict=True)
+        ]
+        # The median: rounding may turn a ReLU on or off, and then one prompt is really different.
+        assert np.median(agreement) > 0.995
+
+
+def test_shards_come_in_order_and_do_not_depend_on_each_other():
+    model = tiny.model("llama")
+    given = prompts([5, 9, 7, 3, 8, 6, 4])
+    every = dict(score(model, given, ["lrp", "wanda"], shard=3))
+    assert list(every) == [0, 1, 2]
+    assert [len(shard["lrp"]) for shard in every.values()] == [3, 3, 1]
+    alone = scored(model, given, ["lrp"], shard=100, batch_tokens=1)["lrp"]
+    resumed = dict(score(model, given, ["lrp", "wanda"], shard=3, skip={0, 2}))
+    assert list(resumed) == [1]
+    for name, values in resumed[1].items():
+        assert np.array_equal(values, every[1][name])  # bit for bit
+    joined = np.concatenate([shard["lrp"] for shard in every.values()])
+    np.testing.assert_allclose(joined, alone, rtol=1e-3, atol=1e-5)
+
+
+def test_progress_counts_prompts():
+    counts = []
+    scored(tiny.model("llama"), prompts(), ["wanda"], shard=2, progress=counts.append)
+    assert sum(counts) == len(LENGTHS)
+
+
+def test_batches_hold_every_prompt_once_within_both_limits():
+    random = np.random.default_rng(0)
+    for size in (1, 2):
+        lengths = random.integers(2, 60, size=(300, size)).tolist()
+        found = batches(lengths, batch_tokens=256)
+        assert sorted(i for batch in found for i in batch) == list(range(300))
+        for batch in found:
+            if len(batch) > 1:
+                longest = max(max(lengths[i]) for i in batch)
+                padded = longest * size * len(batch)
+                assert padded <= 256
+                assert sum(sum(lengths[i]) for i in batch) > 0.9 * padded
+        assert found == batches(lengths, batch_tokens=256)
+    assert batches([[9]] * 8, batch_tokens=18) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert batches([[100], [100]], batch_tokens=50) == [[0], [1]]
+    assert batches([], batch_tokens=50) == []
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing(caplog):
+    model = tiny.model("llama")
+    given = prompts([8] * 9)
+    expected = scored(model, given, ["lrp"])["lrp"]
+    runs = []
+
+    def small_device(_, args, kwargs):
+        runs.append(len(kwargs["input_ids"]))
+        if runs[-1] > 2:
+            raise torch.OutOfMemoryError("as a small device would")
+
+    handle = models.body(model).register_forward_pre_hook(small_device, with_kwargs=True)
+    found = scored(model, given, ["lrp"])["lrp"]
+    assert runs[0] == 9
+    assert "out of memory: going on with batches of" in caplog.text
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+    handle.remove()
+    models.body(model).register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError())
+    )
+    with pytest.raises(InputError, match="prompt p0: out of memory with this prompt alone"):
+        scored(model, given, ["lrp"])
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_that_is_not_finite_names_the_prompt_and_is_never_replaced(name):
+    model = tiny.model("qwen2")  # its embeddings are not tied: only one prompt meets the bad row
+    given = [Prompt("good", ([5, 6, 7],)), Prompt("bad", ([5, 4, 7],)), Prompt("fine", ([8, 9],))]
+    with torch.no_grad():
+        model.get_parameter("model.embed_tokens.weight")[4, 0] = torch.nan
+    with pytest.raises(InputError, match=f"prompt bad: score {name} is not finite in layer 0"):
+        scored(model, given, [name])
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (
+            Prompt("a", ([5, 6],)),
+            {"names": ["lpr"]},
+            "score: 'lpr' is not known; choose one of lrp",
+        ),
+        (Prompt("a", ([5, 6],)), {"target": "loss"}, "target: 'loss' is not known"),
+        (Prompt("a", ([5, 6],)), {"target": "pair"}, "prompt a: target pair takes 2 sequence"),
+        (Prompt("a", ([5], [6])), {}, "prompt a: target max-logit takes 1 sequence"),
+        (Prompt("a", ([],)), {}, "prompt a: 0 tokens; .* take 1 to 64"),
+        (Prompt("a", ([5, 6], [7])), {"target": "pair"}, "prompt a: 1 tokens; .* take 2 to 64"),
+        (Prompt("a", ([5] * 65,)), {}, "prompt a: 65 tokens"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(given, options, message):
+    model = tiny.model("llama")
+    models.body(model).register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    arguments = {"names": ["lrp"], **options}
+    with pytest.raises(InputError, match=message):
+        next(score(model, [given], **arguments))
