@@ -21,21 +21,27 @@ SMALL: dict[str, Any] = {
         "race": {"count": 180},
     },
     "test_sets": {"news": {"count": 8, "min_tokens": 48, "max_tokens": 48}},
-    "methods": {"random-layer-matched": {"draws": 2}},
-    "attribute": {"shard_prompts": 16},
+    "attribute": {"shard_prompts": 16, "scores": ["lrp", "max-activation"]},
     "sweep": {"num_neurons": [20, 60], "protect": [0.2], "texts": 6, "items": 12},
     "select": {"resamples": 10},
     "evaluate": {
         "texts": 6,
         "prompts": 12,
-        "items": 30,
+        "items": 36,
         "completions": 2,
-        "completed": ["lrp", "lrp-abs", "aura", "random-layer-matched"],
+        "completed": ["lrp", "aura", "random-layer-matched"],
         "new_tokens": 6,
         "resamples": 500,
     },
-    "transfer": {"items": 12, "resamples": 500},
+    "transfer": {"items": 40, "resamples": 500},
     "overlap": {"resamples": 200, "repeats": 2},
+}
+
+
+METHODS = {
+    "lrp": {"score": "lrp", "contrast": "mean-difference"},
+    "aura": {"score": "max-activation", "contrast": "auroc", "scale": "auroc"},
+    "random-layer-matched": {"score": "random", "layers": "lrp", "draws": 2},
 }
 
 
@@ -58,7 +64,8 @@ def ran(output: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def finished(project: Path, run_in: Any) -> tuple[Path, str]:
-    edit(project, SMALL)
+    tree = yaml.safe_load((project / "params.yaml").read_text())
+    (project / "params.yaml").write_text(yaml.safe_dump({**merge(tree, SMALL), "methods": METHODS}))
     done = run_in(project, "dvc", "repro")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return project, done.stdout
@@ -74,13 +81,13 @@ def test_every_stage_ran_and_the_numbers_are_there(finished: tuple[Path, str]) -
     assert ran(output) == expected
     for behaviour in behaviours:
         results = json.loads((folder / f"metrics/evaluate/{behaviour}.json").read_text())
-        for name in ("lrp", "lrp-abs", "aura", "random-layer-matched-0"):
+        for name in ("lrp", "aura", "random-layer-matched-0"):
             row = results["circuits"][name]
             assert row["ppl_delta"]["low"] <= row["ppl_delta"]["value"] <= row["ppl_delta"]["high"]
             assert 0 <= row["test"]["reduction"]["p"] <= 1
         lists = folder / "outputs/circuits" / behaviour
-        neurons = {(row["layer"], row["neuron"]) for row in read_csv(lists / "lrp-abs.csv")}
-        assert len(neurons) == results["circuits"]["lrp-abs"]["num_neurons"] > 0
+        neurons = {(row["layer"], row["neuron"]) for row in read_csv(lists / "lrp.csv")}
+        assert len(neurons) == results["circuits"]["lrp"]["num_neurons"] > 0
         matched = [row["layer"] for row in read_csv(lists / "random-layer-matched-0.csv")]
         assert sorted(matched) == sorted(layer for layer, _ in neurons)
     assert (folder / "metrics/table.md").read_text().count("| lrp |") == 3
@@ -148,7 +155,7 @@ def test_runs_are_in_mlflow(finished: tuple[Path, str], run_in: Any) -> None:
     assert ran(output) <= names
     rows = [run for run in runs if run.data.tags.get("sparc3.row")]
     shown = {(run.data.params["behaviour"], run.data.params["method"]): run for run in rows}
-    assert len(shown) == 3 * 7
+    assert len(shown) == 3 * len(METHODS)
     row = shown["toxicity", "lrp"]
     assert {"reduction", "ppl_delta", "differential"} <= set(row.data.metrics)
     artifacts = [a.path for a in client.list_artifacts(row.info.run_id)]
