@@ -2,8 +2,9 @@
 
 Every contrast takes float (prompt, layer, neuron) scores, first of the reference, then of the
 behaviour, and returns the differential, float32 (layer, neuron): the most negative neurons are the
-most specific to the behaviour. A layer at a time, so that working memory stays far below that of
-the scores. A new contrast is one function and one row of CONTRASTS.
+most specific to the behaviour, or, for a control, those that it prunes instead. A layer at a time,
+so that working memory stays far below that of the scores. A new contrast is one function and one
+row of CONTRASTS.
 
 Where a reference has several seeds, all its prompts count alike. With equally many prompts per
 seed that is the mean over seeds of each seed's mean.

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind
 
-from sparc3.contrasts import CONTRASTS, auroc, mean_difference, t
+from sparc3.contrasts import (
+    CONTRASTS,
+    auroc,
+    mean_difference,
+    reference_only,
+    reversed_difference,
+    t,
+)
 from sparc3.errors import InputError
 
 
@@ -68,13 +75,26 @@ def test_t_of_constants_is_zero():
     assert np.isfinite(values).all()
 
 
-@pytest.mark.parametrize("name", CONTRASTS)
+CONTROLS = {"reversed-difference", "reference-only"}
+
+
+@pytest.mark.parametrize("name", sorted(CONTRASTS.keys() - CONTROLS))
 def test_every_contrast_is_most_negative_for_the_neuron_of_the_behaviour(name):
     reference, behaviour = scores(30, 0), scores(30, 1)
     behaviour[:, 1, 4] += 5
     values = CONTRASTS[name](reference, behaviour)
     assert values.dtype == np.float32
     assert np.unravel_index(values.argmin(), values.shape) == (1, 4)
+
+
+def test_controls_look_elsewhere():
+    reference, behaviour = scores(30, 0), scores(30, 1)
+    values = reversed_difference(reference, behaviour)
+    assert np.array_equal(values, -mean_difference(reference, behaviour))
+    reference[:, 0, 3] -= 5  # the sign does not matter, and the behaviour is not looked at
+    values = reference_only(reference, behaviour)
+    assert np.unravel_index(values.argmin(), values.shape) == (0, 3)
+    np.testing.assert_allclose(values, -sum(abs(r) for r in reference) / 30, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONTRASTS)
