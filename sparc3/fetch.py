@@ -333,6 +333,25 @@ def check_model(folder: Path, model: EmbeddedModel) -> None:
         )
 
 
+def into_cache(folder: Path) -> None:
+    """Put a folder into DVC's cache, out of which `dvc exp run --temp` and --queue make their own
+    copy of the project. A model that has no .dvc file yet gets one.
+    """
+    pin = folder.with_name(f"{folder.name}.dvc")
+    if pin.is_file():
+        md5 = pinned_md5(pin)
+        if (Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]).is_file():
+            return
+    command = ["commit", "--force", str(pin)] if pin.is_file() else ["add", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *command], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
+        raise InputError(f"{folder}/: DVC cannot keep it ({reason}); mend that and fetch again")
+    log.info("fetch: %s/ is in DVC's cache", folder)
+
+
 def run(params: Params, update: bool = False) -> dict[str, float]:
     """Put data/ and models/NAME in place where they are missing; verify them in any case.
 
@@ -373,6 +392,9 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
     if update:
         write_text(PIN, pin_text(DATA))
         log.info("fetch: %s pins %s/ as it is", PIN, DATA)
+    if Path(".dvc").is_dir():
+        for folder in built:
+            into_cache(folder)
     return {
         f"{folder.name}_megabytes": sum(path.stat().st_size for path in folder.rglob("*")) / 1e6
         for folder in built
