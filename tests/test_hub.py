@@ -1,0 +1,103 @@
+"""A model out of the hub's own protocol, spoken by a server of the test on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_" + "s3cret" * 5
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Two repositories: team/open, and team/gated for whoever sends the token."""
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        gated = self.path.removeprefix("/api/models").startswith("/team/gated")
+        if gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.send(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"}, body)
+        elif self.path.startswith("/api/models/"):
+            found = {"id": "team/x", "sha": COMMIT, "siblings": [{"rfilename": f} for f in FILES]}
+            self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, body)
+        else:
+            content = FILES[self.path.rpartition("/")[2]]
+            self.send(200, content, {"ETag": f'"{len(content)}"', "X-Repo-Commit": COMMIT}, body)
+
+    def send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def fetch(
+    hub: str, folder: Path, repository: str, token: str | None
+) -> subprocess.CompletedProcess[str]:
+    code = (
+        "from pathlib import Path; from sparc3.fetch import hub_model\n"
+        f"hub_model({repository!r}, {COMMIT!r}, Path('model'))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    environment |= {
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(folder / "cache"),
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    if token:
+        environment["HF_TOKEN"] = token
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def test_an_open_model_needs_no_token(hub: str, tmp_path: Path) -> None:
+    done = fetch(hub, tmp_path, "team/open", None)
+    assert done.returncode == 0, done.stderr
+    assert {f: (tmp_path / "model" / f).read_bytes() for f in FILES} == FILES
+
+
+def test_a_gated_model_takes_the_token_of_the_environment_or_of_env(
+    hub: str, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text(f"HF_TOKEN={TOKEN}\n")
+    done = fetch(hub, tmp_path, "team/gated", None)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("token", [None, "hf_" + "wrong" * 6])
+def test_without_access_there_is_one_clear_line_and_no_token_in_it(
+    hub: str, tmp_path: Path, token: str | None
+) -> None:
+    done = fetch(hub, tmp_path, "team/gated", token)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0
+    assert "fetch.repository team/gated" in last
+    assert ("HF_TOKEN was given" if token else "no HF_TOKEN was given") in last
+    assert token is None or token not in done.stdout + done.stderr
