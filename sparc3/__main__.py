@@ -6,8 +6,10 @@ import importlib
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import sparc3
@@ -94,7 +96,10 @@ def run_stage(params: Params, stage: str, axes: dict[str, str]) -> None:
     with tracking.stage_run(
         stage, axes, parameters(params, stage, axes), digests(params, stage)
     ) as run:
-        run.log_metrics(module.run(params, **axes))
+        metrics = module.run(params, **axes)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        cost = {"seconds": time.monotonic() - sparc3.STARTED, "peak_megabytes": memory}
+        run.log_metrics({**metrics, **cost})
         axis = next(iter(axes.values()), None)
         for path in logged_files(stage, axis):
             run.log_artifact(path)
@@ -157,10 +162,11 @@ def export_model(params: Params, arguments: argparse.Namespace) -> None:
 
 
 def write_readme(params: Params, arguments: argparse.Namespace) -> None:
-    """The result table in README.md, as the last run left it."""
+    """README's blocks of numbers: the result table, and what the latest runs of the stages cost."""
     from sparc3 import report
 
-    report.write_readme()
+    costs = tracking.latest_metrics(("seconds", "peak_megabytes"))
+    report.write_readme(report.cost_table(list(STAGES), costs))
 
 
 # What is no stage and leaves no run in MLflow.

@@ -27,7 +27,6 @@ from sparc3.select import circuit_names
 
 FOLDER = OUTPUTS / "report"
 TABLE = METRICS / "table.md"
-BLOCK = ("<!-- results: written by `make readme` -->", "<!-- end of results -->")
 
 
 def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -> dict[str, Any]:
@@ -382,16 +381,31 @@ def run(params: Params) -> dict[str, float]:
     }
 
 
-def readme_with(readme: str, table: str) -> str:
-    """README's text with its results block replaced by a result table."""
-    head, found, rest = readme.partition(BLOCK[0])
-    _, closed, tail = rest.partition(BLOCK[1])
+def cost_table(stages: list[str], costs: dict[str, dict[str, float]]) -> str:
+    """Wall time and memory of every stage, summed over its runs; `costs` by name (stage@axis)."""
+    rows, total = [], 0.0
+    for stage in stages:
+        own = [cost for name, cost in costs.items() if name.partition("@")[0] == stage]
+        seconds = sum(cost["seconds"] for cost in own)
+        total += seconds
+        peak = max((cost["peak_megabytes"] for cost in own), default=0.0)
+        rows.append([stage, str(len(own)), f"{seconds:.0f}", f"{peak / 1000:.1f}"])
+    rows.append(["all", str(sum(int(row[1]) for row in rows)), f"{total:.0f}", ""])
+    return markdown(["stage", "runs", "seconds in all", "peak memory, GB"], rows)
+
+
+def readme_with(readme: str, name: str, content: str) -> str:
+    """README's text with the block of that name replaced."""
+    start, end = f"<!-- {name}: written by `make readme` -->", f"<!-- end of {name} -->"
+    head, found, rest = readme.partition(start)
+    _, closed, tail = rest.partition(end)
     if not (found and closed):
-        raise InputError(f"README.md: expected the lines {BLOCK[0]!r} and {BLOCK[1]!r}")
-    return f"{head}{BLOCK[0]}\n\n{table}\n{BLOCK[1]}{tail}"
+        raise InputError(f"README.md: expected the lines {start!r} and {end!r}")
+    return f"{head}{start}\n\n{content}\n{end}{tail}"
 
 
-def write_readme() -> None:
-    """Put metrics/table.md into README.md: what `make readme` does."""
-    readme = Path("README.md")
-    write_text(readme, readme_with(read_text(readme), read_text(TABLE)))
+def write_readme(costs: str) -> None:
+    """Put metrics/table.md and a table of costs into README.md: what `make readme` does."""
+    path = Path("README.md")
+    text = readme_with(read_text(path), "results", read_text(TABLE))
+    write_text(path, readme_with(text, "costs", costs))

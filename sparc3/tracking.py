@@ -549,3 +549,24 @@ def _found(report: Run, state: str, row: str) -> Run | None:
 def _maker(report: Run, name: str, digest: str) -> "Record | None":
     records = _search(report, {"sparc3.name": name, "sparc3.product": digest})
     return next((r for r in records if r.info.status == "FINISHED"), None)
+
+
+def latest_metrics(names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Stage run's name -> these metrics of its latest finished run; runs without them are left out."""
+    client, experiment = _connect()
+    found: dict[str, dict[str, float]] = {}
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            "attributes.status = 'FINISHED'",
+            order_by=["attributes.start_time DESC"],
+            page_token=token,
+        )
+        for record in page:
+            name, metrics = record.data.tags.get("sparc3.name"), record.data.metrics
+            if name and name not in found and all(key in metrics for key in names):
+                found[name] = {key: metrics[key] for key in names}
+        token = page.token
+        if not token:
+            return found
