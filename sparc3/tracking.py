@@ -552,7 +552,7 @@ def _maker(report: Run, name: str, digest: str) -> "Record | None":
 
 
 def latest_metrics(names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Stage run's name -> these metrics of its latest finished run; runs without them are left out."""
+    """Name of a stage run -> these metrics of its latest finished run that has them all."""
     client, experiment = _connect()
     found: dict[str, dict[str, float]] = {}
     token = None

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+from sparc3.errors import InputError
+from sparc3.report import cost_table, interval, markdown, readme_with, summary, verdict
+
+
+def test_the_readme_shows_the_table_of_the_last_run() -> None:
+    """No number in README's blocks is typed: the result block is metrics/table.md, as it stands."""
+    table = Path("metrics/table.md").read_text()
+    readme = Path("README.md").read_text()
+    assert readme_with(readme, "results", table) == readme
+
+
+def test_the_readme_is_changed_within_its_block_only() -> None:
+    text = "a\n<!-- x: written by `make readme` -->\nold\n<!-- end of x -->\nb\n"
+    new = readme_with(text, "x", "new\n")
+    assert new.startswith("a\n")
+    assert new.endswith("<!-- end of x -->\nb\n")
+    assert "new" in new
+    assert "old" not in new
+    assert readme_with(new, "x", "new\n") == new
+    with pytest.raises(InputError, match="end of y"):
+        readme_with(text, "y", "new")
+
+
+def test_costs_are_summed_by_stage() -> None:
+    costs = {
+        "gate@a": {"seconds": 1.0, "peak_megabytes": 100.0},
+        "gate@b": {"seconds": 2.4, "peak_megabytes": 2500.0},
+        "report": {"seconds": 5.0, "peak_megabytes": 300.0},
+    }
+    lines = cost_table(["gate", "report"], costs).splitlines()
+    assert lines[2] == "| gate | 2 | 3 | 2.5 |"
+    assert lines[3] == "| report | 1 | 5 | 0.3 |"
+    assert lines[4] == "| all | 3 | 8 |  |"
+
+
+def test_a_verdict_needs_a_small_p_and_names_what_could_have_been_found() -> None:
+    def row(**reduction: float) -> dict:
+        return {"differences": {"reduction": reduction} if reduction else {}}
+
+    assert verdict(row(value=20.0, p_holm=0.01, mde=9.0)) == "reduced"
+    assert verdict(row(value=-20.0, p_holm=0.01, mde=9.0)) == "increased"
+    assert verdict(row(value=5.0, p_holm=0.2, mde=9.0)) == "not shown; 9 % would have been"
+    assert verdict(row(value=5.0, low=1.0, high=9.0)) == "control"
+    assert verdict(row()) == "not measured"
+
+
+def test_draws_are_summarised_by_mean_and_range() -> None:
+    one = {"value": 1.0, "low": 0.0, "high": 2.0, "p": 0.3}
+    assert summary([one]) is one
+    three = [{"value": v, "low": -9.0, "high": 9.0, "p": 0.5} for v in (1.0, 2.0, 6.0)]
+    assert summary(three) == {"value": 3.0, "low": 1.0, "high": 6.0}
+
+
+def test_tables_are_markdown() -> None:
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    assert interval({"value": -3.21, "low": -5.0, "high": 1.44}) == "-3.2 [-5.0, +1.4]"
+    assert interval(None) == "-"
