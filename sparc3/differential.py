@@ -10,7 +10,7 @@ from sparc3.artifacts import differential_path, metrics_path, read_scores, score
 from sparc3.contrasts import CONTRASTS
 from sparc3.errors import InputError
 from sparc3.files import Array, digest_text, write_json, write_tensors
-from sparc3.params import Params
+from sparc3.params import Method, Params
 
 
 def noise(seed: int, name: str, shape: tuple[int, int]) -> Array:
@@ -30,10 +30,21 @@ def importance(prompt_set: str, score: str) -> Array:
     return (total / count).astype(np.float32)
 
 
+OWN = "own"  # in size and layers: the method that the behaviour itself names
+
+
+def leader(method: Method, own: str) -> str | None:
+    """The method that another takes its size or layers from; `own` is the behaviour's."""
+    name = method.size or method.layers
+    return own if name == OWN else name
+
+
 def check_methods(params: Params) -> None:
     """InputError where a method's row in params cannot work; called before anything is computed."""
     for name, method in params.methods.items():
         key = f"params: methods.{name}"
+        if name == OWN:
+            raise InputError(f"{key}: the name stands for a behaviour's own method; choose another")
         if method.score == "random":
             if method.contrast is not None:
                 raise InputError(f"{key}.contrast: a random score has no contrast; remove the key")
@@ -57,17 +68,27 @@ def check_methods(params: Params) -> None:
             )
         if method.size and method.layers:
             raise InputError(f"{key}: give size or layers, not both (layers fixes the size too)")
-        leader = method.size or method.layers
-        if leader is not None and (
-            leader not in params.methods
-            or params.methods[leader].size is not None
-            or params.methods[leader].layers is not None
-            or params.methods[leader].draws > 1
-        ):
+        for taken in (method.size, method.layers):
+            if taken not in (None, OWN, *independent(params)):
+                raise InputError(
+                    f"{key}: {taken!r} is not a method that chooses its own neurons; "
+                    f"expected {OWN} or one of {', '.join(independent(params))}"
+                )
+    for name, behaviour in params.behaviours.items():
+        if behaviour.method not in independent(params):
             raise InputError(
-                f"{key}: {leader!r} is not a method that chooses its own neurons; "
-                f"expected one of {', '.join(params.methods)}"
+                f"params: behaviours.{name}.method is {behaviour.method!r}; expected one of "
+                f"{', '.join(independent(params))}"
             )
+
+
+def independent(params: Params) -> list[str]:
+    """The methods that choose their own number of neurons, once."""
+    return [
+        name
+        for name, method in params.methods.items()
+        if method.size is None and method.layers is None and method.draws == 1
+    ]
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:

@@ -26,7 +26,7 @@ Tokens = Sequence[int]
 
 NUCLEUS = 256  # so many entries are searched for the nucleus first,
 WIDER = 4  # and so many times more where it is wider
-SPREAD = 0.1  # prompts of one batch differ in length by this share of the new tokens at most
+SPREAD = 0.2  # prompts of one batch differ in length by this share of the new tokens at most
 IDLE = 0.125  # share of finished completions at which a batch is packed anew
 
 

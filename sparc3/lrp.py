@@ -67,6 +67,7 @@ class _Activation(torch.autograd.Function):
 
 
 def _ratio(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = x.float()  # float16 would round epsilon to 0, and 0 / 0 is not finite
     return f(x) / (x + EPSILON)
 
 

@@ -50,6 +50,7 @@ class PromptSet:
 class Behaviour:
     prompts: str
     reference: str
+    method: str
     measure: Literal["completions", "pairs"]
     second: str | None = None
     scorers: tuple[str, ...] = ()
@@ -148,7 +149,6 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Transfer:
-    method: str
     texts: tuple[str, ...]
     items: int
     batch_tokens: int

@@ -67,8 +67,9 @@ def _input_times_gradient(mlp: MLP, h: Tensor, gradient: Tensor) -> Tensor:
 def _weight_times_gradient(mlp: MLP, x: Tensor, gradient: Tensor) -> Tensor:
     weight = models.incoming(mlp.up)
     rows = []
-    for inputs, deltas in zip(x, gradient, strict=True):  # dy/dw of one prompt at a time
-        rows.append(torch.linalg.vector_norm((deltas.T @ inputs) * weight, ord=1, dim=1))
+    for inputs, deltas in zip(x, gradient, strict=True):
+        products = (deltas.T @ inputs).mul_(weight)  # w * dy/dw, of one prompt at a time
+        rows.append(torch.linalg.vector_norm(products, ord=1, dim=1, dtype=torch.float32))
     return torch.stack(rows)
 
 

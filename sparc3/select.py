@@ -17,7 +17,7 @@ from sparc3.artifacts import (
     stability_path,
     sweep_path,
 )
-from sparc3.differential import check_methods, noise
+from sparc3.differential import check_methods, leader, noise
 from sparc3.errors import InputError
 from sparc3.files import Array, read_csv, read_tensors, write_csv, write_json
 from sparc3.params import Method, Params
@@ -172,10 +172,10 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     for name, method in tqdm(order, desc=f"select {behaviour}", unit="method"):
         tensors, _ = read_tensors(differential_path(behaviour, name))
         values, importance = tensors["differential"], tensors["importance"]
-        leader = method.size or method.layers
-        if leader is not None:
-            k = circuits[leader].size
-            share = shares[leader] if method.protect is None else method.protect
+        leads = leader(method, spec.method)
+        if leads is not None:
+            k = circuits[leads].size
+            share = shares[leads] if method.protect is None else method.protect
         elif select.num_neurons is not None and select.protect is not None:
             k, share = select.num_neurons, select.protect
         else:
@@ -185,10 +185,8 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         for draw, circuit in enumerate(circuit_names(name, method)):
             if method.score == "random":
                 values = noise(select.seed, f"{behaviour}/{name}/{draw}", importance.shape)
-            if method.layers is not None:
-                counts = np.bincount(
-                    circuits[method.layers] // values.shape[1], minlength=values.shape[0]
-                )
+            if method.layers is not None and leads is not None:
+                counts = np.bincount(circuits[leads] // values.shape[1], minlength=values.shape[0])
                 ids = choose_per_layer(values, counts, barred)
             else:
                 ids = choose(values, k, barred)

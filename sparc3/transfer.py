@@ -1,6 +1,7 @@
 """Transfer: prune for one behaviour, measure all of them, and general text by its kind.
 
-One method's circuits, one load of the model, deterministic quantities of the test split only.
+The circuit of each behaviour's own method, one load of the model, deterministic quantities of the
+test split only.
 """
 
 import logging
@@ -10,7 +11,6 @@ from tqdm import tqdm
 
 from sparc3 import models
 from sparc3.artifacts import OUTPUTS, circuit_path, metrics_path, read_prompts
-from sparc3.errors import InputError
 from sparc3.evaluate import (
     Differences,
     pair_differences,
@@ -30,10 +30,6 @@ COLUMNS = ("pruned_for", "measured", "quantity", "value", "low", "high")
 
 def run(params: Params) -> dict[str, float]:
     transfer = params.transfer
-    if transfer.method not in params.methods or params.methods[transfer.method].draws > 1:
-        raise InputError(
-            f"params: transfer.method {transfer.method!r} is not in methods, or has several draws"
-        )
     if params.prepare.splits["test"] == 0:
         log.warning("transfer: prepare.splits leaves no test split, so nothing is measured")
         write_csv(OUTPUTS / "transfer" / "matrix.csv", [], COLUMNS)
@@ -46,7 +42,7 @@ def run(params: Params) -> dict[str, float]:
     }
     circuits = {}
     for name in params.behaviours:
-        path = circuit_path(name, transfer.method)
+        path = circuit_path(name, params.behaviours[name].method)
         for tested in rows.values():
             refuse_leak(tested, read_json(path.with_suffix(".json")), str(path))
         circuits[name] = read_circuit(path)

@@ -33,6 +33,8 @@ SMALL: dict[str, Any] = {
         "new_tokens": 6,
         "resamples": 500,
     },
+    "behaviours": {"toxicity": {"method": "lrp"}},
+    "report": {"method": "lrp"},
     "transfer": {"items": 40, "resamples": 500},
     "overlap": {"resamples": 200, "repeats": 2},
 }
@@ -41,7 +43,7 @@ SMALL: dict[str, Any] = {
 METHODS = {
     "lrp": {"score": "lrp", "contrast": "mean-difference"},
     "aura": {"score": "max-activation", "contrast": "auroc", "scale": "auroc"},
-    "random-layer-matched": {"score": "random", "layers": "lrp", "draws": 2},
+    "random-layer-matched": {"score": "random", "layers": "own", "draws": 2},
 }
 
 
@@ -179,6 +181,7 @@ def test_a_fourth_behaviour_needs_only_params(finished: tuple[Path, str], run_in
                 "profession": {
                     "prompts": "profession",
                     "reference": "general-pairs",
+                    "method": "lrp",
                     "measure": "pairs",
                     "on_fail": "warn",
                 }

@@ -113,6 +113,7 @@ def test_a_method_has_a_circuit_per_draw() -> None:
         (Method(score="lrp", contrast="t", scale="auroc"), "needs contrast: auroc"),
         (Method(score="lrp", contrast="t", scale=1.0), "expected 0 <= scale < 1"),
         (Method(score="lrp", contrast="t", draws=2), "draws is 2"),
+        (Method(score="random", size="own", protect=1.5), "protect is 1.5"),
         (Method(score="random", size="nobody"), "'nobody' is not a method"),
         (Method(score="random", layers="random-layer-matched"), "-matched' is not a method"),
         (Method(score="random", size="lrp", layers="lrp"), "size or layers, not both"),
