@@ -234,14 +234,11 @@ def compare(
 
 def pooled(measured: Sequence[Measured]) -> Measured:
     """Scores and log-probabilities of a control, averaged over its draws prompt by prompt."""
-    first = measured[0]
+    log_p = [m.log_p for m in measured if m.log_p is not None]
+    scores = [m.scores for m in measured if m.scores is not None]
     return Measured(
-        log_p=None if first.log_p is None else np.mean([m.log_p for m in measured], axis=0),
-        scores=None
-        if first.scores is None
-        else {
-            k: np.mean([m.scores[k] for m in measured if m.scores], axis=0) for k in first.scores
-        },
+        log_p=np.mean(log_p, axis=0) if log_p else None,
+        scores={k: np.mean([s[k] for s in scores], axis=0) for k in scores[0]} if scores else None,
     )
 
 

@@ -105,7 +105,7 @@ def score(
     batch_tokens: int = 1024,
     shard: int = 256,
     skip: Collection[int] = (),
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yield (shard number, {score name: float32 (prompt, layer, neuron)}), prompts in given order.
 

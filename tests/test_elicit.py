@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny
@@ -18,6 +20,7 @@ class Words:
         return [" ".join(map(str, row)) for row in rows]
 
 
+WORDS: Any = Words()
 ROWS = [{"id": str(i), "text": f"{i} {i + 1}"} for i in range(12)]
 
 
@@ -32,26 +35,26 @@ def test_highest_keeps_order_and_breaks_ties_by_it() -> None:
 
 def test_the_rows_with_the_highest_completion_are_kept_with_their_score() -> None:
     model, keep = tiny.model("llama"), Keep(scorer="s", top=4, new_tokens=5)
-    kept = keep_highest(model, Words(), ROWS, keep, lengths, "set")
+    kept = keep_highest(model, WORDS, ROWS, keep, lengths, "set")
     everything = keep_highest(
-        model, Words(), ROWS, Keep(scorer="s", top=12, new_tokens=5), lengths, "set"
+        model, WORDS, ROWS, Keep(scorer="s", top=12, new_tokens=5), lengths, "set"
     )
     scores = sorted((row["elicited"] for row in everything), reverse=True)
     assert sorted((row["elicited"] for row in kept), reverse=True) == scores[:4]
     assert [row["id"] for row in kept] == sorted((r["id"] for r in kept), key=int)
-    assert keep_highest(model, Words(), ROWS, keep, lengths, "set") == kept
+    assert keep_highest(model, WORDS, ROWS, keep, lengths, "set") == kept
 
 
 def test_chance_flatters_the_chosen() -> None:
     """The winner's curse: drawn again, the prompts that scored highest score lower."""
     model = tiny.model("llama")
     rows = [{"id": str(i), "text": "3 4"} for i in range(60)]  # alike: all difference is chance
-    first = keep_highest(model, Words(), rows, Keep("s", 15, 5, 1.0, 1.0, 0), lengths, "set")
-    again = keep_highest(model, Words(), first, Keep("s", 15, 5, 1.0, 1.0, 1), lengths, "set")
+    first = keep_highest(model, WORDS, rows, Keep("s", 15, 5, 1.0, 1.0, 0), lengths, "set")
+    again = keep_highest(model, WORDS, first, Keep("s", 15, 5, 1.0, 1.0, 1), lengths, "set")
     gap = np.mean([r["elicited"] for r in first]) - np.mean([r["elicited"] for r in again])
     assert gap > 0.02
 
 
 def test_too_few_candidates_are_refused() -> None:
     with pytest.raises(InputError, match=r"prompt_sets\.set\.keep\.top is 13, but there are 12"):
-        keep_highest(tiny.model("llama"), Words(), ROWS, Keep("s", 13), lengths, "set")
+        keep_highest(tiny.model("llama"), WORDS, ROWS, Keep("s", 13), lengths, "set")

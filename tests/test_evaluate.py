@@ -117,7 +117,7 @@ def test_pair_differences_average_per_term_first() -> None:
     assert found["ss"]["value"] == pytest.approx(ss(after) - ss(before))
     assert found["reduction"]["value"] == pytest.approx(100 * (1 - ss(after) / ss(before)))
     icat = [
-        stereotypes.stereoset(stereotypes.per_term(*table.T, terms)[1])["icat"]
+        stereotypes.stereoset(stereotypes.per_term(*table.T, terms=terms)[1])["icat"]
         for table in (before, after)
     ]
     assert found["icat"]["value"] == pytest.approx(icat[1] - icat[0])

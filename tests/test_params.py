@@ -21,7 +21,7 @@ def refusal(tmp_path: Path, tree: object) -> str:
     return str(caught.value)
 
 
-def changed(section: str, key: str, value: object) -> dict:
+def changed(section: str, key: object, value: object) -> dict:
     return {**TREE, section: {**TREE[section], key: value}}
 
 
