@@ -1,8 +1,9 @@
 """Overlap: how far the behaviours' circuits and differentials coincide, and what chance explains.
 
-The plain numbers of the reproduction (regions, enrichment, correlations, quadrants, layers) stand
-beside the nulls that the uniform one hides: neurons permuted within layers, references that share
-no text, halves of one behaviour, a behaviour that is none.
+All circuits have one size here, whatever size each is pruned at: overlap means little between sets
+of different sizes. The plain numbers of the reproduction (regions, enrichment, correlations,
+quadrants, layers) stand beside the nulls that the uniform one hides: neurons permuted within
+layers, references that share no text, halves of one behaviour, a behaviour that is none.
 """
 
 from dataclasses import asdict
@@ -14,7 +15,6 @@ import numpy as np
 from sparc3 import circuits
 from sparc3.artifacts import (
     OUTPUTS,
-    circuit_path,
     differential_path,
     metrics_path,
     read_prompts,
@@ -23,9 +23,8 @@ from sparc3.artifacts import (
 from sparc3.contrasts import CONTRASTS
 from sparc3.differential import check_methods
 from sparc3.errors import InputError
-from sparc3.files import Array, read_json, read_tensors, write_csv, write_json
+from sparc3.files import Array, read_tensors, write_csv, write_json
 from sparc3.params import Params
-from sparc3.prune import read_circuit
 from sparc3.select import choose, protected
 
 REGION_COLUMNS = ("behaviours", "layer", "neuron")
@@ -95,16 +94,13 @@ def run(params: Params) -> dict[str, float]:
         raise InputError(
             f"params: overlap.method {overlap.method!r} is random; name one that scores"
         )
-    sets, differentials, importance, share = {}, {}, None, 0.0
+    sets, differentials, importance = {}, {}, None
     for behaviour in params.behaviours:
-        path = circuit_path(behaviour, overlap.method)
-        about = read_json(path.with_suffix(".json"))
-        circuit = read_circuit(path)
-        sets[behaviour] = circuit.layers * about["width"] + circuit.neurons
         tensors, _ = read_tensors(differential_path(behaviour, overlap.method))
-        differentials[behaviour] = tensors["differential"].ravel()
         importance = tensors["importance"]
-        share = max(share, about["protect"])
+        barred = protected(importance, overlap.protect)
+        sets[behaviour] = choose(tensors["differential"], overlap.num_neurons, barred)
+        differentials[behaviour] = tensors["differential"].ravel()
     assert importance is not None  # params.behaviours is never empty
     layers, width = importance.shape
 
@@ -122,24 +118,22 @@ def run(params: Params) -> dict[str, float]:
         for name in dict.fromkeys(name for pair in contrasts.values() for name in pair)
     }
     by_layer = CONTRASTS[method.contrast]
-    barred = protected(importance, share).reshape(1, -1)
-    k = round(float(np.mean([ids.size for ids in sets.values()])))
+    flat = protected(importance, overlap.protect).reshape(1, -1)
 
     def contrast(reference: Array, behaviour: Array) -> Array:
         return by_layer(reference[:, None], behaviour[:, None])[0]
 
     def choose_flat(differential: Array, count: int) -> Array:
-        return choose(differential.reshape(1, -1), count, barred)
+        return choose(differential.reshape(1, -1), count, flat)
 
     if len(contrasts) > 1:
         estimated = circuits.bootstrap_correlations(
             used, contrasts, draws=overlap.resamples, seed=overlap.seed
         )
         found["corrected"] = {key: named(table) for key, table in estimated.items()}
-        arguments = (used, contrasts, contrast, choose_flat, k)
+        arguments = (used, contrasts, contrast, choose_flat, overlap.num_neurons)
         repeated = {"repeats": overlap.repeats, "seed": overlap.seed}
         found["nulls"] = {
-            "num_neurons": k,
             "split_halves": named(circuits.split_halves(*arguments, **repeated)),
             "disjoint_references": {
                 kind: named(table)

@@ -158,6 +158,8 @@ class Transfer:
 @dataclass(frozen=True)
 class Overlap:
     method: str
+    num_neurons: int
+    protect: float
     resamples: int
     repeats: int
     seed: int
