@@ -1,0 +1,140 @@
+"""Completions against transformers' own, one at a time and batched, in tokens per second.
+
+    python -m benchmarks.generation [MODEL]
+
+All ways sample with the same settings from the same prompts; the slower ones do a part of the work.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from sparc3 import models
+from sparc3.files import read_jsonl
+from sparc3.generate import complete
+
+MODEL = "models/smollm2-135m"
+PROMPTS = Path("data/real-toxicity-prompts.jsonl")
+REPEATS = 5
+BATCH = 200
+COUNT = 12  # prompts
+COMPLETIONS = 25
+NEW_TOKENS = 20
+TEMPERATURE, TOP_P = 1.0, 0.9
+
+
+def alternating(
+    ways: Mapping[str, Callable[[], int]], repeats: int = REPEATS
+) -> dict[str, list[float]]:
+    """Items per second of each way, `repeats` times; a way returns how many items it did.
+
+    The ways take turns, so that a busy moment of the machine falls on all of them alike.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            done = way()
+            rates[name].append(done / (time.perf_counter() - began))
+    return rates
+
+
+def table(rates: Mapping[str, list[float]], unit: str, against: str) -> str:
+    """Median and range of each way, and the ratio of its median to that of `against`."""
+    width = max(map(len, rates))
+    lines = [f"{'':{width}}  {'median':>8}  {'range':>15}  {'ratio':>6}   ({unit})"]
+    for name, values in rates.items():
+        median = statistics.median(values)
+        ratio = median / statistics.median(rates[against])
+        spread = f"{min(values):.1f}-{max(values):.1f}"
+        lines.append(f"{name:{width}}  {median:8.1f}  {spread:>15}  {ratio:6.2f}")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """Processor, threads and versions, without which a timing says little."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processor = named[0] if named else platform.processor()
+    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def limit(model: PreTrainedModel) -> Callable[[], int]:
+    """Tokens per second if decoding were the model's matrix products and nothing else."""
+    weights: list[Tensor] = [models.outgoing(mlp.down) for mlp in models.mlps(model)]
+    inputs = torch.randn(BATCH, weights[0].shape[1], dtype=model.dtype, device=model.device)
+    share = sum(w.numel() for w in weights) / sum(p.numel() for p in model.parameters())
+
+    @torch.inference_mode()
+    def products() -> int:
+        for weight in weights:
+            (inputs @ weight.T)[0, 0].item()
+        return round(BATCH * share)
+
+    return products
+
+
+def ways(model: PreTrainedModel, prompts: list[list[int]]) -> dict[str, Callable[[], int]]:
+    """Each returns the number of tokens it drew."""
+    device = models.input_device(model)
+    generate: Any = model.generate
+    model.generation_config = GenerationConfig(pad_token_id=0)  # no end: equal work for all
+
+    def sampled(prompts: list[list[int]], completions: int) -> int:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        settings: dict[str, Any] = {
+            "do_sample": True,
+            "temperature": TEMPERATURE,
+            "top_p": TOP_P,
+            "top_k": 0,
+            "max_new_tokens": NEW_TOKENS,
+            "num_return_sequences": completions,
+        }
+        found = generate(inputs=ids, attention_mask=seen.to(device), **settings)
+        return found[:, longest:].numel()
+
+    def ours() -> int:
+        keys = [str(n) for n in range(len(prompts))]
+        drawn = complete(
+            model, prompts, keys, COMPLETIONS, NEW_TOKENS, TEMPERATURE, TOP_P, 0, BATCH
+        )
+        return sum(len(tokens) for row in drawn for tokens in row)
+
+    return {
+        "generate, one at a time": lambda: sum(sampled([p], 1) for p in prompts[:3]),
+        "generate, batch of 100": lambda: sampled(prompts[: 100 // COMPLETIONS], COMPLETIONS),
+        "complete": ours,
+        "matrix products alone": limit(model),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default=MODEL)
+    path = parser.parse_args().model
+    model, tokenizer = models.load(path), models.tokenizer(path)
+    texts = [row["text"] for row in read_jsonl(PROMPTS)]
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    prompts = [tokens for tokens in encoded if 5 <= len(tokens) <= 20][:COUNT]
+    rates = alternating(ways(model, prompts))
+    print(machine())
+    print(
+        f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
+        f"{COMPLETIONS} completions of {NEW_TOKENS} tokens, top-p {TOP_P}, {REPEATS} repeats"
+    )
+    print(table(rates, "tokens/s", "generate, one at a time"))
+
+
+if __name__ == "__main__":
+    main()
