@@ -16,6 +16,7 @@ import torch
 from accelerate import dispatch_model
 from lxt.efficient import monkey_patch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
@@ -185,8 +186,10 @@ def test_gate_gives_each_factor_half():
     torch.testing.assert_close(u * of_u, h * received / 2)
 
 
-def test_gate_at_zero_is_finite():
-    g, u = torch.zeros(3).requires_grad_(), torch.ones(3).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gate_at_zero_is_finite(dtype):
+    g = torch.tensor([0.0, -0.0, 6e-8], dtype=dtype).requires_grad_()
+    u = torch.ones(3, dtype=dtype).requires_grad_()
     h = lrp._Gate.apply(nn.functional.silu, g, u)
     assert all(torch.isfinite(x).all() for x in torch.autograd.grad(h.sum(), (g, u)))
 
@@ -203,6 +206,16 @@ def test_opt_with_another_activation_is_patched_too():
     for layer in model.get_submodule("model.decoder.layers").children():
         layer.activation_fn = ACT2FN["gelu"]
     assert_balance(model, ids)
+
+
+def test_opt_350m_normalises_after_the_block_and_projects_its_embeddings():
+    config = tiny.CONFIGS["opt"]()
+    config.do_layer_norm_before, config.word_embed_proj_dim = False, 8
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.normal_(0, 0.3)
+    assert_balance(model, torch.tensor(tiny.sequences([9])))
 
 
 # Where relevance goes
