@@ -1,0 +1,429 @@
+"""Sources: every raw format, the real files, and the hub's data sets in folders of their layout."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import raw
+
+from sparc3 import sources
+from sparc3.errors import InputError
+from sparc3.files import read_jsonl, write_csv, write_jsonl
+from sparc3.sources import Row
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "hf_notAnActualTokenButLongEnough"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """An empty folder, without a token and with caches of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    return tmp_path
+
+
+def rows_of(source: str, **where: object) -> list[Row]:
+    sources.check("prompt_sets.a", source, where)
+    return sources.narrow("prompt_sets.a", sources.SOURCES[source].rows(where), where)
+
+
+# Raw files
+
+
+def test_wikipedia_leaves_the_title_out_and_groups_by_it(project):
+    passages = ["A -- One -- two.", "A -- Three.", "B -- Four."]
+    write_jsonl(Path("data/boolq.jsonl"), [{"passage": p, "question": "?"} for p in passages])
+    assert [(row.group, row.text) for row in rows_of("wikipedia")] == [
+        ("wikipedia/A", "One -- two."),
+        ("wikipedia/A", "Three."),
+        ("wikipedia/B", "Four."),
+    ]
+
+
+def test_toxicity_is_filtered_from_the_threshold_on(project):
+    raw.write_toxicity(project / "data", 80)
+    found = rows_of("real-toxicity-prompts", min_toxicity=0.7)
+    assert len(found) == 40
+    assert min(row.toxicity for row in found if row.toxicity is not None) == 0.7
+    assert len({row.group for row in rows_of("real-toxicity-prompts")}) == 80
+    assert rows_of("real-toxicity-prompts", min_toxicity=0.7, first=3) == found[:3]
+
+
+def test_blanks_are_filled_in_the_spelling_of_the_context():
+    fill = sources.fill_blank
+    assert fill("In Cameroon, BLANK!", "In cameroon, rain!") == "In Cameroon, rain!"
+    assert fill("BLANK from Ethiopia ran", "Skinny men from ethiopia ran") == (
+        "Skinny men from Ethiopia ran"
+    )
+    assert fill("A BLANK and a BLANK Man", "A b c and a b c man") == "A b c and a b c Man"
+    assert fill("a BLANK", "A b") == "a b"
+    for context, sentence in [("No blank", "No blank"), ("A BLANK.", "B c."), ("A BLANK", "A")]:
+        with pytest.raises(InputError, match=r"is not .* with its BLANK filled"):
+            fill(context, sentence)
+
+
+def test_a_context_loses_its_blank_and_the_space_before_punctuation():
+    assert sources.remove_blank("Ethiopian men are BLANK") == "Ethiopian men are"
+    assert sources.remove_blank("My sister is very BLANK!") == "My sister is very!"
+    assert sources.remove_blank("The BLANK man, BLANK, ran.") == "The man,, ran."
+
+
+def test_stereoset_holds_the_intrasentence_items(project):
+    raw.write_stereoset(project / "data", per_target=2)
+    found = rows_of("stereoset", bias_type="race")
+    assert len(found) == 16
+    assert found[0] == Row(
+        "stereoset",
+        "stereoset/raceland 0",
+        "race",
+        "My friend 0 from Raceland 0 is.",
+        ("My friend 0 from Raceland 0 is sly.", "My friend 0 from Raceland 0 is kind."),
+        "My friend 0 from Raceland 0 is oven.",
+    )
+
+
+def test_neutral_pairs_are_the_items_in_both_orders(project):
+    raw.write_stereoset(project / "data")
+    items = {row.pair for row in rows_of("stereoset", bias_type="race")}
+    found = rows_of("neutral-pairs", bias_type="race")
+    pairs = [row.pair for row in found]
+    assert len(pairs) == 2 * len(items)
+    assert set(pairs) == items | {pair[::-1] for pair in items if pair}
+    for one, other in zip(found[::2], found[1::2], strict=True):
+        assert other.pair
+        assert one.pair == other.pair[::-1]
+        assert one.group == other.group
+        assert one.unrelated is None
+
+
+def test_crows_pairs_put_the_more_stereotypical_sentence_first(project):
+    raw.write_crows(project / "data")
+    found = rows_of("crows-pairs", bias_type="gender")
+    assert found[0].pair == (
+        "She came to town 0, it was late",
+        "He came to town 0, it was late",
+    )
+    assert [row.group for row in found[:5]] == [
+        "crows-pairs/gender/he/she",
+        "crows-pairs/gender/he/she",
+        "crows-pairs/gender/jane/tom",
+        "crows-pairs/gender/men/women",
+        "crows-pairs/gender/boys/girls",
+    ]
+    assert found[0].text == "She came to town 0, it was late"
+
+
+def test_winobias_pairs_the_pronouns_and_groups_by_occupation(project):
+    rows = [
+        raw.winobias_row(" [The CEO] saw the maid as [MASK] was up.", "he", ("she", "he")),
+        raw.winobias_row(" The CEO saw [the maid] clean [MASK] desk.", "her", ("her", "his")),
+        raw.winobias_row(" The maid saw [a cook] and told [MASK] so.", "him", ("her", "him")),
+        raw.winobias_row(" The cook saw [the maid] and told [MASK] so.", "her", ("her", "him")),
+        raw.winobias_row(" [The cook] said [MASK] did it by [himself].", "he", ("she", "he")),
+    ]
+    write_jsonl(Path("data/winobias.jsonl"), rows)
+    assert rows_of("winobias") == [
+        Row(
+            "winobias",
+            "winobias/ceo",
+            "male",
+            "The CEO saw the maid as",
+            ("The CEO saw the maid as he was up.", "The CEO saw the maid as she was up."),
+        ),
+        Row(
+            "winobias",
+            "winobias/maid",
+            "female",
+            "The CEO saw the maid clean",
+            ("The CEO saw the maid clean her desk.", "The CEO saw the maid clean his desk."),
+        ),
+        Row(
+            "winobias",
+            "winobias/a cook",
+            "male",
+            "The maid saw a cook and told",
+            ("The maid saw a cook and told him so.", "The maid saw a cook and told her so."),
+        ),
+        Row(
+            "winobias",
+            "winobias/maid",
+            "female",
+            "The cook saw the maid and told",
+            ("The cook saw the maid and told her so.", "The cook saw the maid and told him so."),
+        ),
+    ]
+
+
+def test_gender_pairs_leave_crows_pairs_for_a_second_opinion(project):
+    raw.write_data(project / "data")
+    found = rows_of("gender-pairs")
+    assert found == rows_of("stereoset", bias_type="gender") + rows_of("winobias")
+    assert Counter(row.source for row in found) == {"stereoset": 24, "winobias": 24}
+
+
+# The real files
+
+
+@pytest.fixture
+def real(fetched, monkeypatch) -> None:
+    monkeypatch.chdir(fetched)
+
+
+def test_the_real_files_have_the_counts_that_are_documented(real):
+    counts = {
+        name: len(source.rows({})) for name, source in sources.SOURCES.items() if "/" not in name
+    }
+    assert counts == {
+        "wikipedia": 15942,
+        "news": 1000,
+        "real-toxicity-prompts": 993,
+        "stereoset": 2106,
+        "neutral-pairs": 4212,
+        "crows-pairs": 1018,
+        "winobias": 759,
+        "gender-pairs": 255 + 759,
+    }
+    assert len({row.text for row in rows_of("wikipedia")}) == 12266
+    assert len(rows_of("real-toxicity-prompts", min_toxicity=0.9)) == 537
+    terms = {
+        b: rows_of("stereoset", bias_type=b) for b in ("race", "profession", "gender", "religion")
+    }
+    assert {b: len(rows) for b, rows in terms.items()} == {
+        "race": 962,
+        "profession": 810,
+        "gender": 255,
+        "religion": 79,
+    }
+    assert {b: len({row.group for row in rows}) for b, rows in terms.items()} == {
+        "race": 36,
+        "profession": 30,
+        "gender": 10,
+        "religion": 3,
+    }
+    occupations = {row.group: row.stratum for row in rows_of("winobias")}
+    assert Counter(occupations.values()) == {"male": 20, "female": 20}
+
+
+def test_no_marker_is_left_in_a_real_sentence(real):
+    for name in ("stereoset", "crows-pairs", "winobias", "wikipedia"):
+        for row in rows_of(name):
+            for text in (row.text, *(row.pair or ()), row.unrelated or ""):
+                assert "BLANK" not in text
+                assert "MASK" not in text
+                assert "\0" not in text
+    assert all(row.pair and row.pair[0] != row.pair[1] for row in rows_of("gender-pairs"))
+
+
+# The hub's data sets, in folders that are laid out as they are
+
+
+def test_toxicity_from_the_hub(project):
+    rows = [
+        {
+            "filename": f"{n}.txt",
+            "begin": 0,
+            "end": 9,
+            "challenging": False,
+            "prompt": {"text": f"you {n}", "toxicity": toxicity, "insult": 0.5},
+            "continuation": {"text": "so", "toxicity": 0.1, "insult": 0.5},
+        }
+        for n, toxicity in enumerate([0.1, None, 0.95, 0.9])
+    ]
+    write_jsonl(Path("hub/prompts.jsonl"), rows)
+    (project / "hub" / "README.md").write_text(raw.card({"default": ("train", "prompts.jsonl")}))
+    found = rows_of("hub/real-toxicity-prompts", path="hub", min_toxicity=0.9)
+    assert [(row.text, row.toxicity) for row in found] == [("you 2", 0.95), ("you 3", 0.9)]
+    assert len(rows_of("hub/real-toxicity-prompts", path="hub")) == 4
+    write_jsonl(Path("data/real-toxicity-prompts.jsonl"), [{"text": "you 3", "toxicity": 0.9}])
+    assert rows_of("real-toxicity-prompts") == found[1:]  # one group, whichever the source
+
+
+def test_stereoset_from_the_hub_is_the_raw_one_in_its_own_order(project):
+    raw.write_stereoset(project / "data")
+    kinds = ("unrelated", "stereotype", "anti-stereotype")
+    items = [r for r in read_jsonl(Path("data/stereoset.jsonl")) if r["type"] == "intrasentence"]
+    table = pd.DataFrame(
+        {
+            "id": [str(n) for n in range(len(items))],
+            "target": [item["target"] for item in items],
+            "bias_type": [item["bias_type"] for item in items],
+            "context": [item["context"] for item in items],
+            "sentences": [
+                {
+                    "sentence": [sources.fill_blank(item["context"], item[k]) for k in kinds],
+                    "id": list("abc"),
+                    "gold_label": [2, 1, 0],
+                }
+                for item in items
+            ],
+        }
+    )
+    (project / "hub" / "intrasentence").mkdir(parents=True)
+    table.to_parquet(project / "hub" / "intrasentence" / "validation-00000-of-00001.parquet")
+    files = {"intrasentence": ("validation", "intrasentence/validation-*")}
+    (project / "hub" / "README.md").write_text(raw.card(files))
+    found = rows_of("hub/stereoset", path="hub", bias_type="race")
+    assert found == rows_of("stereoset", bias_type="race")
+
+
+def test_wikitext_articles_join_to_the_text_that_perplexity_is_computed_on(project):
+    lines = ["", " = One = \n", "", " Some text . \n", " = = Part = = \n", " More . \n", "", ""]
+    lines += [" = Two = \n", "", " Other text . \n"]
+    (project / "hub" / "wikitext-2-raw-v1").mkdir(parents=True)
+    pd.DataFrame({"text": lines}).to_parquet(
+        project / "hub" / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"
+    )
+    files = {"wikitext-2-raw-v1": ("test", "wikitext-2-raw-v1/test-*")}
+    (project / "hub" / "README.md").write_text(raw.card(files))
+    found = rows_of("hub/wikitext-2", path="hub")
+    assert "\n\n".join(row.text for row in found) == "\n\n".join(lines)
+    assert [row.text.strip().partition("\n")[0] for row in found if row.text] == [
+        "= One = ",
+        "= Two = ",
+    ]
+    assert len({row.group for row in found}) == len(found)
+
+
+def test_elicitation_prompts_are_chosen_by_class(project):
+    rows = [
+        {"text": "The nurse was very", "class": "stereotype_gender"},
+        {"text": "The Swede was very", "class": "stereotype_race"},
+        {"text": "My girlfriend is", "class": "stereotype_gender"},
+    ]
+    write_csv(Path("hub/train.csv"), rows, ["text", "class"])
+    found = rows_of("hub/stereotype-elicitation", path="hub", bias_type="gender")
+    assert [row.text for row in found] == ["The nurse was very", "My girlfriend is"]
+    assert len(rows_of("hub/stereotype-elicitation", path="hub", bias_type="gender", first=1)) == 1
+
+
+def test_c4_is_streamed_in_an_order_that_the_seed_decides(project):
+    raw.write_c4(project / "hub", 100)
+    where = {"path": "hub"}
+    streams = {n: [r.text for r in sources.hub_c4(where, seed)] for n, seed in enumerate([0, 0, 1])}
+    assert streams[0] == streams[1]
+    assert streams[0] != streams[2]
+    assert sorted(streams[0]) == sorted(streams[2])
+    first = next(sources.hub_c4(where, 0))
+    assert first.group.startswith("c4/https://example.org/")
+
+
+# The token
+
+
+def test_the_token_is_read_from_the_environment_then_from_the_file(project, monkeypatch):
+    assert sources.hub_token() is None
+    Path(".env").write_text(f"# mine\nOTHER=1\nexport HF_TOKEN='{TOKEN}'\n")
+    assert sources.hub_token() == TOKEN
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    assert sources.hub_token() == "hf_other"
+    monkeypatch.delenv("HF_TOKEN")
+    Path(".env").write_text("HF_TOKEN=\n")
+    assert sources.hub_token() is None
+
+
+@pytest.mark.parametrize("bad", [f"{TOKEN} x", f"{TOKEN}\x07", f"{TOKEN}é"])
+def test_what_cannot_be_a_token_is_refused_unseen(project, monkeypatch, bad):
+    monkeypatch.setenv("HF_TOKEN", bad)
+    with pytest.raises(InputError, match=r"^HF_TOKEN: not a token") as raised:
+        sources.hub_token()
+    assert TOKEN not in str(raised.value)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that refuses every request as the real one does, and shows what it was given."""
+
+    status, code, message = 401, "RepoNotFound", "Repository not found"
+
+    def do_GET(self) -> None:
+        given = self.headers.get("Authorization", "nothing")
+        body = json.dumps({"error": f"{self.message}; you sent {given}"}).encode()
+        self.send_response(self.status)
+        self.send_header("X-Error-Code", self.code)
+        self.send_header("X-Error-Message", f"{self.message}; you sent {given}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    do_HEAD = do_POST = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def hub(status: int, code: str) -> Iterator[str]:
+    """Its address."""
+    handler = type("Refusing", (Hub,), {"status": status, "code": code})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+LOADING = """
+import logging, sys
+logging.basicConfig(level=logging.DEBUG)
+from sparc3 import sources
+from sparc3.errors import InputError
+try:
+    next(sources.hub_c4({"revision": "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"}, 0))
+except InputError as error:
+    print("InputError:", error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "token"),
+    [(401, "RepoNotFound", None), (403, "GatedRepo", TOKEN)],
+)
+def test_a_refusal_is_one_clear_line_that_does_not_show_the_token(project, status, code, token):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(project / "home")}
+    if token:
+        environment["HF_TOKEN"] = token
+    with hub(status, code) as address:
+        done = subprocess.run(
+            [sys.executable, "-c", LOADING],
+            env={**environment, "HF_ENDPOINT": address},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+    assert done.returncode == 2, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("InputError: "))
+    assert "allenai/c4 at revision 1588ec45" in line
+    assert ("; HF_TOKEN was given;" if token else "; no HF_TOKEN was given;") in line
+    assert TOKEN not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_is_no_data_set_is_one_clear_line(project, monkeypatch, given):
+    (project / "hub").mkdir()
+    (project / "hub" / "README.md").write_text("nothing here\n")
+    if given:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(
+        InputError, match=r"cannot read data set hub .*HF_TOKEN was given;"
+    ) as found:
+        rows_of("hub/stereoset", path="hub")
+    assert "\n" not in str(found.value)
+    assert TOKEN not in str(found.value)
