@@ -9,7 +9,7 @@ the same tokens, which makes a paired comparison of them sharper.
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sparc3 import models
 from sparc3.errors import InputError
-from sparc3.likelihood import context
-
-Tokens = Sequence[int]
+from sparc3.likelihood import Progress, Tokens, context
 
 NUCLEUS = 256  # so many entries are searched for the nucleus first,
 WIDER = 4  # and so many times more where it is wider
@@ -40,7 +38,7 @@ def complete(
     top_p: float,
     seed: int,
     batch: int = 200,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> list[list[list[int]]]:
     """Sample `completions` completions of up to `new_tokens` token ids for every prompt.
 
@@ -163,9 +161,9 @@ def _extend(
 ) -> None:
     """Draw the tokens of one batch.
 
-    Every row is at the same position, so that no padding and no mask is needed: what prompts have
-    in common in length is read once per prompt, and what the longer ones have more is read
-    token by token beside tokens already drawn for the shorter ones.
+    All rows are at the same position, which spares padding and masks: prompts are read up to the
+    length of the shortest, once each, and the rest of the longer ones is read token by token
+    while the shorter ones are already being continued.
     """
     device, body = models.input_device(model), models.body(model)
     position, longest = len(group[-1].prompt), len(group[0].prompt)
@@ -176,6 +174,16 @@ def _extend(
         ids = torch.tensor(tokens, device=device)
         return body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
+    def drawn(states: Tensor) -> list[tuple[int, int]]:
+        """Rows whose prompt is read and whose completion goes on, each with its next token."""
+        rows = [r for r, c in enumerate(group) if len(c.prompt) <= position and not c.finished]
+        if not rows:
+            return []
+        logits = models.logits(model, states[rows]).float()
+        places = torch.tensor([[group[r].stream, len(group[r].tokens)] for r in rows])
+        streams = _hash(*places.to(logits.device).T)
+        return list(zip(rows, draw(logits, streams, temperature, top_p).tolist(), strict=True))
+
     prompts = {each.index: list(each.prompt[:position]) for each in group}
     places = {index: row for row, index in enumerate(prompts)}
     rows = torch.tensor([places[each.index] for each in group])
@@ -183,16 +191,7 @@ def _extend(
     cache.batch_select_indices(rows)
     while True:
         following = [each.prompt[position] if position < len(each.prompt) else 0 for each in group]
-        ready = [
-            row
-            for row, each in enumerate(group)
-            if len(each.prompt) <= position and not each.finished
-        ]
-        logits = models.logits(model, states[ready]).float()
-        streams = torch.tensor([group[row].stream for row in ready], device=logits.device)
-        numbers = torch.tensor([len(group[row].tokens) for row in ready], device=logits.device)
-        tokens = draw(logits, _hash(streams, numbers), temperature, top_p)
-        for row, token in zip(ready, tokens.tolist(), strict=True):
+        for row, token in drawn(states):
             following[row] = token
             group[row].take(token, new_tokens, stops)
         left = [row for row, each in enumerate(group) if not each.finished]

@@ -245,6 +245,13 @@ def test_a_first_token_that_ends_leaves_an_empty_completion(llama):
     assert complete(llama, prompts, keys, completions=2, **SETTINGS) == [[[], []]]
 
 
+def test_short_prompts_may_end_before_long_ones_begin(llama):
+    end_at(llama, list(range(tiny.VOCABULARY)))
+    prompts, keys = prompts_and_keys([4, 8])
+    found = complete(llama, prompts, keys, 2, 40, temperature=1.0, top_p=0.9, seed=0)
+    assert found == [[[], []], [[], []]]
+
+
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
