@@ -72,7 +72,7 @@ lint: env
 	$(IN_ENV) PYRIGHT_PYTHON_IGNORE_WARNINGS=1 pyright --pythonpath $(VENV)/bin/python
 
 ui: env
-	@$(IN_ENV) python -c 'from sparc3 import tracking; tracking.serve($(PORT))'
+	@$(IN_ENV) python -m sparc3 ui --port $(PORT)
 
 bench: env
 	$(IN_ENV) python -m benchmarks

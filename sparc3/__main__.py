@@ -43,6 +43,12 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{axis.replace('_', '-')}", required=True, metavar="NAME")
     commands.add_parser("fetch", help="raw data and the embedded model, verified")
     commands.add_parser("main", help="fetch, then dvc repro")
+    plan = commands.add_parser("plan", help="memory, operations, time and disk of a profile")
+    plan.add_argument("--profile", type=Path, metavar="PATH", help="instead of params.yaml")
+    plan.add_argument("--device", metavar="NAME", help="refuse what does not fit on it")
+    plan.add_argument("--cards", type=int, default=1, metavar="N", help="of that device")
+    ui = commands.add_parser("ui", help="the tracking UI on 127.0.0.1")
+    ui.add_argument("--port", type=int, default=5000)
     commands.add_parser("readme", help="put the result table into README.md")
     export = commands.add_parser("export", help="write a pruned model as a Hugging Face folder")
     for flag in ("behaviour", "method", "folder"):
@@ -161,6 +167,13 @@ def export_model(params: Params, arguments: argparse.Namespace) -> None:
     export.run(params, arguments.behaviour, arguments.method, Path(arguments.folder))
 
 
+def print_plan(params: Params, arguments: argparse.Namespace) -> None:
+    """What a profile costs, before its model is there."""
+    from sparc3 import plan
+
+    plan.run(params, arguments.profile, arguments.device, arguments.cards)
+
+
 def write_readme(params: Params, arguments: argparse.Namespace) -> None:
     """README's blocks of numbers: the result table, and what the latest runs of the stages cost."""
     from sparc3 import report
@@ -169,8 +182,13 @@ def write_readme(params: Params, arguments: argparse.Namespace) -> None:
     report.write_readme(report.cost_table(list(STAGES), costs))
 
 
+def serve_ui(params: Params, arguments: argparse.Namespace) -> None:
+    """The tracking UI, until Ctrl-C."""
+    tracking.serve(arguments.port)
+
+
 # What is no stage and leaves no run in MLflow.
-COMMANDS = {"export": export_model, "readme": write_readme}
+COMMANDS = {"export": export_model, "plan": print_plan, "readme": write_readme, "ui": serve_ui}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,546 @@
+"""Plan: what a profile costs, before its model is there: memory, operations, time and disk.
+
+The model is known from its config.json alone. Where prompts are prepared their lengths are exact;
+elsewhere they are what the profile says, or ASSUMED_TOKENS.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from sparc3 import cost, models
+from sparc3 import params as parameters
+from sparc3.artifacts import prompts_path, read_prompts
+from sparc3.cost import Shape
+from sparc3.errors import InputError
+from sparc3.params import Params, PromptSet
+from sparc3.select import circuit_names
+from sparc3.sources import hub_token
+
+ASSUMED_TOKENS = 32  # of a prompt whose length the profile does not say
+PROCESS = 0.9e9  # bytes of a Python process with torch and transformers
+HEAP = 1.75  # resident bytes per byte in use on a CPU, where freed blocks are not given back
+CARD = 1.0e9  # bytes of a card that the driver, its libraries and fragmentation take
+START = 15.0  # seconds until a stage begins to compute
+SCORER = {"detoxify": 0.5e9, "classifier": 1.6e9}  # bytes on the device, up to a large encoder
+DRAWING = 0.7  # of what whole sequences reach, when completions are drawn token by token
+MOST_CARDS = 16
+
+
+@dataclass(frozen=True)
+class Device:
+    """Vendor's figures: bytes of memory, bytes per second from it, and peak operations per second
+    by dtype; and the part of the peak that is assumed to be reached.
+    """
+
+    memory: float
+    bandwidth: float
+    peak: dict[str, float]
+    reached: float
+
+
+def _card(
+    memory: float, bandwidth: float, half: float, full: float, bfloat16: float | None = None
+) -> Device:
+    """From GiB, GB/s, and TFLOP/s in float16 and float32."""
+    rates = {"float32": full, "bfloat16": bfloat16 or half, "float16": half}
+    peak = {dtype: rate * 1e12 for dtype, rate in rates.items()}
+    return Device(memory * 2**30, bandwidth * 1e9, peak, 0.35)
+
+
+# Dense tensor-core peaks for 16 bits, plain float32 for 32. The CPU is the reference machine, with
+# its products measured and the memory of this one.
+DEVICES = {
+    "CPU": Device(
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        20e9,
+        {"float32": 200e9, "bfloat16": 100e9, "float16": 20e9},
+        0.8,
+    ),
+    "T4": _card(15, 320, 65, 8.1, bfloat16=8.1),  # without units for it
+    "L4": _card(22, 300, 121, 30.3),
+    "A10G": _card(22, 600, 70, 31.2),
+    "A100-40": _card(39, 1555, 312, 19.5),
+    "A100-80": _card(79, 2039, 312, 19.5),
+    "H100": _card(79, 3350, 989, 66.9),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one stage. `passes`: operations on whole sequences; `drawn`: on completions, token by
+    token; `steps`: times that all weights are read for those; `memory`: bytes beyond the weights on
+    the device; `held`: bytes of scores in the process; `disk`: bytes written.
+    """
+
+    stage: str
+    prompts: int = 0
+    tokens: int = 0
+    passes: float = 0
+    drawn: float = 0
+    steps: int = 0
+    memory: float = 0
+    held: float = 0
+    disk: float = 0
+
+    @property
+    def operations(self) -> float:
+        return self.passes + self.drawn
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+Prompts = list[list[int]]  # lengths in tokens of each prompt's sequences
+Sample = Callable[[str, str | None, str], Prompts]  # of a set, a split, as text, pair or packed
+
+
+def assumed(params: Params) -> Sample:
+    """Lengths as far as the profile says them."""
+
+    def spec_of(name: str) -> PromptSet:
+        return {**params.prompt_sets, **params.test_sets}[name]
+
+    def length(name: str) -> int:
+        spec = spec_of(name)
+        if spec.match_length is not None:
+            return length(spec.match_length)
+        return spec.max_tokens or spec.min_tokens or ASSUMED_TOKENS
+
+    def sample(name: str, split: str | None, kind: str) -> Prompts:
+        spec, shares = spec_of(name), params.prepare.splits
+        count = spec.keep.top if spec.keep else spec.count * len(spec.seeds)
+        if split is not None:
+            count = round(count * shares[split] / sum(shares.values()))
+        one = {"text": [length(name)], "pair": [length(name)] * 2, "packed": [2 * length(name)]}
+        return [one[kind]] * count
+
+    return sample
+
+
+def prepared(tokenizer: Any) -> Sample:
+    """Lengths of the prompts in outputs/prompts."""
+
+    def sample(name: str, split: str | None, kind: str) -> Prompts:
+        found = []
+        for row in read_prompts(name, split):
+            texts = [row["text"]] if kind == "text" else list(row["pair"])
+            if kind == "packed" and row.get("unrelated"):
+                texts.append(row["unrelated"])
+            ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            if kind == "packed":
+                columns = enumerate(zip(*ids, strict=False))
+                differing = (i for i, column in columns if len(set(column)) > 1)
+                shared = next(differing, min(map(len, ids)))
+                found.append([shared + sum(len(i) - shared for i in ids)])
+            else:
+                found.append([len(i) for i in ids])
+        return found
+
+    return sample
+
+
+def are_prepared(params: Params, project: Params) -> bool:
+    """Whether outputs/prompts, made with the project's params, are the prompts of `params`."""
+    return all(
+        getattr(params, key) == getattr(project, key)
+        for key in ("model", "prompt_sets", "test_sets", "prepare")
+    ) and all(prompts_path(name).is_file() for name in (*params.prompt_sets, *params.test_sets))
+
+
+def flat(prompts: Prompts) -> list[int]:
+    return [length for prompt in prompts for length in prompt]
+
+
+# --- stages ----------------------------------------------------------------------------------
+
+
+def plan(params: Params, model: Shape, sample: Sample) -> list[Work]:
+    """The work of every stage that runs the model, in order, and of those that hold scores."""
+    return [
+        *(_elicit(params, model, sample, name) for name, s in params.prompt_sets.items() if s.keep),
+        *(_attribute(params, model, sample, name) for name in params.prompt_sets),
+        *(_contrast(params, model, sample, stage) for stage in ("differential", "select")),
+        *(_sweep(params, model, sample, name) for name in params.behaviours),
+        *(_evaluate(params, model, sample, name) for name in params.behaviours),
+        _transfer(params, model, sample),
+        _contrast(params, model, sample, "overlap"),
+    ]
+
+
+def _score_names(params: Params, prompt_set: str) -> Sequence[str]:
+    spec = params.prompt_sets[prompt_set]
+    return params.attribute.scores if spec.scores is None else spec.scores
+
+
+def _attribute(params: Params, model: Shape, sample: Sample, name: str) -> Work:
+    spec, names = params.prompt_sets[name], _score_names(params, name)
+    prompts = sample(name, "attribute", "pair" if spec.target == "pair" else "text")
+    shard = min(params.attribute.shard_prompts, len(prompts))
+    return Work(
+        f"attribute@{name}",
+        len(prompts),
+        sum(flat(prompts)),
+        passes=cost.attribution(model, prompts, names, spec.target),
+        memory=cost.attribution_memory(
+            model, prompts, names, params.attribute.batch_tokens, params.model.dtype
+        ),
+        held=cost.scores_size(model, shard, len(names)),
+        disk=cost.scores_size(model, len(prompts), len(names)),
+    )
+
+
+def _contrast(params: Params, model: Shape, sample: Sample, stage: str) -> Work:
+    """Scores in memory: of one behaviour and its reference, or of all sets together."""
+    sets = [(b.prompts, b.reference) for b in params.behaviours.values()]
+    counts = {name: len(sample(name, "attribute", "text")) for pair in sets for name in pair}
+    most = max(counts[a] + counts[b] for a, b in sets)
+    prompts = sum(counts.values()) if stage == "overlap" else most
+    return Work(stage, prompts, held=2 * cost.scores_size(model, prompts, 1))
+
+
+def _elicit(params: Params, model: Shape, sample: Sample, name: str) -> Work:
+    spec = params.prompt_sets[name]
+    assert spec.keep is not None  # the caller asks only for such sets
+    every = replace(spec, keep=None)
+    candidates = assumed(replace(params, prompt_sets={**params.prompt_sets, name: every}))
+    lengths = flat(candidates(name, None, "text"))
+    return _add(f"prepare@{name}", [_drawn(model, lengths, 1, spec.keep.new_tokens, params)])
+
+
+def _texts(params: Params, model: Shape, lengths: Sequence[int], batch_tokens: int) -> Work:
+    return Work(
+        "",
+        len(lengths),
+        sum(lengths),
+        passes=cost.likelihood(model, lengths),
+        memory=cost.likelihood_memory(model, batch_tokens, params.model.dtype),
+    )
+
+
+def _drawn(
+    model: Shape, lengths: Sequence[int], completions: int, new_tokens: int, params: Params
+) -> Work:
+    batches = -(-len(lengths) * completions // cost.COMPLETIONS_AT_ONCE)
+    return Work(
+        "",
+        len(lengths),
+        tokens=sum(lengths) + len(lengths) * completions * new_tokens,
+        drawn=cost.generation(model, lengths, completions, new_tokens),
+        steps=batches * new_tokens,
+        memory=cost.generation_memory(model, max(lengths), new_tokens, params.model.dtype),
+    )
+
+
+def _add(stage: str, parts: Sequence[Work]) -> Work:
+    """One stage of several parts, one after the other."""
+    return Work(
+        stage,
+        prompts=max(part.prompts for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        passes=sum(part.passes for part in parts),
+        drawn=sum(part.drawn for part in parts),
+        steps=sum(part.steps for part in parts),
+        memory=max(part.memory for part in parts),
+    )
+
+
+def _behaviour_texts(
+    params: Params, model: Shape, sample: Sample, behaviour: str, split: str, count: int, batch: int
+) -> Work:
+    """One reading of a behaviour's texts or items."""
+    spec = params.behaviours[behaviour]
+    kind = "packed" if spec.measure == "pairs" else "text"
+    return _texts(params, model, flat(sample(spec.prompts, split, kind)[:count]), batch)
+
+
+def _sweep(params: Params, model: Shape, sample: Sample, behaviour: str) -> Work:
+    sweep = params.sweep
+    tuned = [m for m in params.methods.values() if m.size is None and m.layers is None]
+    points = len(tuned) * len(sweep.protect) * len(sweep.num_neurons)
+    if not points:
+        return Work(f"sweep@{behaviour}")
+    batch = sweep.batch_tokens
+    general = flat(sample(params.differential.general, "tune", "text")[: sweep.texts])
+    once = [
+        _texts(params, model, general, batch),
+        _behaviour_texts(params, model, sample, behaviour, "tune", sweep.items, batch),
+    ]
+    return _add(f"sweep@{behaviour}", once * (points + 2))  # and twice before all points
+
+
+def _evaluate(params: Params, model: Shape, sample: Sample, behaviour: str) -> Work:
+    spec, evaluate = params.behaviours[behaviour], params.evaluate
+    batch = evaluate.batch_tokens
+    pairs = spec.measure == "pairs"
+    count = evaluate.items if pairs else evaluate.prompts
+    splits = ["test", "attribute"] if params.prepare.splits["test"] > 0 else ["attribute"]
+    split = None if evaluate.general in params.test_sets else "test"
+    texts = flat(sample(evaluate.general, split, "text")[: evaluate.texts])
+    general = [_windows(params, model, [sum(texts)] if evaluate.joined else texts)]
+    if spec.second:
+        second = flat(sample(spec.second, None, "packed")[: evaluate.items])
+        general.append(_texts(params, model, second, batch))
+
+    def measured(split: str, complete: bool) -> list[Work]:
+        parts = [_behaviour_texts(params, model, sample, behaviour, split, count, batch)]
+        if complete and not pairs:
+            lengths = flat(sample(spec.prompts, split, "text")[:count])
+            drawn = _drawn(model, lengths, evaluate.completions, evaluate.new_tokens, params)
+            parts.append(drawn)
+        return parts
+
+    parts = [*general, *(part for split in splits for part in measured(split, True))]
+    for name, method in params.methods.items():
+        one = [*general, *measured(splits[0], name in evaluate.completed)]
+        if name in evaluate.in_sample and len(splits) > 1:
+            one += measured(splits[1], True)
+        parts += one * len(circuit_names(name, method))
+    return _add(f"evaluate@{behaviour}", parts)
+
+
+def window_lengths(length: int, window: int, stride: int) -> list[int]:
+    """Tokens in each window over a text, up to the first window that reaches its end."""
+    last = max(0, -(-(length - window) // stride))
+    return [min(window, length - n * stride) for n in range(last + 1)]
+
+
+def _windows(params: Params, model: Shape, lengths: Sequence[int]) -> Work:
+    """Perplexity through a sliding window: every token is scored once, most are read often."""
+    window, stride = params.evaluate.window, params.evaluate.stride
+    read = [n for length in lengths for n in window_lengths(length, window, stride)]
+    scored = sum(lengths) - len(lengths)
+    batch = max(params.evaluate.batch_tokens, window)
+    return Work(
+        "",
+        len(lengths),
+        sum(read),
+        passes=cost.likelihood(model, read, scored),
+        memory=cost.likelihood_memory(model, batch, params.model.dtype),
+    )
+
+
+def _transfer(params: Params, model: Shape, sample: Sample) -> Work:
+    transfer = params.transfer
+    if params.prepare.splits["test"] == 0:
+        return Work("transfer")
+    once = [
+        _behaviour_texts(params, model, sample, name, "test", transfer.items, transfer.batch_tokens)
+        for name in params.behaviours
+    ]
+    for name in transfer.texts:
+        lengths = flat(sample(name, "test", "text")[: transfer.items])
+        once.append(_texts(params, model, lengths, transfer.batch_tokens))
+    return _add("transfer", once * (1 + len(params.behaviours)))
+
+
+# --- devices ---------------------------------------------------------------------------------
+
+
+def bytes_needed(work: Work, model: Shape, params: Params, name: str, cards: int) -> float:
+    """Peak memory on each device; `cards` share the model where model.device is auto."""
+    of_model = cost.weights(model, params.model.dtype)
+    if name == "CPU":
+        return PROCESS + of_model + work.held + HEAP * work.memory
+    if not work.operations:
+        return 0.0
+    of_scorers = sum(SCORER.get(scorer.kind, 0) for scorer in params.scorers.values())
+    if not work.stage.startswith(("evaluate", "prepare")):
+        of_scorers = 0.0
+    share = cards if params.model.device == "auto" else 1
+    return CARD + (of_model + work.memory) / share + of_scorers
+
+
+def seconds(work: Work, model: Shape, params: Params, name: str, cards: int) -> float:
+    """Expected time. Processes on several cards share out attribution's prompts and no other
+    stage's; a model spread over cards is as fast as on one, for they take turns."""
+    if not work.operations:
+        return 0.0
+    device, dtype = DEVICES[name], params.model.dtype
+    rate = device.peak[dtype] * device.reached
+    reading = work.steps * cost.weights(model, dtype) / device.bandwidth
+    busy = work.passes / rate + max(work.drawn / (rate * DRAWING), reading)
+    shared = cards if params.model.device != "auto" and work.stage.startswith("attribute") else 1
+    return START + busy / shared
+
+
+def unfit(params: Params, model: Shape, works: Sequence[Work], name: str, cards: int) -> list[Work]:
+    """The stages that need more memory than a device has."""
+    limit = DEVICES[name].memory
+    return [w for w in works if bytes_needed(w, model, params, name, cards) > limit]
+
+
+def remedies(params: Params, model: Shape, sample: Sample, name: str, cards: int) -> list[str]:
+    """Single changes with which every stage fits, as the params to set; and then two together."""
+
+    def fits(changed: Params, count: int = cards, device: str = name) -> bool:
+        return not unfit(changed, model, plan(changed, model, sample), device, count)
+
+    found = []
+    tokens = params.attribute.batch_tokens
+    while (tokens := tokens // 2) >= 64:
+        sections = ("attribute", "sweep", "evaluate", "transfer")
+        smaller = {
+            key: replace(section, batch_tokens=min(tokens, section.batch_tokens))
+            for key in sections
+            for section in [getattr(params, key)]
+        }
+        if fits(replace(params, **smaller)):
+            found.append(f"batch_tokens: {tokens} in {', '.join(sections)}")
+            break
+    half = _with_model(params, dtype="float16" if name == "T4" else "bfloat16")
+    if params.model.dtype == "float32" and fits(half):
+        found.append(f"model.dtype: {half.model.dtype}")
+    if name != "CPU":
+        found += _spread(params, fits, name, "")
+        if not found:
+            found += _spread(half, fits, name, f"model.dtype: {half.model.dtype} and ")
+        found += [f"a larger device: {other}" for other in DEVICES if fits(params, cards, other)][
+            :1
+        ]
+    return found
+
+
+def _spread(params: Params, fits: Callable[..., bool], name: str, prefix: str) -> list[str]:
+    spread = _with_model(params, device="auto")
+    enough = next((n for n in range(2, MOST_CARDS + 1) if fits(spread, n)), None)
+    return [f"{prefix}model.device: auto over {enough} x {name}"] if enough else []
+
+
+def _with_model(params: Params, **values: str) -> Params:
+    return replace(params, model=replace(params.model, **values))
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def configuration(params: Params) -> PretrainedConfig:
+    """config.json of model.path or, where that is still to be fetched, of fetch.repository.
+
+    InputError, naming the key, if neither can be read.
+    """
+    path, revision = params.model.path, params.model.revision
+    key = "model.path"
+    if not Path(path).is_dir() and params.fetch.repository is not None:
+        key, path, revision = "fetch.repository", params.fetch.repository, params.fetch.revision
+    token = hub_token()
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, token=token)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if token:
+            reason = reason.replace(token, "***")
+        raise InputError(
+            f"params: {key}: no config.json of {path} ({reason}); put the model's config.json "
+            f"into the folder {params.model.path}, or plan where the hub can be reached"
+        ) from None
+
+
+def describe(
+    params: Params, model: Shape, works: Sequence[Work], names: Sequence[str], cards: int
+) -> list[str]:
+    """The plan as lines of text."""
+    place = names[0]
+    header = ("stage", "prompts", "tokens", "TFLOP", "time", "GB there", "GB on disk")
+    rows = [
+        (
+            work.stage,
+            f"{work.prompts:,}",
+            f"{work.tokens:,}",
+            f"{work.operations / 1e12:,.1f}",
+            _clock(seconds(work, model, params, place, cards)) if work.operations else "-",
+            f"{bytes_needed(work, model, params, place, cards) / 1e9:.1f}",
+            f"{work.disk / 1e9:.2f}",
+        )
+        for work in works
+    ]
+    of_model = cost.weights(model, params.model.dtype) / 1e9
+    held = max(work.held for work in works)
+    lines = [
+        f"{params.model.path}: {model.parameters:,} parameters, {model.layers} layers x "
+        f"{model.width:,} neurons, {of_model:.2f} GB in {params.model.dtype}",
+        "",
+        f"on {_count(place, cards)}:",
+        *_columns([header, *rows]),
+        "",
+        f"scores on disk: {sum(work.disk for work in works) / 1e9:.2f} GB; memory of the machine "
+        f"for each process: {(PROCESS + held) / 1e9 + of_model:.1f} GB",
+        "",
+    ]
+    devices = []
+    for name in names:
+        device = DEVICES[name]
+        most = max(bytes_needed(work, model, params, name, cards) for work in works)
+        total = sum(seconds(work, model, params, name, cards) for work in works)
+        devices.append(
+            (
+                _count(name, cards),
+                f"{most / 1e9:.1f} of {device.memory / 1e9:.1f}",
+                _clock(total) if most <= device.memory else "does not fit",
+                f"{device.reached:.0%} of {device.peak[params.model.dtype] / 1e12:g}",
+            )
+        )
+    header = ("device", "GB needed", "time in all", "TFLOP/s assumed")
+    return lines + _columns([header, *devices])
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text with the first column to the left and all others to the right."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows]
+
+
+def _count(name: str, cards: int) -> str:
+    return name if cards == 1 else f"{cards} x {name}"
+
+
+def _clock(time: float) -> str:
+    minutes = round(time / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{max(1, minutes)} min"
+
+
+def run(project: Params, profile: Path | None, device: str | None, cards: int) -> None:
+    """Print the plan of a profile (or of the project's own params).
+
+    `device` is a key of DEVICES: without one a profile for the CPU is planned for this machine, and
+    any other for every card of the table. InputError: the run cannot fit, with what would.
+    """
+    params = project if profile is None else parameters.load(profile)
+    if device is not None and device not in DEVICES:
+        raise InputError(f"--device {device!r} is not known; choose one of {', '.join(DEVICES)}")
+    if cards < 1:
+        raise InputError(f"--cards {cards}: expected at least 1")
+    model = cost.shape(configuration(params))
+    exact = are_prepared(params, project)
+    sample = (
+        prepared(models.tokenizer(params.model.path, params.model.revision))
+        if exact
+        else assumed(params)
+    )
+    works = plan(params, model, sample)
+    if device is not None:
+        names = [device]
+    elif params.model.device == "cpu":
+        names = ["CPU"]
+    else:
+        names = [name for name in DEVICES if name != "CPU"]
+    print("\n".join(describe(params, model, works, names, cards)))
+    print(
+        "prompts: as prepared"
+        if exact
+        else f"prompts: not prepared; taken to have the lengths that the profile gives, else "
+        f"{ASSUMED_TOKENS} tokens"
+    )
+    lacking = {name: unfit(params, model, works, name, cards) for name in names}
+    if all(lacking.values()):
+        name, (first, *_) = next(reversed(lacking.items()))
+        needed = bytes_needed(first, model, params, name, cards)
+        would = remedies(params, model, sample, name, cards)
+        raise InputError(
+            f"{first.stage} needs {needed / 1e9:.1f} GB on {_count(name, cards)}, which has "
+            f"{DEVICES[name].memory / 1e9:.1f} GB; what would fit: "
+            f"{'; or '.join(would) or 'none of a smaller batch, bfloat16, more cards'}"
+        )

@@ -1,0 +1,338 @@
+"""The plan's numbers against what really is computed, kept and written."""
+
+import inspect
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+import tiny
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, PreTrainedModel
+
+from sparc3 import attribute, cost, generate, likelihood, models, plan, scores
+from sparc3 import params as parameters
+from sparc3.__main__ import main
+from sparc3.errors import InputError
+from sparc3.lrp import attnlrp
+
+FAMILIES = list(tiny.CONFIGS)
+LLAMA_3_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
+
+
+def counted(run: Any) -> int:
+    """Operations of all matrix products that `run` does; plain attention, so that they show."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def rotations(model: PreTrainedModel, tokens: int) -> int:
+    """Rotary angles are a matrix product too: position times frequency, of no weight."""
+    frequencies = [b.numel() for n, b in model.named_buffers() if n.endswith("inv_freq")]
+    return sum(2 * count * tokens for count in frequencies if "original" not in str(count))
+
+
+def prompts(lengths: list[list[int]]) -> list[scores.Prompt]:
+    flat = iter(tiny.sequences([n for prompt in lengths for n in prompt]))
+    return [scores.Prompt(str(i), tuple(next(flat) for _ in p)) for i, p in enumerate(lengths)]
+
+
+# --- the model's shape -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shape_is_that_of_the_real_model(family: str) -> None:
+    model = tiny.model(family)
+    shape = cost.shape(model.config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert (shape.layers, shape.width) == (models.num_layers(model), models.width(model))
+    assert shape.neurons == tiny.LAYERS * tiny.WIDTH
+
+
+def test_shape_of_llama_3_8b_without_its_weights() -> None:
+    shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
+    embedding, layer = 128256 * 4096, 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336 + 2 * 4096
+    assert shape.parameters == 8_030_261_248 == 2 * embedding + 32 * layer + 4096
+    assert shape.neurons == 458_752
+    assert cost.weights(shape, "bfloat16") == 2 * 8_030_261_248
+
+
+# --- operations ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("names", "target"),
+    [
+        (["activation"], "max-logit"),
+        (["lrp"], "max-logit"),
+        (["lrp", "lrp-abs", "wanda"], "max-logit"),
+        (["lrp", "gradient"], "max-logit"),
+        (["lrp"], "pair"),
+    ],
+)
+def test_operations_of_attribution(family: str, names: list[str], target: str) -> None:
+    model = tiny.model(family)
+    shape = cost.shape(model.config)
+    lengths = [[12, 12]] * 3 if target == "pair" else [[12]] * 3
+    found = counted(lambda: list(scores.score(model, prompts(lengths), names, target=target)))
+    expected = cost.attribution(shape, lengths, names, target)
+    assert found == pytest.approx(expected, rel=0.003)  # rotary angles
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_operations_of_likelihood(family: str) -> None:
+    model = tiny.model(family)
+    lengths = [9, 9, 9]
+    found = counted(lambda: likelihood.token_nll(model, tiny.sequences(lengths)))
+    assert found == pytest.approx(cost.likelihood(cost.shape(model.config), lengths), rel=0.003)
+
+
+def test_operations_of_generation() -> None:
+    model = tiny.model("llama")
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None  # no completion ends early
+    lengths, completions, new_tokens = [6, 6], 5, 8
+    settings = {"temperature": 1.0, "top_p": 0.9, "seed": 0}
+    found = counted(
+        lambda: generate.complete(
+            model, tiny.sequences(lengths), ["a", "b"], completions, new_tokens, **settings
+        )
+    )
+    expected = cost.generation(cost.shape(model.config), lengths, completions, new_tokens)
+    assert found == pytest.approx(expected, rel=0.003)
+    batch = inspect.signature(generate.complete).parameters["batch"]
+    assert batch.default == cost.COMPLETIONS_AT_ONCE
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride"),
+    [(10, 16, 4), (16, 16, 4), (17, 16, 4), (50, 16, 4), (50, 16, 16)],
+)
+def test_windows_are_those_of_perplexity(length: int, window: int, stride: int) -> None:
+    model = tiny.model("llama")
+    read: list[int] = []
+    models.body(model).register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    likelihood.window_nll(model, tiny.sequences([length]), window, stride, batch_tokens=1)
+    assert sorted(plan.window_lengths(length, window, stride)) == sorted(read)
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def kept_by_autograd(model: PreTrainedModel, rows: int, length: int) -> int:
+    """Bytes of all that autograd saves of an AttnLRP pass, but for the model's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    held: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.tensor(tiny.sequences([length] * rows))
+    found = {"lrp": torch.empty(models.num_layers(model), rows, models.width(model))}
+    real = torch.ones(rows, length, 1, dtype=torch.bool)
+    with (
+        attnlrp(model),
+        scores._watching(model, rows, real, found),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        hidden = models.body(model)(input_ids=ids, use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_that_attribution_keeps(family: str, dtype: str) -> None:
+    """Never less than is kept; more by a tenth, or by what LayerNorm and OPT's masks spare."""
+    rows, length = 2, 40
+    model = tiny.model(family, models.DTYPES[dtype])
+    found = kept_by_autograd(model, rows, length)
+    expected = cost.saved(cost.shape(model.config), rows * length, length, set(), dtype)
+    spared = 1.1 if family not in ("opt", "gpt2") else 1.7
+    assert found <= 1.1 * expected
+    assert expected <= spared * found
+
+
+def test_disk_is_what_attribution_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small.write_project(tmp_path))
+    params = parameters.load()
+    attribute.run(params, "general")
+    sample = plan.prepared(models.tokenizer("model"))
+    shape = cost.shape(plan.configuration(params))
+    work = next(w for w in plan.plan(params, shape, sample) if w.stage == "attribute@general")
+    written = [small.scores(tmp_path, "general", name).nbytes for name in params.attribute.scores]
+    assert work.disk == sum(written)
+    assert (work.prompts, work.tokens) == (7, sum(range(4, 11)))
+    assert work.held == 2 * (2 * tiny.LAYERS * tiny.WIDTH) * 4  # two scores of a shard of two
+
+
+# --- prompts and stages ----------------------------------------------------------------------
+
+
+def test_lengths_of_prepared_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small.write_project(tmp_path))
+    row = {"id": "a", "group": "a", "split": "attribute", "seed": 0, "text": "w3 w4 w5"}
+    pair = {"pair": ["w3 w4 w5 w6", "w3 w4 w7"], "unrelated": "w3 w4 w8 w9 w9"}
+    Path("outputs/prompts/talk.jsonl").write_text(json.dumps(row | pair) + "\n")
+    sample = plan.prepared(models.tokenizer("model"))
+    assert sample("talk", "attribute", "text") == [[3]]
+    assert sample("talk", "attribute", "pair") == [[4, 3]]
+    assert sample("talk", None, "packed") == [[2 + 2 + 1 + 3]]  # w3 w4 once, and three tails
+
+
+def test_lengths_of_prompts_that_are_not_prepared() -> None:
+    params = parameters.load()
+    sample = plan.assumed(params)
+    general, matched = params.prompt_sets["general"], params.prompt_sets["general-toxicity"]
+    share = params.prepare.splits["attribute"] / sum(params.prepare.splits.values())
+    count = round(general.count * len(general.seeds) * share)
+    assert sample("general", "attribute", "text") == [[general.max_tokens]] * count
+    assert matched.match_length == "toxicity"
+    assert sample("general-toxicity", None, "text")[0] == sample("toxicity", None, "text")[0]
+    assert sample("race", None, "pair")[0] == [plan.ASSUMED_TOKENS] * 2
+
+
+def test_stages_do_what_params_say() -> None:
+    """Twice the completions are twice the drawing; one more circuit is one more evaluation."""
+    params = parameters.load()
+    shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
+
+    def works(changed: parameters.Params) -> dict[str, plan.Work]:
+        return {w.stage: w for w in plan.plan(changed, shape, plan.assumed(changed))}
+
+    first = works(params)
+    more = works(replace(params, evaluate=replace(params.evaluate, completions=20)))
+    ratio = 20 / params.evaluate.completions
+    drawn = [w["evaluate@toxicity"].drawn for w in (first, more)]
+    assert drawn[1] == pytest.approx(ratio * drawn[0], rel=0.05)  # prompts are read once
+    assert first["evaluate@toxicity"].passes == more["evaluate@toxicity"].passes
+    assert first["evaluate@race"].drawn == 0
+
+    circuits = sum(method.draws for method in params.methods.values())
+    control = params.evaluate.control
+    draws = {control: replace(params.methods[control], draws=params.methods[control].draws + 1)}
+    added = works(replace(params, methods={**params.methods, **draws}))
+    passes = [w["evaluate@race"].passes for w in (first, added)]
+    assert passes[0] < passes[1] < passes[0] * (circuits + 2) / (circuits + 1) * 1.1
+    assert {f"attribute@{name}" for name in params.prompt_sets} <= set(first)
+
+
+# --- devices ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose model is LLaMA-3-8B's config.json and nothing else."""
+    folder = small.write_project(tmp_path, {"model": {"path": "big", "device": "cuda"}})
+    LlamaConfig(**LLAMA_3_8B).save_pretrained(folder / "big")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would(big: Path, capsys: Any) -> None:
+    assert main(["plan", "--device", "A100-40"]) == 0
+    half = parameters.load()
+    half = replace(half, model=replace(half.model, dtype="bfloat16"))
+    shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
+    works = plan.plan(half, shape, plan.assumed(half))
+    assert not plan.unfit(half, shape, works, "L4", 1)
+    capsys.readouterr()
+    assert main(["plan", "--device", "L4"]) == 2
+    error = capsys.readouterr().err
+    assert "GB on L4, which has 23.6 GB" in error
+    assert "model.dtype: bfloat16" in error
+    cards = int(error.partition("auto over ")[2].split()[0])
+    spread = replace(parameters.load(), model=replace(half.model, dtype="float32", device="auto"))
+    works = plan.plan(spread, shape, plan.assumed(spread))
+    assert not plan.unfit(spread, shape, works, "L4", cards)
+    assert plan.unfit(spread, shape, works, "L4", cards - 1)
+
+
+def test_a_smaller_batch_is_named_where_it_helps(big: Path) -> None:
+    params = parameters.load()
+    params = replace(
+        params,
+        model=replace(params.model, dtype="bfloat16"),
+        attribute=replace(params.attribute, batch_tokens=2**15),
+    )
+    shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
+    sample = plan.assumed(params)
+    assert plan.unfit(params, shape, plan.plan(params, shape, sample), "A100-40", 1)
+    (advice, *_) = plan.remedies(params, shape, sample, "A100-40", 1)
+    tokens = int(advice.split()[1])
+    smaller = replace(params, attribute=replace(params.attribute, batch_tokens=tokens))
+    assert not plan.unfit(smaller, shape, plan.plan(smaller, shape, sample), "A100-40", 1)
+    larger = replace(params, attribute=replace(params.attribute, batch_tokens=2 * tokens))
+    assert plan.unfit(larger, shape, plan.plan(larger, shape, sample), "A100-40", 1)
+
+
+def test_time_is_operations_over_what_is_reached() -> None:
+    params = parameters.load()
+    shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
+    passes = plan.Work("evaluate@x", passes=312e12 * 0.35 * 60)
+    half = replace(params, model=replace(params.model, dtype="bfloat16", device="cuda"))
+    assert plan.seconds(passes, shape, half, "A100-80", 1) == pytest.approx(plan.START + 60)
+    assert plan.seconds(passes, shape, half, "A100-80", 4) == pytest.approx(plan.START + 60)
+    shared = replace(passes, stage="attribute@x")
+    assert plan.seconds(shared, shape, half, "A100-80", 4) == pytest.approx(plan.START + 15)
+    # Drawing one completion at a time is a matter of reading 16 GB of weights for each token.
+    drawn = plan.Work("evaluate@x", drawn=1e9, steps=1000)
+    expected = plan.START + 1000 * 2 * 8_030_261_248 / 2039e9
+    assert plan.seconds(drawn, shape, half, "A100-80", 1) == pytest.approx(expected)
+
+
+def test_all_cards_are_shown(big: Path, capsys: Any) -> None:
+    assert main(["plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "8,030,261,248 parameters, 32 layers x 14,336 neurons" in shown
+    for name in plan.DEVICES:
+        assert (f"\n{name} " in shown) == (name != "CPU")
+    assert "does not fit" in shown
+    assert "not prepared" in shown or "as prepared" in shown
+    assert not any(math.isnan(float(w)) for w in np.array([1.0]))
+
+
+def test_a_model_that_is_nowhere_names_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    changes = {"model": {"path": "models/none"}, "fetch": {"model": None}}
+    monkeypatch.chdir(small.write_project(tmp_path, changes))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["plan"]) == 2
+    assert "params: model.path: no config.json of models/none" in capsys.readouterr().err
+    hub = {"model": None, "repository": "nobody/nothing", "revision": "0" * 40}
+    small.write_project(tmp_path, {**changes, "fetch": hub})
+    assert main(["plan"]) == 2
+    assert "params: fetch.repository: no config.json of nobody/nothing" in capsys.readouterr().err
+
+
+def test_a_profile_beside_the_project(big: Path, capsys: Any) -> None:
+    profile = big / "other.yaml"
+    text = (big / "params.yaml").read_text()
+    profile.write_text(text.replace("path: big", "path: model").replace("cuda", "cpu"))
+    assert main(["plan", "--profile", str(profile)]) == 0
+    shown = capsys.readouterr().out
+    assert "3 layers x 24 neurons" in shown
+    assert "not prepared" in shown  # what is in outputs/ is another model's
+    with pytest.raises(InputError, match="--device 'A100' is not known"):
+        plan.run(parameters.load(), profile, "A100", 1)
