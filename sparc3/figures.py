@@ -64,6 +64,8 @@ def bars(path: Path, cells: Sequence[Mapping[str, Any]], quantities: Mapping[str
             axis.axhline(0, color="black", lw=0.8)
             axis.set_xticks(range(len(behaviours)), behaviours)
             axis.set_title(title)
+            if key == "ppl_delta":  # a control may destroy the model and hide all others
+                axis.set_yscale("symlog", linthresh=10)
         np.atleast_1d(axes)[0].legend(fontsize=8)
 
 
