@@ -24,15 +24,15 @@ def write_model(folder: Path, family: str = "llama") -> None:
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
-def prompt_rows(name: str, count: int) -> list[dict[str, Any]]:
-    """Prompts of different lengths, 4 to 4 + count words."""
+def prompt_rows(name: str, count: int, split: str) -> list[dict[str, Any]]:
+    """Prompts of different lengths: 4 words, 5, ..."""
     rng = np.random.default_rng(count)
     return [
         {
-            "id": f"{name}-{i}",
+            "id": f"{name}-{split}-{i}",
             "text": " ".join(f"w{word}" for word in rng.integers(3, WORDS, 4 + i)),
-            "group": f"{name}-{i}",
-            "split": "attribute",
+            "group": f"{name}-{split}-{i}",
+            "split": split,
             "seed": 0,
             "tokens": 4 + i,
         }
@@ -48,11 +48,15 @@ def write_project(folder: Path, changes: Mapping[str, Any] | None = None) -> Pat
     tree = yaml.safe_load((Path(__file__).parent.parent / "params.yaml").read_text())
     tree |= {
         "model": {"path": "model"},
+        "test_sets": {},
+        "evaluate": tree["evaluate"] | {"general": "general"},
+        "transfer": tree["transfer"] | {"texts": ["general"]},
         "prompt_sets": {name: {"source": "test", "count": n} for name, n in SETS.items()},
         "behaviours": {
-            "talk": {"prompts": "talk", "reference": "general", "measure": "completions"}
+            "talk": tree["behaviours"]["toxicity"] | {"prompts": "talk", "reference": "general"}
         },
-        "attribute": {"scores": ["lrp", "activation"], "batch_tokens": 20, "shard_prompts": 2},
+        "attribute": tree["attribute"]
+        | {"scores": ["lrp", "activation"], "batch_tokens": 20, "shard_prompts": 2},
         **(changes or {}),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +64,12 @@ def write_project(folder: Path, changes: Mapping[str, Any] | None = None) -> Pat
     (folder / "data.dvc").write_text("outs: []\n")
     write_model(folder / "model")
     for name, count in SETS.items():
-        write_jsonl(folder / f"outputs/prompts/{name}.jsonl", prompt_rows(name, count))
+        rows = [
+            row
+            for split, number in (("attribute", count), ("tune", 2), ("test", 2))
+            for row in prompt_rows(name, number, split)
+        ]
+        write_jsonl(folder / f"outputs/prompts/{name}.jsonl", rows)
     return folder
 
 
