@@ -34,7 +34,13 @@ def project(fetched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy2(fetched / name, folder / name)
     (folder / "dvc.lock").unlink(missing_ok=True)
     for name in ("data", "models"):
-        shutil.copytree(fetched / name, folder / name, copy_function=os.link)
+        shutil.copytree(
+            fetched / name,
+            folder / name,
+            copy_function=os.link,
+            ignore=shutil.ignore_patterns("*.dvc"),  # tracked, so there already
+            dirs_exist_ok=True,
+        )
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
         identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
         subprocess.run(["git", *identity, *command], cwd=folder, check=True)
