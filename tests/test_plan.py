@@ -2,18 +2,19 @@
 
 import inspect
 import json
-import math
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import small
 import tiny
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig, PreTrainedModel
 
 from sparc3 import attribute, cost, generate, likelihood, models, plan, scores
@@ -23,7 +24,7 @@ from sparc3.errors import InputError
 from sparc3.lrp import attnlrp
 
 FAMILIES = list(tiny.CONFIGS)
-LLAMA_3_8B = {
+LLAMA_3_8B: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -34,17 +35,30 @@ LLAMA_3_8B = {
 }
 
 
-def counted(run: Any) -> int:
-    """Operations of all matrix products that `run` does; plain attention, so that they show."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+class Products(TorchDispatchMode):
+    """Counts the operations of every matrix product, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        count = flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:  # aten.linear, in inference mode, is made of products that are counted
+                out = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
+        self.operations += count(*args, **kwargs, out_val=out)
+        return out
+
+
+def counted(run: Callable[[], object]) -> int:
+    """Operations of all matrix products that `run` does; attention plain, so that they show."""
+    with sdpa_kernel(SDPBackend.MATH), Products() as products:
         run()
-    return counter.get_total_flops()
-
-
-def rotations(model: PreTrainedModel, tokens: int) -> int:
-    """Rotary angles are a matrix product too: position times frequency, of no weight."""
-    frequencies = [b.numel() for n, b in model.named_buffers() if n.endswith("inv_freq")]
-    return sum(2 * count * tokens for count in frequencies if "original" not in str(count))
+    return products.operations
 
 
 def prompts(lengths: list[list[int]]) -> list[scores.Prompt]:
@@ -163,14 +177,17 @@ def kept_by_autograd(model: PreTrainedModel, rows: int, length: int) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_that_attribution_keeps(family: str, dtype: str) -> None:
-    """Never less than is kept; more by a tenth, or by what LayerNorm and OPT's masks spare."""
+    """What is kept, but for statistics of rows and heads, which are nothing in a model of size.
+
+    LayerNorm keeps its input as it is, and OPT makes no mask: they keep less.
+    """
     rows, length = 2, 40
     model = tiny.model(family, models.DTYPES[dtype])
     found = kept_by_autograd(model, rows, length)
     expected = cost.saved(cost.shape(model.config), rows * length, length, set(), dtype)
-    spared = 1.1 if family not in ("opt", "gpt2") else 1.7
-    assert found <= 1.1 * expected
-    assert expected <= spared * found
+    statistics = rows * length * tiny.LAYERS * 128
+    spared = 1.0 if family not in ("opt", "gpt2") else 0.6
+    assert spared * expected <= found <= expected + statistics
 
 
 def test_disk_is_what_attribution_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,11 +238,14 @@ def test_stages_do_what_params_say() -> None:
         return {w.stage: w for w in plan.plan(changed, shape, plan.assumed(changed))}
 
     first = works(params)
-    more = works(replace(params, evaluate=replace(params.evaluate, completions=20)))
-    ratio = 20 / params.evaluate.completions
-    drawn = [w["evaluate@toxicity"].drawn for w in (first, more)]
-    assert drawn[1] == pytest.approx(ratio * drawn[0], rel=0.05)  # prompts are read once
-    assert first["evaluate@toxicity"].passes == more["evaluate@toxicity"].passes
+    count = params.evaluate.completions
+    more = [
+        works(replace(params, evaluate=replace(params.evaluate, completions=n * count)))
+        for n in (2, 3)
+    ]
+    one, two, three = (w["evaluate@toxicity"] for w in (first, *more))
+    assert three.drawn - two.drawn == two.drawn - one.drawn > 0
+    assert one.passes == two.passes
     assert first["evaluate@race"].drawn == 0
 
     circuits = sum(method.draws for method in params.methods.values())
@@ -242,9 +262,11 @@ def test_stages_do_what_params_say() -> None:
 
 @pytest.fixture
 def big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project whose model is LLaMA-3-8B's config.json and nothing else."""
+    """A project whose model is LLaMA-3-8B's config.json and a tokenizer, without weights."""
     folder = small.write_project(tmp_path, {"model": {"path": "big", "device": "cuda"}})
     LlamaConfig(**LLAMA_3_8B).save_pretrained(folder / "big")
+    for path in (folder / "model").glob("*token*"):
+        shutil.copy(path, folder / "big")
     monkeypatch.chdir(folder)
     return folder
 
@@ -308,8 +330,7 @@ def test_all_cards_are_shown(big: Path, capsys: Any) -> None:
     for name in plan.DEVICES:
         assert (f"\n{name} " in shown) == (name != "CPU")
     assert "does not fit" in shown
-    assert "not prepared" in shown or "as prepared" in shown
-    assert not any(math.isnan(float(w)) for w in np.array([1.0]))
+    assert "prompts: as prepared" in shown
 
 
 def test_a_model_that_is_nowhere_names_its_key(
