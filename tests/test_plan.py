@@ -100,7 +100,7 @@ def test_shape_of_llama_3_8b_without_its_weights() -> None:
         (["lrp"], "pair"),
     ],
 )
-def test_operations_of_attribution(family: str, names: list[str], target: str) -> None:
+def test_operations_of_attribution(family: str, names: list[str], target: scores.Target) -> None:
     model = tiny.model(family)
     shape = cost.shape(model.config)
     lengths = [[12, 12]] * 3 if target == "pair" else [[12]] * 3
