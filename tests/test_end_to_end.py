@@ -30,6 +30,7 @@ SMALL: dict[str, Any] = {
         "items": 36,
         "completions": 2,
         "completed": ["lrp", "aura", "random-layer-matched"],
+        "in_sample": ["lrp"],
         "new_tokens": 6,
         "resamples": 500,
     },
