@@ -20,7 +20,7 @@ SMALL: dict[str, Any] = {
         "gender": {"count": 240},
         "race": {"count": 180},
     },
-    "test_sets": {"news": {"count": 8, "min_tokens": 48, "max_tokens": 48}},
+    "test_sets": {"news": {"count": 40, "min_tokens": 48, "max_tokens": 48}},
     "attribute": {"shard_prompts": 16, "scores": ["lrp", "max-activation"]},
     "sweep": {"num_neurons": [20, 60], "protect": [0.2], "texts": 6, "items": 12},
     "select": {"resamples": 10},
