@@ -156,7 +156,9 @@ def test_runs_are_in_mlflow(finished: tuple[Path, str], run_in: Any) -> None:
     assert {run.info.status for run in runs} == {"FINISHED"}
     names = {run.data.tags.get("sparc3.name") for run in runs}
     assert ran(output) <= names
-    rows = [run for run in runs if run.data.tags.get("sparc3.row")]
+    parents = [run for run in runs if run.data.tags.get("sparc3.row") == "all"]
+    assert len(parents) == 1
+    rows = [run for run in runs if run.data.tags.get("sparc3.row") not in (None, "all")]
     shown = {(run.data.params["behaviour"], run.data.params["method"]): run for run in rows}
     assert len(shown) == 3 * len(METHODS)
     row = shown["toxicity", "lrp"]
