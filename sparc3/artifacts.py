@@ -104,7 +104,7 @@ def logged_files(stage: str, axis: str | None) -> list[Path]:
 
 
 def model_digest(folder: Path) -> str:
-    """One digest for a model folder's configuration, tokenizer and weights. InputError: no folder."""
+    """One digest of a model folder: configuration, tokenizer, weights. InputError: no folder."""
     if not folder.is_dir():
         raise InputError(
             f"params: model.path: {folder} is no folder; run python -m sparc3 fetch, or name one "
