@@ -18,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
+FROM_MAKE = {"VENV", "PYTHON", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"}  # what `make test` hands down
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
 DEVELOPMENT = [Requirement(line) for line in PROJECT["dependency-groups"]["dev"]]
@@ -43,7 +44,7 @@ def installed(name):
 
 def make(*arguments, folder=ROOT, **variables):
     """Return code, standard output and standard error of make, started from no other make."""
-    environment = {k: v for k, v in os.environ.items() if k not in {"VENV", "PYTHON", "MAKEFLAGS"}}
+    environment = {k: v for k, v in os.environ.items() if k not in FROM_MAKE}
     done = subprocess.run(
         ["make", *arguments],
         cwd=folder,
