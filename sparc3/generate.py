@@ -24,7 +24,6 @@ from sparc3.likelihood import Progress, Tokens, context
 
 NUCLEUS = 256  # so many entries are searched for the nucleus first,
 WIDER = 4  # and so many times more where it is wider
-SPREAD = 0.2  # prompts of one batch differ in length by this share of the new tokens at most
 IDLE = 0.125  # share of finished completions at which a batch is packed anew
 
 
@@ -60,7 +59,7 @@ def complete(
         for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
     ]
     done = 0
-    for group in _batches([each for row in drawn for each in row], batch, SPREAD * new_tokens):
+    for group in _batches([each for row in drawn for each in row], batch, new_tokens):
         _extend(model, group, new_tokens, temperature, top_p, stops)
         if progress:
             progress((done + len(group)) // completions - done // completions)
@@ -137,9 +136,9 @@ class _Room(DynamicLayer):
 
 
 def _batches(
-    completions: Sequence[_Completion], batch: int, spread: float
+    completions: Sequence[_Completion], batch: int, spread: int
 ) -> Iterator[list[_Completion]]:
-    """Longest prompts first; the completions of a prompt stay in order."""
+    """Longest prompts first; in one batch, their lengths differ by `spread` at most."""
     group: list[_Completion] = []
     for each in sorted(completions, key=lambda c: -len(c.prompt)):
         if group and (len(group) == batch or len(group[0].prompt) - len(each.prompt) > spread):
@@ -159,11 +158,12 @@ def _extend(
     top_p: float,
     stops: set[int | None],
 ) -> None:
-    """Draw the tokens of one batch.
+    """Draw the tokens of one batch, which comes longest prompt first.
 
-    All rows are at the same position, which spares padding and masks: prompts are read up to the
-    length of the shortest, once each, and the rest of the longer ones is read token by token
-    while the shorter ones are already being continued.
+    All rows are at the same position, which spares padding and masks: prompts are read together
+    up to the length of the shortest, and the rest of the longer ones is read token by token while
+    the shorter ones are already being continued. Until its prompt is read, a row stands for all
+    its completions.
     """
     device, body = models.input_device(model), models.body(model)
     position, longest = len(group[-1].prompt), len(group[0].prompt)
@@ -174,33 +174,39 @@ def _extend(
         ids = torch.tensor(tokens, device=device)
         return body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
-    def drawn(states: Tensor) -> list[tuple[int, int]]:
-        """Rows whose prompt is read and whose completion goes on, each with its next token."""
-        rows = [r for r, c in enumerate(group) if len(c.prompt) <= position and not c.finished]
-        if not rows:
-            return []
-        logits = models.logits(model, states[rows]).float()
-        places = torch.tensor([[group[r].stream, len(group[r].tokens)] for r in rows])
-        streams = _hash(*places.to(logits.device).T)
-        return list(zip(rows, draw(logits, streams, temperature, top_p).tolist(), strict=True))
-
-    prompts = {each.index: list(each.prompt[:position]) for each in group}
-    places = {index: row for row, index in enumerate(prompts)}
-    rows = torch.tensor([places[each.index] for each in group])
-    states = read(list(prompts.values()))[rows]
-    cache.batch_select_indices(rows)
+    rows = [list(row) for _, row in itertools.groupby(group, key=lambda each: each.index)]
+    states = read([list(row[0].prompt[:position]) for row in rows])
     while True:
-        following = [each.prompt[position] if position < len(each.prompt) else 0 for each in group]
-        for row, token in drawn(states):
-            following[row] = token
-            group[row].take(token, new_tokens, stops)
-        left = [row for row, each in enumerate(group) if not each.finished]
+        parted = [
+            (place, part)
+            for place, row in enumerate(rows)
+            for part in ([[each] for each in row] if len(row[0].prompt) == position else [row])
+        ]
+        if len(parted) > len(rows):
+            rows, places = [row for _, row in parted], torch.tensor([place for place, _ in parted])
+            states = states[places]
+            cache.batch_select_indices(places)
+        firsts = [row[0] for row in rows]
+        tokens = [c.prompt[position] if position < len(c.prompt) else 0 for c in firsts]
+        due = [
+            place
+            for place, each in enumerate(firsts)
+            if len(each.prompt) <= position and not each.finished
+        ]
+        if due:
+            at = torch.tensor([[firsts[place].stream, len(firsts[place].tokens)] for place in due])
+            logits = models.logits(model, states[due]).float()
+            drawn = draw(logits, _hash(*at.to(logits.device).T), temperature, top_p)
+            for place, token in zip(due, drawn.tolist(), strict=True):
+                tokens[place] = token
+                firsts[place].take(token, new_tokens, stops)
+        left = [place for place, each in enumerate(firsts) if not each.finished]
         if not left:
             return
-        if len(left) <= (1 - IDLE) * len(group):
-            group, following = [group[row] for row in left], [following[row] for row in left]
+        if len(left) <= (1 - IDLE) * len(rows):
+            rows, tokens = [rows[place] for place in left], [tokens[place] for place in left]
             cache.batch_select_indices(torch.tensor(left))
-        states = read([[token] for token in following])
+        states = read([[token] for token in tokens])
         position += 1
 
 

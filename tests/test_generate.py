@@ -61,8 +61,7 @@ def differing(one, other):
 
 @FAMILIES
 @pytest.mark.parametrize("lengths", [[3, 3, 3], [4, 9, 5, 7]])
-def test_batched_completions_equal_the_plain_loop(family, lengths, monkeypatch):
-    monkeypatch.setattr(generate, "SPREAD", 1)  # lengths 4 to 9 share a batch
+def test_batched_completions_equal_the_plain_loop(family, lengths):
     model = endless(family)
     prompts, keys = prompts_and_keys(lengths)
     found = complete(model, prompts, keys, completions=3, **SETTINGS)
@@ -98,9 +97,10 @@ def test_a_prompt_is_read_once_for_all_its_completions(llama):
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
         with_kwargs=True,
     )
-    prompts, keys = prompts_and_keys([6, 6])
+    prompts, keys = prompts_and_keys([6, 8, 6])
     complete(llama, prompts, keys, completions=5, **SETTINGS)
-    assert shapes == [(2, 6)] + [(10, 1)] * 7
+    # The longer prompt is one row beside the completions of the others, until it is read too.
+    assert shapes == [(3, 6), *[(11, 1)] * 2, *[(15, 1)] * 5, *[(5, 1)] * 2]
 
 
 def test_progress_counts_prompts(llama):
