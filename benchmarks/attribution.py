@@ -12,12 +12,12 @@ that runs one way alone (model included).
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -54,8 +54,10 @@ def naive(model: PreTrainedModel, prompts: Sequence[Prompt]) -> int:
 def floor(model: PreTrainedModel, prompts: Sequence[Prompt]) -> int:
     ids = torch.tensor([prompt.sequences[0] for prompt in prompts])
     embedded = model.get_input_embeddings()(ids).requires_grad_()
-    hidden = models.body(model)(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    models.logits(model, hidden[:, -1]).amax(-1).sum().backward()
+    states = models.body(model)(
+        inputs_embeds=embedded, attention_mask=torch.ones_like(ids), use_cache=False
+    )
+    models.logits(model, states.last_hidden_state[:, -1]).amax(-1).sum().backward()
     return len(prompts)
 
 
@@ -94,6 +96,13 @@ def peak_memory(path: str, way: str, tokens: int) -> float:
     """GB, of a fresh process that runs one way once."""
     command = [sys.executable, "-m", "benchmarks.attribution", path, "--alone", way, str(tokens)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def own_peak() -> float:
+    """GB this process has held at most (Linux). Not ru_maxrss: a child starts at its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return peak * 1024 / 1e9
 
 
 def product_rate(rows: int, inner: int, columns: int, repeats: int = 20) -> float:
@@ -162,7 +171,7 @@ def main() -> None:
     if arguments.alone:
         way, tokens = arguments.alone[0], int(arguments.alone[1])
         WAYS[way](model, prompts_of(model, way, tokens))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)  # Linux: KiB
+        print(own_peak())
         return
 
     print(machine(), flush=True)

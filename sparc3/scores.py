@@ -134,7 +134,7 @@ def score(
             continue
         members = prompts[start : start + shard]
         shape = (len(members), models.num_layers(model), models.width(model))
-        scores = {name: np.empty(shape, np.float32) for name in names}
+        scores = {name: np.full(shape, np.nan, np.float32) for name in names}
         waiting = batches([[len(s) for s in p.sequences] for p in members], batch_tokens)
         while waiting:
             batch = waiting.pop(0)
@@ -235,7 +235,12 @@ def _score_batch(
             stack.enter_context(torch.set_grad_enabled(kind != "forward"))
             stack.enter_context(attnlrp(model) if kind == "attnlrp" else nullcontext())
             stack.enter_context(_watching(model, len(prompts), real[:, :, None], found))
-            hidden = models.body(model)(input_ids=ids, use_cache=False).last_hidden_state
+            # Padding is not masked, for it is never seen. Without any mask transformers would write
+            # out the causal one; with ones it leaves causality to sdpa, which is faster.
+            states = models.body(model)(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+            )
+            hidden = states.last_hidden_state
             if kind != "forward":
                 hidden.backward(_TARGETS[target](model, hidden.detach(), ids, lengths))
         for name, value in found.items():
