@@ -37,10 +37,12 @@ STAGES: dict[str, str | None] = {
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="sparc3", description=sparc3.__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="STAGE")
-    for stage, axis in STAGES.items():
-        command = commands.add_parser(stage)
-        if axis is not None:
-            command.add_argument(f"--{axis.replace('_', '-')}", required=True, metavar="NAME")
+    submit = commands.add_parser("submit", help="one stage as a Slurm job, by params.cluster")
+    for under in (commands, submit.add_subparsers(dest="stage", required=True, metavar="STAGE")):
+        for stage, axis in STAGES.items():
+            command = under.add_parser(stage)
+            if axis is not None:
+                command.add_argument(f"--{axis.replace('_', '-')}", required=True, metavar="NAME")
     commands.add_parser("fetch", help="raw data and the embedded model, verified")
     commands.add_parser("main", help="fetch, then dvc repro")
     plan = commands.add_parser("plan", help="memory, operations, time and disk of a profile")
@@ -174,6 +176,15 @@ def print_plan(params: Params, arguments: argparse.Namespace) -> None:
     plan.run(params, arguments.profile, arguments.device, arguments.cards)
 
 
+def submit_stage(params: Params, arguments: argparse.Namespace) -> None:
+    """A stage as a Slurm job."""
+    from sparc3 import cluster
+
+    axes = axis_of(params, arguments.stage, arguments)
+    job = cluster.submit(params, arguments.stage, axes)
+    print(f"job {job}: follow it with squeue, and in outputs/slurm")
+
+
 def write_readme(params: Params, arguments: argparse.Namespace) -> None:
     """README's blocks of numbers: the result table, and what the latest runs of the stages cost."""
     from sparc3 import report
@@ -188,7 +199,13 @@ def serve_ui(params: Params, arguments: argparse.Namespace) -> None:
 
 
 # What is no stage and leaves no run in MLflow.
-COMMANDS = {"export": export_model, "plan": print_plan, "readme": write_readme, "ui": serve_ui}
+COMMANDS = {
+    "export": export_model,
+    "plan": print_plan,
+    "readme": write_readme,
+    "submit": submit_stage,
+    "ui": serve_ui,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -171,6 +171,25 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """What a Slurm job asks for. Per node: tasks (processes of attribution), gpus and memory in GB.
+
+    Memory and minutes that are null come from the plan for `device`, a name of its table.
+    """
+
+    device: str
+    partition: str | None = None
+    nodes: int = 1
+    tasks: int = 1
+    gpus: int = 0
+    cpus: int = 1  # per task
+    memory: int | None = None
+    minutes: int | None = None
+    options: tuple[str, ...] = ()  # of sbatch, as on its command line
+    setup: tuple[str, ...] = ()  # lines of shell that come first
+
+
+@dataclass(frozen=True)
 class Params:
     model: Model
     prompt_sets: dict[str, PromptSet]
@@ -189,6 +208,7 @@ class Params:
     transfer: Transfer
     overlap: Overlap
     report: Report
+    cluster: Cluster | None = None
 
 
 def _describe(kind: Any) -> str:
@@ -216,6 +236,8 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         for part in parts:
+            if is_dataclass(part) and isinstance(value, dict):
+                return _build(part, value, key)
             try:
                 return _convert(value, part, key)
             except InputError:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -23,6 +23,7 @@ from sparc3.sources import hub_token
 
 ASSUMED_TOKENS = 32  # of a prompt whose length the profile does not say
 PROCESS = 0.9e9  # bytes of a Python process with torch and transformers
+LIGHT = 0.3e9  # and of one without
 HEAP = 1.75  # resident bytes per byte in use on a CPU, where freed blocks are not given back
 CARD = 1.0e9  # bytes of a card that the driver, its libraries and fragmentation take
 START = 10.0  # seconds until a stage begins to compute
@@ -149,6 +150,13 @@ def are_prepared(params: Params, project: Params) -> bool:
         getattr(params, key) == getattr(project, key)
         for key in ("model", "prompt_sets", "test_sets", "prepare")
     ) and all(prompts_path(name).is_file() for name in (*params.prompt_sets, *params.test_sets))
+
+
+def sample_of(params: Params, exact: bool) -> Sample:
+    """Those of the prompts in outputs/prompts, or assumed ones."""
+    if exact:
+        return prepared(models.tokenizer(params.model.path, params.model.revision))
+    return assumed(params)
 
 
 def flat(prompts: Prompts) -> list[int]:
@@ -342,16 +350,23 @@ def _transfer(params: Params, model: Shape, sample: Sample) -> Work:
 
 def bytes_needed(work: Work, model: Shape, params: Params, name: str, cards: int) -> float:
     """Peak memory on each device; `cards` share the model where model.device is auto."""
+    if not work.operations:
+        return LIGHT + work.held if name == "CPU" else 0.0
     of_model = cost.weights(model, params.model.dtype)
     if name == "CPU":
         return PROCESS + of_model + work.held + HEAP * work.memory
-    if not work.operations:
-        return 0.0
     of_scorers = sum(SCORER.get(scorer.kind, 0) for scorer in params.scorers.values())
     if not work.stage.startswith(("evaluate", "prepare")):
         of_scorers = 0.0
     share = cards if params.model.device == "auto" else 1
     return CARD + (of_model + work.memory) / share + of_scorers
+
+
+def bytes_on_machine(work: Work, model: Shape, params: Params, name: str) -> float:
+    """Peak memory of the process itself, through which a card's weights come too."""
+    if name == "CPU" or not work.operations:
+        return bytes_needed(work, model, params, "CPU", 1)
+    return PROCESS + work.held + cost.weights(model, params.model.dtype)
 
 
 def seconds(work: Work, model: Shape, params: Params, name: str, cards: int) -> float:
@@ -458,7 +473,7 @@ def describe(
         for work in works
     ]
     of_model = cost.weights(model, params.model.dtype) / 1e9
-    held = max(work.held for work in works)
+    machine = max(bytes_on_machine(work, model, params, place) for work in works)
     lines = [
         f"{params.model.path}: {model.parameters:,} parameters, {model.layers} layers x "
         f"{model.width:,} neurons, {of_model:.2f} GB in {params.model.dtype}",
@@ -467,7 +482,7 @@ def describe(
         *_columns([header, *rows]),
         "",
         f"scores on disk: {sum(work.disk for work in works) / 1e9:.2f} GB; memory of the machine "
-        f"for each process: {(PROCESS + held) / 1e9 + of_model:.1f} GB",
+        f"for each process: {machine / 1e9:.1f} GB",
         "",
     ]
     devices = []
@@ -502,6 +517,49 @@ def _clock(time: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
+def refuse(
+    params: Params, model: Shape, sample: Sample, works: Sequence[Work], name: str, cards: int
+) -> None:
+    """InputError if one of the stages does not fit, with what would."""
+    lacking = unfit(params, model, works, name, cards)
+    if lacking:
+        needed = bytes_needed(lacking[0], model, params, name, cards)
+        would = remedies(params, model, sample, name, cards)
+        raise InputError(
+            f"{lacking[0].stage} needs {needed / 1e9:.1f} GB on {_count(name, cards)}, which has "
+            f"{DEVICES[name].memory / 1e9:.1f} GB; what would fit: "
+            f"{'; or '.join(would) or 'none of a smaller batch, bfloat16, more cards'}"
+        )
+
+
+class Needs(NamedTuple):
+    """Of one stage on a device: bytes of the machine's memory for each process, and seconds."""
+
+    machine: float
+    seconds: float
+
+
+def of_stage(params: Params, job: str, name: str, cards: int) -> Needs:
+    """What the stage `job` (attribute@general, transfer, ...) needs on DEVICES[name].
+
+    InputError: an unknown device, a model without config.json, or a stage that does not fit.
+    """
+    if name not in DEVICES:
+        raise InputError(
+            f"params: cluster.device {name!r} is not known; choose one of {', '.join(DEVICES)}"
+        )
+    model = cost.shape(configuration(params))
+    sample = sample_of(params, exact=are_prepared(params, params))
+    works = [w for w in plan(params, model, sample) if w.stage in (job, job.partition("@")[0])] or [
+        Work(job)
+    ]
+    refuse(params, model, sample, works, name, cards)
+    return Needs(
+        max(bytes_on_machine(work, model, params, name) for work in works),
+        sum(seconds(work, model, params, name, cards) for work in works),
+    )
+
+
 def run(project: Params, profile: Path | None, device: str | None, cards: int) -> None:
     """Print the plan of a profile (or of the project's own params).
 
@@ -515,11 +573,7 @@ def run(project: Params, profile: Path | None, device: str | None, cards: int) -
         raise InputError(f"--cards {cards}: expected at least 1")
     model = cost.shape(configuration(params))
     exact = are_prepared(params, project)
-    sample = (
-        prepared(models.tokenizer(params.model.path, params.model.revision))
-        if exact
-        else assumed(params)
-    )
+    sample = sample_of(params, exact)
     works = plan(params, model, sample)
     if device is not None:
         names = [device]
@@ -534,13 +588,5 @@ def run(project: Params, profile: Path | None, device: str | None, cards: int) -
         else f"prompts: not prepared; taken to have the lengths that the profile gives, else "
         f"{ASSUMED_TOKENS} tokens"
     )
-    lacking = {name: unfit(params, model, works, name, cards) for name in names}
-    if all(lacking.values()):
-        name, (first, *_) = next(reversed(lacking.items()))
-        needed = bytes_needed(first, model, params, name, cards)
-        would = remedies(params, model, sample, name, cards)
-        raise InputError(
-            f"{first.stage} needs {needed / 1e9:.1f} GB on {_count(name, cards)}, which has "
-            f"{DEVICES[name].memory / 1e9:.1f} GB; what would fit: "
-            f"{'; or '.join(would) or 'none of a smaller batch, bfloat16, more cards'}"
-        )
+    if all(unfit(params, model, works, name, cards) for name in names):
+        refuse(params, model, sample, works, names[-1], cards)

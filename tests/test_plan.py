@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig, PreTrainedModel
 
-from sparc3 import attribute, cost, generate, likelihood, models, plan, scores
+from sparc3 import attribute, cluster, cost, generate, likelihood, models, plan, scores
 from sparc3 import params as parameters
 from sparc3.__main__ import main
 from sparc3.errors import InputError
@@ -288,6 +288,16 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(big: Path, capsys: Any
     works = plan.plan(spread, shape, plan.assumed(spread))
     assert not plan.unfit(spread, shape, works, "L4", cards)
     assert plan.unfit(spread, shape, works, "L4", cards - 1)
+
+
+def test_a_job_that_cannot_fit_is_not_submitted(big: Path) -> None:
+    params = replace(parameters.load(), cluster=parameters.Cluster("L4", gpus=1))
+    with pytest.raises(InputError, match=r"attribute@general needs .* GB on L4"):
+        cluster.script(params, "attribute", {"prompt_set": "general"})
+    half = replace(params, model=replace(params.model, dtype="bfloat16"))
+    script = cluster.script(half, "attribute", {"prompt_set": "general"})
+    # 16 GB of weights come through the machine's memory.
+    assert "#SBATCH --mem=22G\n" in script
 
 
 def test_a_smaller_batch_is_named_where_it_helps(big: Path) -> None:
