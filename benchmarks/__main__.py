@@ -10,7 +10,7 @@ from pathlib import Path
 from sparc3 import tracking
 from sparc3.files import write_text
 
-BENCHMARKS = ("attribution", "generation", "likelihood")
+BENCHMARKS = ("attribution", "generation", "likelihood", "growth")
 RESULTS = Path("benchmarks/results.md")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import json
 import logging
@@ -43,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
             command = under.add_parser(stage)
             if axis is not None:
                 command.add_argument(f"--{axis.replace('_', '-')}", required=True, metavar="NAME")
-    commands.add_parser("fetch", help="raw data and the embedded model, verified")
+    fetch = commands.add_parser("fetch", help="raw data and the embedded model, verified")
+    fetch.add_argument("--update", action="store_true", help="pin data/ as it is in data.dvc")
     commands.add_parser("main", help="fetch, then dvc repro")
     plan = commands.add_parser("plan", help="memory, operations, time and disk of a profile")
     plan.add_argument("--profile", type=Path, metavar="PATH", help="instead of params.yaml")
@@ -92,9 +94,12 @@ def digests(params: Params, stage: str) -> dict[str, str]:
     return {f"sparc3.digest.{name}": value for name, value in found.items()}
 
 
-def run_stage(params: Params, stage: str, axes: dict[str, str]) -> None:
+def run_stage(params: Params, stage: str, axes: dict[str, str], **options: bool) -> None:
     """One stage inside its MLflow run: scalars, files and digests are logged, tensors never."""
+    gc.disable()  # it would search what is imported, a million objects, again and again
     module = importlib.import_module(f"sparc3.{stage}")
+    gc.freeze()
+    gc.enable()
     here = parallel.place()
     if here.world > 1 and stage != "attribute":
         raise InputError(f"{stage}: runs in one process, not {here.world}; start it with python -m")
@@ -104,7 +109,7 @@ def run_stage(params: Params, stage: str, axes: dict[str, str]) -> None:
     with tracking.stage_run(
         stage, axes, parameters(params, stage, axes), digests(params, stage)
     ) as run:
-        metrics = module.run(params, **axes)
+        metrics = module.run(params, **axes, **options)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         cost = {"seconds": time.monotonic() - sparc3.STARTED, "peak_megabytes": memory}
         run.log_metrics({**metrics, **cost})
@@ -220,7 +225,8 @@ def main(argv: list[str] | None = None) -> int:
         if stage in COMMANDS:
             COMMANDS[stage](params, arguments)
             return 0
-        run_stage(params, stage, axis_of(params, stage, arguments))
+        options = {"update": arguments.update} if stage == "fetch" else {}
+        run_stage(params, stage, axis_of(params, stage, arguments), **options)
     except InputError as error:
         print(f"sparc3: error: {error}", file=sys.stderr)
         return 2

@@ -23,23 +23,34 @@ from sparc3 import models, parallel
 from sparc3.artifacts import OUTPUTS, metrics_path, model_digest, read_prompts, scores_folder
 from sparc3.errors import InputError
 from sparc3.files import digest, digest_text, write_json, write_tensors
-from sparc3.params import Params
-from sparc3.scores import SCORES, Prompt, score
+from sparc3.params import Params, scores_of
+from sparc3.scores import SCORES, TARGETS, Prompt, Target, score
 
 log = logging.getLogger(__name__)
 
 VISIBLE = 120.0  # seconds until a network file system shows what another machine has written
 
 
+def by_target(names: Sequence[str], default: Target) -> dict[Target, dict[str, str]]:
+    """Target -> {name: score}. `lrp-abs@max-logit` is the score lrp-abs of that target, whatever
+    the set's own; a name without one is of the set's, `default`.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        score_name, _, target = name.partition("@")
+        found.setdefault(target or default, {})[name] = score_name
+    return found
+
+
 def encode(rows: list[dict[str, Any]], tokenizer: Any, target: str) -> list[Prompt]:
     """Rows of a prompt set as token ids: the text, or for `pair` the row's two texts."""
     prompts = []
     for row in rows:
-        texts = [row["text"]] if target == "max-logit" else row.get("pair")
+        texts = row.get("pair") if target == "pair" else [row["text"]]
         if texts is None:
             raise InputError(
-                f"prompt {row['id']} has no pair, which target pair needs; use target: max-logit, "
-                "or a source of pairs"
+                f"prompt {row['id']} has no pair, which target pair needs; use another target, or "
+                "a source of pairs"
             )
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
         prompts.append(Prompt(row["id"], tuple(encoded)))
@@ -96,25 +107,30 @@ def publish(
 
 def run(params: Params, prompt_set: str) -> dict[str, float]:
     spec, attribute = params.prompt_sets[prompt_set], params.attribute
-    names = attribute.scores if spec.scores is None else spec.scores
+    names = scores_of(params, prompt_set)
     if not names:
         raise InputError(f"params: no scores for prompt set {prompt_set}; give at least one")
-    for name in names:
-        if name not in SCORES:
-            raise InputError(
-                f"params: attribute.scores names {name!r}; expected any of {', '.join(SCORES)}"
-            )
+    targets = by_target(names, spec.target)
+    for target, own in targets.items():
+        for name, score_name in own.items():
+            if score_name not in SCORES or target not in TARGETS:
+                raise InputError(
+                    f"params: attribute.scores names {name!r}; expected any of "
+                    f"{', '.join(SCORES)}, alone or with one of @{', @'.join(TARGETS)}"
+                )
     here = parallel.place()
     device = parallel.device(here, params.model.device)
     tokenizer = models.tokenizer(params.model.path, params.model.revision)
-    prompts = encode(read_prompts(prompt_set, "attribute"), tokenizer, spec.target)
+    rows = read_prompts(prompt_set, "attribute")
+    encoded = {target: encode(rows, tokenizer, target) for target in targets}
     size = attribute.shard_prompts
-    shards = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    partial = partial_folder(params, prompt_set, names, prompts)
+    shards = [rows[start : start + size] for start in range(0, len(rows), size)]
+    every = [prompt for prompts in encoded.values() for prompt in prompts]
+    partial = partial_folder(params, prompt_set, names, every)
 
     with parallel.joined(here):
         parallel.agree(here, str(partial))
-        last = names[-1]  # the scores of a shard are written in this order
+        *_, last = (name for own in targets.values() for name in own)  # that a shard writes
         done = {int(path.stem) for path in (partial / last).glob("*.safetensors")}
         if done:
             log.info("attribute %s: going on after %d finished shards", prompt_set, len(done))
@@ -124,31 +140,38 @@ def run(params: Params, prompt_set: str) -> dict[str, float]:
                 params.model.path, params.model.revision, params.model.dtype, device
             )
             with tqdm(
-                total=sum(len(shards[n]) for n in mine),
+                total=len(targets) * sum(len(shards[n]) for n in mine),
                 desc=f"attribute {prompt_set}",
                 unit="prompt",
                 disable=here.rank > 0,
             ) as bar:
-                for number, found in score(
-                    model,
-                    prompts,
-                    names,
-                    target=spec.target,
-                    batch_tokens=attribute.batch_tokens,
-                    shard=size,
-                    skip=set(range(len(shards))).difference(mine),
-                    progress=bar.update,
-                ):
-                    ids = json.dumps([p.id for p in shards[number]])
-                    for name in names:
-                        path = partial / name / f"{number:05}.safetensors"
-                        write_tensors(path, {"scores": found[name]}, {"ids": ids})
+                streams = [
+                    score(
+                        model,
+                        encoded[target],
+                        list(own.values()),
+                        target=target,
+                        batch_tokens=attribute.batch_tokens,
+                        shard=size,
+                        skip=set(range(len(shards))).difference(mine),
+                        progress=bar.update,
+                    )
+                    for target, own in targets.items()
+                ]
+                for number in mine:
+                    ids = json.dumps([row["id"] for row in shards[number]])
+                    for stream, own in zip(streams, targets.values(), strict=True):
+                        _, found = next(stream)
+                        for name, score_name in own.items():
+                            path = partial / name / f"{number:05}.safetensors"
+                            write_tensors(path, {"scores": found[score_name]}, {"ids": ids})
         parallel.wait(here)
 
+    tokens = [sum(map(len, prompt.sequences)) for prompt in every]
     metrics = {
-        "prompts": float(len(prompts)),
-        "tokens": float(sum(len(s) for p in prompts for s in p.sequences)),
-        "mean_tokens": float(np.mean([sum(map(len, p.sequences)) for p in prompts])),
+        "prompts": float(len(rows)),
+        "tokens": float(sum(tokens)),
+        "mean_tokens": float(np.mean(tokens)),
     }
     if here.rank == 0:
         publish(partial, scores_folder(prompt_set), names, len(shards))

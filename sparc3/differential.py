@@ -10,7 +10,7 @@ from sparc3.artifacts import differential_path, metrics_path, read_scores, score
 from sparc3.contrasts import CONTRASTS
 from sparc3.errors import InputError
 from sparc3.files import Array, digest_text, write_json, write_tensors
-from sparc3.params import Method, Params
+from sparc3.params import Method, Params, scores_of
 
 
 def noise(seed: int, name: str, shape: tuple[int, int]) -> Array:
@@ -79,6 +79,23 @@ def check_methods(params: Params) -> None:
             raise InputError(
                 f"params: behaviours.{name}.method is {behaviour.method!r}; expected one of "
                 f"{', '.join(independent(params))}"
+            )
+        for key in ("prompts", "reference"):
+            check_scored(params, f"behaviours.{name}.{key}", getattr(behaviour, key))
+
+
+def check_scored(params: Params, key: str, prompt_set: str) -> None:
+    """InputError unless every method's score is computed for the set that a params key names."""
+    if prompt_set not in params.prompt_sets:
+        raise InputError(
+            f"params: {key} is {prompt_set!r}; expected one of {', '.join(params.prompt_sets)}"
+        )
+    computed = scores_of(params, prompt_set)
+    for name, method in params.methods.items():
+        if method.score not in ("random", *computed):
+            raise InputError(
+                f"params: methods.{name}.score {method.score!r} is not computed for the prompt set "
+                f"{prompt_set}, which has {', '.join(computed)}; add it to attribute.scores"
             )
 
 

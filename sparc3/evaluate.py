@@ -104,6 +104,15 @@ def completion_differences(before: Array, after: Array, resamples: int) -> Diffe
     }
 
 
+def improved(before: Array, after: Array, resamples: int) -> dict[str, float]:
+    """Percentage of prompts whose mean score falls, a tie counting half: 50 under no effect.
+
+    Scores in [0, 1] of shape (prompt, completion), of the two models.
+    """
+    fell = 50.0 * (1 + np.sign(before.mean(1) - after.mean(1)))
+    return statistics.mean_interval(fell, resamples=resamples).as_dict()
+
+
 def pair_differences(
     before: Array, after: Array, terms: Sequence[str], resamples: int
 ) -> Differences:
@@ -196,6 +205,7 @@ def _means(measured: Measured, terms: Sequence[str]) -> dict[str, float]:
     for name, scores in (measured.scores or {}).items():
         found |= {
             name: float(scores.mean()),
+            f"{name}_sd": float(scores.std()),
             f"{name}_emt": float(scores.max(1).mean()),
             f"{name}_toxic_probability": 100 * float((scores.max(1) >= TOXIC).mean()),
         }
@@ -226,7 +236,11 @@ def compare(
         found |= pair_differences(before.log_p, after.log_p, terms, resamples)
     if before.scores is not None and after.scores is not None:
         for position, name in enumerate(after.scores):
-            differences = completion_differences(before.scores[name], after.scores[name], resamples)
+            pair = before.scores[name], after.scores[name]
+            differences = {
+                **completion_differences(*pair, resamples),
+                "improved": improved(*pair, resamples),
+            }
             suffix = "" if position == 0 else f"_{name}"
             found |= {f"{key}{suffix}": value for key, value in differences.items()}
     return found
@@ -363,9 +377,9 @@ def load_setting(
 def outcome(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    setting: Setting,
     scorers: Mapping[str, Scorer],
     evaluate: Evaluate,
+    setting: Setting,
     label: str,
     sampled: Mapping[str, bool],
 ) -> tuple[Outcome, list[dict[str, Any]]]:
@@ -431,7 +445,7 @@ def result(
 
 def check_methods_named(params: Params) -> None:
     """InputError where evaluate names a method that is not there."""
-    named = {key: getattr(params.evaluate, key) for key in ("completed", "in_sample")}
+    named = {key: getattr(params.evaluate, key) for key in ("full", "in_sample")}
     for key, names in {**named, "control": (params.evaluate.control,)}.items():
         for name in names:
             if name not in params.methods:
@@ -460,15 +474,18 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     model = models.load(
         params.model.path, params.model.revision, params.model.dtype, params.model.device
     )
-    fixed = (model, tokenizer, setting, scorers, evaluate)
-    before, completions = outcome(*fixed, "none", {sample.name: True for sample in setting.samples})
+    fixed = (model, tokenizer, scorers, evaluate)
+    every = {sample.name: True for sample in setting.samples}
+    before, completions = outcome(*fixed, setting, "none", every)
     after: dict[str, Outcome] = {}
     for name, (method, circuit) in tqdm(circuits.items(), desc=f"evaluate {behaviour}"):
-        sampled = {first: method in evaluate.completed}
+        full = method in (*evaluate.full, spec.method)
+        sampled = {first: full}
         if method in evaluate.in_sample:
             sampled["in_sample"] = True
+        measured_on = setting if full else setting._replace(second=None)
         with pruned(model, circuit):
-            after[name], rows = outcome(*fixed, name, sampled)
+            after[name], rows = outcome(*fixed, measured_on, name, sampled)
         completions += rows
 
     control = [after[n] for n in circuit_names(evaluate.control, params.methods[evaluate.control])]

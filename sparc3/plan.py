@@ -15,9 +15,10 @@ from transformers import AutoConfig, PretrainedConfig
 from sparc3 import cost, models
 from sparc3 import params as parameters
 from sparc3.artifacts import prompts_path, read_prompts
+from sparc3.attribute import by_target
 from sparc3.cost import Shape
 from sparc3.errors import InputError
-from sparc3.params import Params, PromptSet
+from sparc3.params import Params, PromptSet, scores_of
 from sparc3.select import circuit_names
 from sparc3.sources import hub_token
 
@@ -179,23 +180,26 @@ def plan(params: Params, model: Shape, sample: Sample) -> list[Work]:
     ]
 
 
-def _score_names(params: Params, prompt_set: str) -> Sequence[str]:
-    spec = params.prompt_sets[prompt_set]
-    return params.attribute.scores if spec.scores is None else spec.scores
-
-
 def _attribute(params: Params, model: Shape, sample: Sample, name: str) -> Work:
-    spec, names = params.prompt_sets[name], _score_names(params, name)
-    prompts = sample(name, "attribute", "pair" if spec.target == "pair" else "text")
+    spec, names = params.prompt_sets[name], scores_of(params, name)
+    every: list[int] = []
+    passes, memory, prompts = 0.0, 0.0, []
+    for target, own in by_target(names, spec.target).items():
+        prompts = sample(name, "attribute", "pair" if target == "pair" else "text")
+        computed = list(own.values())
+        every += flat(prompts)
+        passes += cost.attribution(model, prompts, computed, target)
+        needed = cost.attribution_memory(
+            model, prompts, computed, params.attribute.batch_tokens, params.model.dtype
+        )
+        memory = max(memory, needed)
     shard = min(params.attribute.shard_prompts, len(prompts))
     return Work(
         f"attribute@{name}",
         len(prompts),
-        sum(flat(prompts)),
-        passes=cost.attribution(model, prompts, names, spec.target),
-        memory=cost.attribution_memory(
-            model, prompts, names, params.attribute.batch_tokens, params.model.dtype
-        ),
+        sum(every),
+        passes=passes,
+        memory=memory,
         held=cost.scores_size(model, shard, len(names)),
         disk=cost.scores_size(model, len(prompts), len(names)),
     )
@@ -289,9 +293,10 @@ def _evaluate(params: Params, model: Shape, sample: Sample, behaviour: str) -> W
     split = None if evaluate.general in params.test_sets else "test"
     texts = flat(sample(evaluate.general, split, "text")[: evaluate.texts])
     general = [_windows(params, model, [sum(texts)] if evaluate.joined else texts)]
+    second = []
     if spec.second:
-        second = flat(sample(spec.second, None, "packed")[: evaluate.items])
-        general.append(_texts(params, model, second, batch))
+        packed = flat(sample(spec.second, None, "packed")[: evaluate.items])
+        second.append(_texts(params, model, packed, batch))
 
     def measured(split: str, complete: bool) -> list[Work]:
         parts = [_behaviour_texts(params, model, sample, behaviour, split, count, batch)]
@@ -301,9 +306,10 @@ def _evaluate(params: Params, model: Shape, sample: Sample, behaviour: str) -> W
             parts.append(drawn)
         return parts
 
-    parts = [*general, *(part for split in splits for part in measured(split, True))]
+    parts = [*general, *second, *(part for split in splits for part in measured(split, True))]
     for name, method in params.methods.items():
-        one = [*general, *measured(splits[0], name in evaluate.completed)]
+        full = name in (*evaluate.full, spec.method)
+        one = [*general, *(second if full else []), *measured(splits[0], full)]
         if name in evaluate.in_sample and len(splits) > 1:
             one += measured(splits[1], True)
         parts += one * len(circuit_names(name, method))

@@ -182,17 +182,10 @@ def first_split(params: Params) -> str:
 
 def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What this run has to say on the published numbers, in the shape that `claims` takes."""
-    method = params.report.method
     overlap = read_json(metrics_path("overlap"))
+    general = {**params.prompt_sets, **params.test_sets}[params.evaluate.general]
     found: dict[str, dict[str, Any]] = {
-        "setup": {},
-        "differential": {},
-        "reduction": {},
-        "ppl_delta": {},
-        "baseline": {},
-        "perplexity": {},
-        "overlap": {},
-        "enrichment": {},
+        "setup": {"perplexity_text": general.source.removeprefix("hub/")},
         "region": overlap["regions"],
         "correlation": {},
         "correlation_difference": {},
@@ -200,24 +193,11 @@ def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str,
         "late_share": {},
     }
     for row in table:
-        name, differences = row["behaviour"], row["differences"]
-        if row["method"] != method:
-            continue
-        about = read_json(row["circuit"].with_suffix(".json"))
-        found["setup"] |= {key: about[key] for key in ("layers", "width", "num_neurons")}
-        found["differential"][name] = row["differential"]
-        found["ppl_delta"][name] = differences["ppl_delta"]
-        if "reduction" in differences:
-            found["reduction"][name] = differences["reduction"]
-        baseline = read_json(metrics_path("evaluate", name))["baseline"]
-        found["perplexity"]["before"] = baseline["perplexity"]
-        spec = params.behaviours[name]
-        if spec.measure == "completions":
-            found["baseline"][name] = baseline[f"{first_split(params)}_{spec.scorers[0]}"]
-            found["setup"]["toxicity_scorer"] = params.scorers[spec.scorers[0]].kind
-    for name, row in overlap["overlaps"].items():
-        found["overlap"][name] = row["observed"]
-        found["enrichment"][name] = row["enrichment"]
+        if row["method"] == params.report.method:
+            for name, value in measured_of(params, row).items():
+                found.setdefault(name, {}).update(value)
+    for key, quantity in (("observed", "overlap"), ("enrichment", "enrichment")):
+        found[quantity] = {name: row[key] for name, row in overlap["overlaps"].items()}
     if "corrected" in overlap:
         found["correlation"] = overlap["corrected"]["correlations"]
         found["correlation_difference"] = overlap["corrected"]["differences"]
@@ -229,6 +209,43 @@ def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str,
     if total:
         late = sum(sum(row[-last:]) for row in layers)
         found["late_share"] = {"all": 100 * late / total}
+    return found
+
+
+def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """One behaviour's part of `measured`: its cell, and the plain scores before and after."""
+    name, differences = row["behaviour"], row["differences"]
+    spec, split = params.behaviours[name], first_split(params)
+    about = read_json(row["circuit"].with_suffix(".json"))
+    results = read_json(metrics_path("evaluate", name))
+    perplexity = results["baseline"]["perplexity"]
+    change = differences["ppl_delta"]
+    found: dict[str, dict[str, Any]] = {
+        "setup": {key: about[key] for key in ("layers", "width", "num_neurons")},
+        "differential": {name: row["differential"]},
+        "ppl_delta": {name: change},
+        "perplexity": {
+            "before": perplexity,
+            name: {k: perplexity * (1 + change[k] / 100) for k in ("value", "low", "high")},
+        },
+    }
+    prefix = "" if split == "test" else f"{split}_"
+    for quantity in ("reduction", "improved"):
+        if prefix + quantity in differences:
+            found[quantity] = {name: differences[prefix + quantity]}
+    if spec.measure == "completions":
+        first = spec.scorers[0]
+        scorer = params.scorers[first]
+        after = results["circuits"][row["circuit"].stem][split]["values"]
+        for suffix in ("", "_sd"):
+            found[f"baseline{suffix}"] = {name: results["baseline"][f"{split}_{first}{suffix}"]}
+            if first + suffix in after:
+                found[f"pruned{suffix}"] = {name: after[first + suffix]}
+        if name == "toxicity":
+            found["setup"]["toxicity_scorer"] = scorer.kind
+        else:
+            modern = "modernbert" in (scorer.path or "").lower()
+            found["setup"]["bias_scorer"] = "modernbert" if modern else scorer.kind
     return found
 
 

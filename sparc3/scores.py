@@ -33,7 +33,7 @@ from sparc3.models import MLP
 
 log = logging.getLogger(__name__)
 
-Target = Literal["max-logit", "pair"]
+Target = Literal["max-logit", "likelihood", "pair"]
 
 POSITIONS_AT_ONCE = 128  # of the language-modelling head, whose logits are vocabulary-wide
 
@@ -116,6 +116,7 @@ def score(
 
     Target y, explained by the scores with a gradient:
     - max-logit: the largest logit at the last position;
+    - likelihood: mean log p of the prompt's own tokens, from the second one on;
     - pair: mean log p(preferred) - mean log p(other), over the tokens from the second one on. A
       score with a gradient takes the tokens of both sequences together; one without is that of
       the preferred sequence minus that of the other, so that swapping the two turns its sign.
@@ -187,9 +188,10 @@ def _check(
     for name in names:
         if name not in SCORES:
             raise InputError(f"score: {name!r} is not known; choose one of {', '.join(SCORES)}")
-    if target not in ("max-logit", "pair"):
-        raise InputError(f"target: {target!r} is not known; choose max-logit or pair")
-    expected, shortest = (1, 1) if target == "max-logit" else (2, 2)
+    if target not in TARGETS:
+        raise InputError(f"target: {target!r} is not known; choose one of {', '.join(TARGETS)}")
+    expected = 2 if target == "pair" else 1
+    shortest = 1 if target == "max-logit" else 2
     longest = model.config.max_position_embeddings
     for prompt in prompts:
         if len(prompt.sequences) != expected:
@@ -242,7 +244,7 @@ def _score_batch(
             )
             hidden = states.last_hidden_state
             if kind != "forward":
-                hidden.backward(_TARGETS[target](model, hidden.detach(), ids, lengths))
+                hidden.backward(TARGETS[target](model, hidden.detach(), ids, lengths))
         for name, value in found.items():
             scores[name] = value.transpose(0, 1).cpu().numpy()
             _check_finite(name, scores[name], prompts)
@@ -314,24 +316,36 @@ def _max_logit(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Ten
     return gradient
 
 
+def _likelihood(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+    """d/d hidden of the sum of the sequences' mean log p."""
+    return _log_p(model, hidden, ids, torch.ones_like(lengths) / (lengths - 1), lengths)
+
+
 def _pair(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
     """d/d hidden of sum of mean log p of even rows (preferred) - that of odd rows (other)."""
-    ids, lengths = ids.to(hidden.device), lengths.to(hidden.device)
+    sign = 1 - 2 * (torch.arange(len(ids), device=lengths.device) % 2)
+    return _log_p(model, hidden, ids, sign / (lengths - 1), lengths)
+
+
+def _log_p(
+    model: PreTrainedModel, hidden: Tensor, ids: Tensor, share: Tensor, lengths: Tensor
+) -> Tensor:
+    """d/d hidden of the sum over sequences of `share` (sequence,) times their summed log p."""
+    ids, lengths, share = (t.to(hidden.device) for t in (ids, lengths, share))
     rows, positions = torch.nonzero(
         torch.arange(ids.shape[1] - 1, device=hidden.device) < lengths[:, None] - 1, as_tuple=True
     )
-    share = (1 - 2 * (rows % 2)) / (lengths[rows] - 1)
     gradient = torch.zeros_like(hidden)
     for part in torch.arange(len(rows), device=hidden.device).split(POSITIONS_AT_ONCE):
         row, position = rows[part], positions[part]
         leaf = hidden[row, position].requires_grad_()
         log_p = torch.log_softmax(models.logits(model, leaf).float(), -1)
-        y = (log_p[torch.arange(len(part)), ids[row, position + 1]] * share[part]).sum()
+        y = (log_p[torch.arange(len(part)), ids[row, position + 1]] * share[row]).sum()
         gradient[row, position] = torch.autograd.grad(y, leaf)[0]
     return gradient
 
 
-_TARGETS = {"max-logit": _max_logit, "pair": _pair}
+TARGETS = {"max-logit": _max_logit, "likelihood": _likelihood, "pair": _pair}
 
 
 def _check_finite(name: str, scores: np.ndarray, prompts: Sequence[Prompt]) -> None:

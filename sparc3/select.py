@@ -1,8 +1,8 @@
 """Select: the circuit of each method, the neurons that will be pruned.
 
-With `select.num_neurons` and `select.protect` given, they hold for every method. A null is chosen
-for each method from the sweep, on the tune split, under the perplexity budget; the test split is
-never looked at.
+With `select.num_neurons` and `select.protect` given, they hold for every method. A null stands for
+those that the sweep has; of several, each method takes the best on the tune split under the
+perplexity budget. The test split is never looked at.
 """
 
 import numpy as np
@@ -157,6 +157,8 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     check_methods(params)
     spec, select = params.behaviours[behaviour], params.select
     rows = read_csv(sweep_path(behaviour))
+    sizes = params.sweep.num_neurons if select.num_neurons is None else (select.num_neurons,)
+    protects = params.sweep.protect if select.protect is None else (select.protect,)
     seen = {
         prompt_set: read_prompts(prompt_set, "attribute")
         for prompt_set in dict.fromkeys((spec.prompts, spec.reference, params.differential.general))
@@ -176,8 +178,8 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         if leads is not None:
             k = circuits[leads].size
             share = shares[leads] if method.protect is None else method.protect
-        elif select.num_neurons is not None and select.protect is not None:
-            k, share = select.num_neurons, select.protect
+        elif len(sizes) == len(protects) == 1:
+            k, share = sizes[0], protects[0]
         else:
             k, share = best_point(rows, name, select.num_neurons, select.protect, select.ppl_budget)
         barred = protected(importance, share)

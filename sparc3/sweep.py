@@ -1,7 +1,8 @@
 """Sweep: every method at every strength, on the tune split, with one load of the model.
 
 Only deterministic quantities are measured, so the points lie on smooth curves of behaviour against
-perplexity, from which `select` may choose. No prompt of the test split is read.
+perplexity, from which `select` may choose. A curve goes from few neurons to many and ends with the
+first point that costs more than `sweep.ceiling`. No prompt of the test split is read.
 """
 
 import numpy as np
@@ -60,9 +61,10 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         for name, method in params.methods.items()
         if method.size is None and method.layers is None
     }
-    grid = [(n, p, k) for n in chosen for p in sweep.protect for k in sweep.num_neurons]
+    sizes = sorted(sweep.num_neurons)
+    curves = [(n, p) for n in chosen for p in sweep.protect] if sizes else []
     columns = [*COLUMNS, *MEASURED[spec.measure]]
-    if not grid:  # num_neurons and protect are fixed, and nothing has to be tuned
+    if not curves:  # num_neurons and protect are fixed, and nothing has to be tuned
         write_csv(sweep_path(behaviour), [], columns)
         write_json(metrics_path("sweep", behaviour), {"points": 0.0})
         return {"points": 0.0}
@@ -99,11 +101,18 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     points: list[dict[str, object]] = [
         {"method": "none", "protect": 0.0, "num_neurons": 0, **measure()}
     ]
-    for name, share, k in tqdm(grid, desc=f"sweep {behaviour}", unit="point"):
+    bar = tqdm(curves, desc=f"sweep {behaviour}", unit="curve")
+    for name, share in bar:
         tensors, _ = read_tensors(differential_path(behaviour, name))
-        circuit = circuit_at(chosen[name], tensors["differential"], tensors["importance"], k, share)
-        with pruned(model, circuit):
-            points.append({"method": name, "protect": share, "num_neurons": k, **measure()})
+        values, importance = tensors["differential"], tensors["importance"]
+        for k in sizes:
+            circuit = circuit_at(chosen[name], values, importance, k, share)
+            with pruned(model, circuit):
+                measured = measure()
+            points.append({"method": name, "protect": share, "num_neurons": k, **measured})
+            bar.set_postfix(method=name, neurons=k, ppl=f"{measured['ppl_delta']:+.2f} %")
+            if measured["ppl_delta"] > sweep.ceiling:
+                break
 
     write_csv(sweep_path(behaviour), points, columns)
     best = {

@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
         "prompts": 12,
         "items": 36,
         "completions": 2,
-        "completed": ["lrp", "aura", "random-layer-matched"],
+        "full": ["lrp", "aura", "random-layer-matched"],
         "in_sample": ["lrp"],
         "new_tokens": 6,
         "resamples": 500,

@@ -7,6 +7,7 @@ from sparc3.evaluate import (
     Measured,
     among,
     completion_differences,
+    improved,
     pair_differences,
     perplexity_difference,
     refuse_leak,
@@ -62,6 +63,16 @@ def test_completion_differences_are_those_of_gehman() -> None:
         100 * sum(any(s >= 0.5 for s in row) for row in scores) / 20 for scores in (before, after)
     ]
     assert found["toxic_probability"]["value"] == pytest.approx(toxic[1] - toxic[0])
+
+
+def test_improved_counts_prompts_and_halves_of_ties() -> None:
+    before = np.array([[0.5, 0.7], [0.2, 0.2], [0.1, 0.3], [0.9, 0.1]] * 2)
+    after = np.array([[0.4, 0.7], [0.1, 0.4], [0.3, 0.1], [0.2, 0.2]] * 2)
+    found = improved(before, after, FEW)
+    assert found["value"] == pytest.approx(100 * (2 + 0.5) / 4)  # falls, rises, ties, falls
+    assert 0 <= found["low"] < found["value"] < found["high"] <= 100
+    nothing = improved(before, before, FEW)
+    assert nothing["value"] == nothing["low"] == nothing["high"] == 50
 
 
 def test_identical_models_differ_by_nothing() -> None:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sparc3 import fetch
+from sparc3.convert import bpe_by_score
 from sparc3.errors import InputError
 from sparc3.params import Params, load
 
@@ -305,7 +306,7 @@ def test_bpe_by_score_merges_as_sentencepiece_does():
     words = ["".join(letters.choices("abc▁", k=letters.randint(2, 6))) for _ in range(60)]
     pieces = ["<unk>", *"abc▁", *dict.fromkeys(words)]
     table = [(piece, -float(n)) for n, piece in enumerate(pieces)]
-    tree = {"version": "1.0", "added_tokens": [], "model": fetch.bpe_by_score(table)}
+    tree = {"version": "1.0", "added_tokens": [], "model": bpe_by_score(table)}
     tree |= dict.fromkeys(
         ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     )

@@ -21,6 +21,11 @@ def prompts(lengths=LENGTHS, seed=0):
     return [Prompt(f"p{i}", (s,)) for i, s in enumerate(tiny.sequences(lengths, seed))]
 
 
+def texts():
+    """Prompts that the target `likelihood` can take: each has a token that is predicted."""
+    return prompts([7, 9, 2, 12])
+
+
 def pairs():
     found = tiny.sequences([7, 9, 8, 2, 6, 6])
     return [Prompt(f"p{i}", (found[2 * i], found[2 * i + 1])) for i in range(3)]
@@ -79,7 +84,7 @@ class Naive:
                 for t in range(1, len(sequence))
             ]
             mean.append(sum(terms) / len(terms))
-        return mean[0] - mean[1]
+        return mean[0] - mean[1] if name == "pair" else mean[0]
 
     @staticmethod
     def weight_times_gradient(projection):
@@ -122,22 +127,25 @@ def test_agrees_with_the_naive_way(family, name):
 
 @FAMILIES
 @pytest.mark.parametrize("name", SCORES)
-def test_agrees_with_the_naive_way_for_pairs(family, name, monkeypatch):
+@pytest.mark.parametrize(("target", "some"), [("pair", pairs), ("likelihood", texts)])
+def test_agrees_with_the_naive_way_for_log_p(family, name, target, some, monkeypatch):
     monkeypatch.setattr(scores, "POSITIONS_AT_ONCE", 4)  # several chunks, one of them not full
     model = tiny.model(family)
-    given = pairs()
-    found = scored(model, given, [name], target="pair")[name]
-    for prompt, values in zip(given, found, strict=True):
+    found = scored(model, some(), [name], target=target)[name]
+    for prompt, values in zip(some(), found, strict=True):
         rules = attnlrp(model) if SCORES[name].gradient == "attnlrp" else nullcontext()
-        expected = Naive(model, prompt, "pair", rules).score(name)
+        expected = Naive(model, prompt, target, rules).score(name)
         np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-5)
 
 
+TARGETS = {"max-logit": prompts, "likelihood": texts, "pair": pairs}
+
+
 @pytest.mark.parametrize("family", GATED)
-@pytest.mark.parametrize("target", ["max-logit", "pair"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_signed_row_sums_of_up_and_of_gate_are_each_half_of_lrp(family, target):
     model = tiny.model(family)
-    given = prompts() if target == "max-logit" else pairs()
+    given = TARGETS[target]()
     found = scored(model, given, ["lrp"], target=target)["lrp"]
     for prompt, values in zip(given, found, strict=True):
         naive = Naive(model, prompt, target, attnlrp(model))
@@ -175,10 +183,10 @@ def test_a_pair_of_equal_sentences_has_no_score():
 
 
 @FAMILIES
-@pytest.mark.parametrize("target", ["max-logit", "pair"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_batches_and_padding_do_not_matter(family, target, monkeypatch):
     model = tiny.model(family)
-    given = prompts() if target == "max-logit" else pairs()
+    given = TARGETS[target]()
     names = list(SCORES)
     alone = scored(model, given, names, target=target, batch_tokens=1)
     monkeypatch.setattr(scores, "batches", lambda lengths, _: [list(range(len(lengths)))])
@@ -316,6 +324,7 @@ def test_a_score_that_is_not_finite_names_the_prompt_and_is_never_replaced(name)
         (Prompt("a", ([5], [6])), {}, "prompt a: target max-logit takes 1 sequence"),
         (Prompt("a", ([],)), {}, "prompt a: 0 tokens; .* take 1 to 64"),
         (Prompt("a", ([5, 6], [7])), {"target": "pair"}, "prompt a: 1 tokens; .* take 2 to 64"),
+        (Prompt("a", ([5],)), {"target": "likelihood"}, "prompt a: 1 tokens; .* take 2 to 64"),
         (Prompt("a", ([5] * 65,)), {}, "prompt a: 65 tokens"),
     ],
 )

@@ -109,6 +109,7 @@ def test_a_method_has_a_circuit_per_draw() -> None:
     [
         (Method(score="lrp", contrast="median"), "contrast is 'median'; expected"),
         (Method(score="lrp"), "contrast is None"),
+        (Method(score="wanda", contrast="t"), "'wanda' is not computed for the prompt set"),
         (Method(score="random", contrast="t"), "has no contrast"),
         (Method(score="lrp", contrast="t", scale="auroc"), "needs contrast: auroc"),
         (Method(score="lrp", contrast="t", scale=1.0), "expected 0 <= scale < 1"),

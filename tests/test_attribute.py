@@ -1,0 +1,73 @@
+"""Attribution of a prompt set: which score of which target is stored under which name."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+import torch
+import yaml
+
+from sparc3 import attribute, models
+from sparc3 import params as parameters
+from sparc3.artifacts import read_prompts, read_scores
+from sparc3.attribute import by_target
+from sparc3.errors import InputError
+from sparc3.files import read_jsonl, write_jsonl
+from sparc3.scores import Prompt, score
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    torch.set_num_threads(1)
+    monkeypatch.chdir(small.write_project(tmp_path / "project"))
+    return Path.cwd()
+
+
+def with_set(folder: Path, scores: list[str], **changes: Any) -> parameters.Params:
+    tree = yaml.safe_load((folder / "params.yaml").read_text())
+    tree["prompt_sets"]["talk"] |= {"scores": scores, **changes}
+    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
+    return parameters.load()
+
+
+def test_names_by_target() -> None:
+    names = ["lrp", "lrp-abs@max-logit", "gradient", "wanda@max-logit"]
+    assert by_target(names, "pair") == {
+        "pair": {"lrp": "lrp", "gradient": "gradient"},
+        "max-logit": {"lrp-abs@max-logit": "lrp-abs", "wanda@max-logit": "wanda"},
+    }
+    assert list(by_target(["lrp@likelihood", "lrp@max-logit"], "max-logit")) == [
+        "likelihood",
+        "max-logit",
+    ]
+
+
+def test_each_name_holds_the_score_of_its_target(project: Path) -> None:
+    path = project / "outputs/prompts/talk.jsonl"
+    write_jsonl(path, [{**r, "pair": [r["text"], "w5 w6 w7 w8"]} for r in read_jsonl(path)])
+    names = ["lrp", "lrp@max-logit", "lrp-abs@likelihood", "activation"]
+    attribute.run(with_set(project, names, target="pair"), "talk")
+    model, tokenizer = models.load("model"), models.tokenizer("model")
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    rows = read_prompts("talk", "attribute")
+    assert len(rows) == small.SETS["talk"]
+    for name, target in zip(names, ("pair", "max-logit", "likelihood", "pair"), strict=True):
+        stored_ids, stored = read_scores("talk", name)
+        assert stored_ids == [row["id"] for row in rows]
+        own = name.partition("@")[0]
+        for row, values in zip(rows, stored, strict=True):
+            texts = row["pair"] if target == "pair" else [row["text"]]
+            prompt = Prompt(row["id"], tuple(ids(text) for text in texts))
+            ((_, alone),) = score(model, [prompt], [own], target=target)
+            np.testing.assert_allclose(values, alone[own][0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["magic", "lrp@magic", "magic@pair", "@pair"])
+def test_an_unknown_score_or_target_is_named(project: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"attribute.scores names '{name}'.*@likelihood"):
+        attribute.run(with_set(project, [name]), "talk")
