@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_fetch import LLAMA, write_gguf
+from test_fetch import LLAMA, add_tokenizer, write_gguf
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sparc3 import models
@@ -113,12 +113,7 @@ def write_large(path: Path) -> int:
     writer.add_head_count_kv(16)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCABULARY)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<|end|>", *(f"<unused{n}>" for n in range(VOCABULARY - 1))])
-    writer.add_token_types([3] + [1] * (VOCABULARY - 1))
-    writer.add_token_merges([])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    add_tokenizer(writer, VOCABULARY)
     block = {f"attn_{name}": (HIDDEN, HIDDEN) for name in ("q", "k", "v", "output")}
     block |= {"ffn_up": (INNER, HIDDEN), "ffn_gate": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER)}
     shapes = {"token_embd": (VOCABULARY, HIDDEN)}

@@ -67,6 +67,18 @@ def byte_letters() -> list[str]:
     return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
 
 
+def add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
+    """A byte-level vocabulary of that size with four merges."""
+    tokens = ["<|end|>", *byte_letters(), "he", "ll", "hell", "hello"]
+    tokens += [f"<unused{n}>" for n in range(size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges(["h e", "l l", "he ll", "hell o"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+
 def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     """A llama GGUF as llama.cpp writes it: rows of the query and key projections interleaved."""
     config = model.config
@@ -80,14 +92,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    tokens = ["<|end|>", *byte_letters(), "he", "ll", "hell", "hello"]
-    tokens += [f"<unused{n}>" for n in range(config.vocab_size - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * (len(tokens) - 1))
-    writer.add_token_merges(["h e", "l l", "he ll", "hell o"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    add_tokenizer(writer, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
