@@ -40,7 +40,7 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(gguf, model, folder, shard)
-    model.config.architectures = [type(model).__name__]
+    model.config.architectures, model.config.dtype = [type(model).__name__], DTYPES[dtype]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     # The legacy format would leave a copy of the GGUF as tokenizer.model.

@@ -63,6 +63,7 @@ def test_shards_hold_every_tensor_once_and_load_as_one_model(
             size <= most or len(tensors) == 1
             for size, tensors in zip(sizes, held.values(), strict=True)
         )
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     loaded = models.load(str(tmp_path), dtype="bfloat16")
     expected = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.bfloat16
