@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparc3 import models
 from sparc3.likelihood import CHUNK
-from sparc3.scores import POSITIONS_AT_ONCE, SCORES
+from sparc3.scores import POSITIONS_AT_ONCE, PRODUCTS_AT_ONCE, SCORES
 
 COMPLETIONS_AT_ONCE = 200  # of generate.complete
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -163,7 +163,7 @@ def attribution_memory(
     if not at:
         return found + passing(model, tokens, dtype)
     logits = 4 * 4 * POSITIONS_AT_ONCE * model.vocabulary
-    matrix = 3 * 4 * model.width * model.hidden * ("weights" in at)  # dy/dw of a prompt
+    matrix = (4 * PRODUCTS_AT_ONCE + BYTES[dtype] * model.width * model.hidden) * ("weights" in at)
     return found + logits + matrix + saved(model, tokens, longest, at, dtype)
 
 

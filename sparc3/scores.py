@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 Target = Literal["max-logit", "likelihood", "pair"]
 
 POSITIONS_AT_ONCE = 128  # of the language-modelling head, whose logits are vocabulary-wide
+PRODUCTS_AT_ONCE = 2**19  # of a weight and its gradient: they stay in the processor's cache
 
 
 class Prompt(NamedTuple):
@@ -65,12 +66,15 @@ def _input_times_gradient(mlp: MLP, h: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _weight_times_gradient(mlp: MLP, x: Tensor, gradient: Tensor) -> Tensor:
-    weight = models.incoming(mlp.up)
-    rows = []
-    for inputs, deltas in zip(x, gradient, strict=True):
-        products = (deltas.T @ inputs).mul_(weight)  # w * dy/dw, of one prompt at a time
-        rows.append(torch.linalg.vector_norm(products, ord=1, dim=1, dtype=torch.float32))
-    return torch.stack(rows)
+    size = models.incoming(mlp.up).abs()
+    deltas = gradient.transpose(1, 2)
+    some = max(1, PRODUCTS_AT_ONCE // (len(x) * x.shape[2]))
+    parts = []
+    for start in range(0, len(size), some):
+        part = slice(start, start + some)
+        products = torch.bmm(deltas[:, part], x).abs_().mul_(size[part])  # |w * dy/dw|
+        parts.append(products.sum(2, dtype=torch.float32))
+    return torch.cat(parts, dim=1)
 
 
 def _mean_absolute(mlp: MLP, h: Tensor, real: Tensor) -> Tensor:
