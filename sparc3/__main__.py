@@ -35,6 +35,9 @@ STAGES: dict[str, str | None] = {
 }
 
 
+LARGE = ("llama3-8b", "llama3-8b-sound")  # profiles whose costs README foretells
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="sparc3", description=sparc3.__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="STAGE")
@@ -132,7 +135,7 @@ def compare(params: Params, run: tracking.Run) -> None:
             behaviour=row["behaviour"],
             method=row["method"],
             metrics={
-                "differential": row["differential"],
+                **tracking.interval("differential", row["differential"]),
                 "num_neurons": row["num_neurons"],
                 **{
                     name: value
@@ -191,11 +194,16 @@ def submit_stage(params: Params, arguments: argparse.Namespace) -> None:
 
 
 def write_readme(params: Params, arguments: argparse.Namespace) -> None:
-    """README's blocks of numbers: the result table, and what the latest runs of the stages cost."""
-    from sparc3 import report
+    """README's blocks of numbers: the result table, what the latest runs of the stages cost, and
+    what the experiment on LLaMA-3-8B is expected to.
+    """
+    from sparc3 import plan, report
 
     costs = tracking.latest_metrics(("seconds", "peak_megabytes"))
-    report.write_readme(report.cost_table(list(STAGES), costs))
+    header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
+    report.write_readme(
+        {"costs": report.cost_table(list(STAGES), costs), "plan": report.markdown(header, rows)}
+    )
 
 
 def serve_ui(params: Params, arguments: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -35,10 +35,10 @@ def by_target(names: Sequence[str], default: Target) -> dict[Target, dict[str, s
     """Target -> {name: score}. `lrp-abs@max-logit` is the score lrp-abs of that target, whatever
     the set's own; a name without one is of the set's, `default`.
     """
-    found: dict[str, dict[str, str]] = {}
+    found: dict[Target, dict[str, str]] = {}
     for name in names:
         score_name, _, target = name.partition("@")
-        found.setdefault(target or default, {})[name] = score_name
+        found.setdefault(cast(Target, target or default), {})[name] = score_name
     return found
 
 

@@ -6,15 +6,24 @@ model the difference lies: a pass is weak evidence, a failure is worth a look at
 """
 
 import logging
+from typing import NamedTuple
 
 import numpy as np
 
-from sparc3.artifacts import OUTPUTS, metrics_path, score_shards
+from sparc3 import statistics
+from sparc3.artifacts import OUTPUTS, metrics_path, read_prompts, score_shards
 from sparc3.errors import InputError
 from sparc3.files import Array, write_csv, write_json
 from sparc3.params import Params
 
 log = logging.getLogger(__name__)
+
+
+class Totals(NamedTuple):
+    """Total absolute relevance of some prompts, and their grouping keys; shapes (prompt,)."""
+
+    relevance: Array
+    groups: list[str]
 
 
 def differential_percent(reference: Array, behaviour: Array) -> float:
@@ -29,14 +38,43 @@ def differential_percent(reference: Array, behaviour: Array) -> float:
     return 100 * (total - float(np.mean(behaviour, dtype=np.float64))) / total
 
 
-def totals(prompt_set: str, score: str, prompts: int) -> Array:
-    """Total absolute relevance of the first `prompts` prompts of a set, shape (prompt,)."""
+def differential_interval(reference: Totals, behaviour: Totals) -> statistics.Estimate:
+    """`differential_percent` with its interval: groups of both sets resampled, each set apart.
+
+    Raises InputError as `differential_percent`, and for fewer than 6 groups in a set.
+    """
+    differential_percent(reference.relevance, behaviour.relevance)
+    parts = [by_group(totals) for totals in (reference, behaviour)]
+    count = len(parts[0])
+
+    def percent(weights: Array) -> Array:
+        means = [
+            (weights @ part)[:, 0] / (weights @ part)[:, 1]
+            for weights, part in zip(np.split(weights, [count], axis=1), parts, strict=True)
+        ]
+        return 100 * (1 - means[1] / means[0])
+
+    return statistics.bootstrap(percent, [len(part) for part in parts])
+
+
+def by_group(totals: Totals) -> Array:
+    """Summed relevance and number of prompts of every group, shape (group, 2)."""
+    _, code = np.unique(totals.groups, return_inverse=True)
+    return np.stack([np.bincount(code, totals.relevance), np.bincount(code)], axis=1)
+
+
+def totals(prompt_set: str, score: str, prompts: int) -> Totals:
+    """Of the first `prompts` prompts of a set's attribute split."""
+    groups = {row["id"]: row["group"] for row in read_prompts(prompt_set, "attribute")}
+    ids: list[str] = []
     sums: list[float] = []
-    for _, scores in score_shards(prompt_set, score):
-        sums += np.abs(scores[: prompts - len(sums)]).sum((1, 2), dtype=np.float64).tolist()
+    for shard, scores in score_shards(prompt_set, score):
+        more = scores[: prompts - len(sums)]
+        ids += shard[: len(more)]
+        sums += np.abs(more).sum((1, 2), dtype=np.float64).tolist()
         if len(sums) >= prompts:
             break
-    return np.array(sums)
+    return Totals(np.array(sums), [groups[i] for i in ids])
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
@@ -44,11 +82,11 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     found = {
         name: totals(name, gate.score, gate.prompts) for name in (spec.reference, spec.prompts)
     }
-    percent = differential_percent(found[spec.reference], found[spec.prompts])
-    passed = percent >= gate.threshold
+    estimate = differential_interval(found[spec.reference], found[spec.prompts])
+    passed = estimate.value >= gate.threshold
     if not passed:
         message = (
-            f"gate: {behaviour}: differential {percent:.1f} % is below gate.threshold "
+            f"gate: {behaviour}: differential {estimate.value:.1f} % is below gate.threshold "
             f"{gate.threshold:g} %"
         )
         if spec.on_fail == "stop":
@@ -58,10 +96,17 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         log.warning("%s; going on, since behaviours.%s.on_fail is warn", message, behaviour)
     rows = [
         {"prompt_set": name, "prompt": i, "relevance": float(value)}
-        for name, values in found.items()
-        for i, value in enumerate(values)
+        for name, measured in found.items()
+        for i, value in enumerate(measured.relevance)
     ]
     write_csv(OUTPUTS / "gate" / f"{behaviour}.csv", rows, ("prompt_set", "prompt", "relevance"))
-    metrics = {"differential": percent, "passed": float(passed)}
-    write_json(metrics_path("gate", behaviour), metrics)
-    return metrics
+    write_json(
+        metrics_path("gate", behaviour),
+        {"differential": estimate.as_dict(), "passed": float(passed)},
+    )
+    return {
+        "differential": estimate.value,
+        "differential_low": estimate.low,
+        "differential_high": estimate.high,
+        "passed": float(passed),
+    }

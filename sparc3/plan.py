@@ -31,6 +31,7 @@ START = 10.0  # seconds until a stage begins to compute
 SCORER = {"detoxify": 0.5e9, "classifier": 1.6e9}  # bytes on the device, up to a large encoder
 DRAWING = 0.7  # of what whole sequences reach, when completions are drawn token by token
 MOST_CARDS = 16
+CONFIGS = Path("profiles/configs")
 
 
 @dataclass(frozen=True)
@@ -439,13 +440,17 @@ def _with_model(params: Params, **values: str) -> Params:
 
 
 def configuration(params: Params) -> PretrainedConfig:
-    """config.json of model.path or, where that is still to be fetched, of fetch.repository.
+    """config.json of model.path; where that is still to be fetched, the one that profiles/configs
+    has for a folder of its name, or that of fetch.repository.
 
-    InputError, naming the key, if neither can be read.
+    InputError, naming the key, if none can be read.
     """
     path, revision = params.model.path, params.model.revision
     key = "model.path"
-    if not Path(path).is_dir() and params.fetch.repository is not None:
+    kept = CONFIGS / f"{Path(path).name}.json"
+    if not Path(path).is_dir() and kept.is_file():
+        path = str(kept)
+    elif not Path(path).is_dir() and params.fetch.repository is not None:
         key, path, revision = "fetch.repository", params.fetch.repository, params.fetch.revision
     token = hub_token()
     try:
@@ -536,6 +541,30 @@ def refuse(
             f"{DEVICES[name].memory / 1e9:.1f} GB; what would fit: "
             f"{'; or '.join(would) or 'none of a smaller batch, bfloat16, more cards'}"
         )
+
+
+def costs(profiles: Sequence[Path]) -> list[list[str]]:
+    """A row for every device: GB and time that each profile needs on one of it, and on two where
+    the model may be spread. First a header.
+    """
+    rows = [["device", *(f"{profile.stem}: {what}" for profile in profiles for what in _SHOWN)]]
+    loaded = [parameters.load(profile) for profile in profiles]
+    shapes = [cost.shape(configuration(params)) for params in loaded]
+    works = [plan(p, m, sample_of(p, exact=False)) for p, m in zip(loaded, shapes, strict=True)]
+    for name, device in DEVICES.items():
+        for cards in () if name == "CPU" else (1, 2):
+            row = [_count(name, cards)]
+            for params, model, work in zip(loaded, shapes, works, strict=True):
+                most = max(bytes_needed(w, model, params, name, cards) for w in work)
+                time = sum(seconds(w, model, params, name, cards) for w in work)
+                fits = most <= device.memory
+                row += [f"{most / 1e9:.0f}", _clock(time) if fits else "does not fit"]
+            rows.append(row)
+    disk = [sum(w.disk for w in work) / 1e9 for work in works]
+    return [*rows, ["scores on disk", *(cell for d in disk for cell in (f"{d:.1f}", ""))]]
+
+
+_SHOWN = ("GB a card", "time")
 
 
 class Needs(NamedTuple):

@@ -5,6 +5,7 @@ slip into a table.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def headline(params: Params, spec: Behaviour, results: dict[str, Any], row: dict
         )
     return (
         f"unpruned {own}, perplexity {values['perplexity']:.2f}; "
-        f"differential {row['differential']:.1f} %"
+        f"differential {interval(row['differential'])} %"
     )
 
 
@@ -421,8 +422,10 @@ def readme_with(readme: str, name: str, content: str) -> str:
     return f"{head}{start}\n\n{content}\n{end}{tail}"
 
 
-def write_readme(costs: str) -> None:
-    """Put metrics/table.md and a table of costs into README.md: what `make readme` does."""
+def write_readme(blocks: Mapping[str, str]) -> None:
+    """Put metrics/table.md, and `blocks` by their names, into README.md, as `make readme` does."""
     path = Path("README.md")
-    text = readme_with(read_text(path), "results", read_text(TABLE))
-    write_text(path, readme_with(text, "costs", costs))
+    text = read_text(path)
+    for name, content in {"results": read_text(TABLE), **blocks}.items():
+        text = readme_with(text, name, content)
+    write_text(path, text)

@@ -85,7 +85,7 @@ def test_what_is_no_gguf_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_a_gguf_without_a_tensor_is_refused(tmp_path: Path) -> None:
     file, model = tmp_path / "model.gguf", LlamaForCausalLM(LLAMA)
-    del model.model.layers[1].mlp.up_proj
+    delattr(model.get_submodule("model.layers.1.mlp"), "up_proj")
     write_gguf(file, model)
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
         convert(file, tmp_path / "out")

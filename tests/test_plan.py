@@ -357,6 +357,17 @@ def test_a_model_that_is_nowhere_names_its_key(
     assert "params: fetch.repository: no config.json of nobody/nothing" in capsys.readouterr().err
 
 
+def test_the_published_experiment_is_planned_without_its_model() -> None:
+    """From the repository alone: profiles/configs has the model's shape."""
+    header, *rows = plan.costs([Path("profiles/llama3-8b.yaml")])
+    assert header == ["device", "llama3-8b: GB a card", "llama3-8b: time"]
+    found = {name: cells for name, *cells in rows}
+    assert found["T4"][1] == "does not fit"  # 16 GB of weights on a card of 16
+    assert found["A100-80"][1] != "does not fit"
+    prompts = 384 + 93 + 93 + 93
+    assert float(found["scores on disk"][0]) == pytest.approx(prompts * 458_752 * 4 / 1e9, rel=0.05)
+
+
 def test_a_profile_beside_the_project(big: Path, capsys: Any) -> None:
     profile = big / "other.yaml"
     text = (big / "params.yaml").read_text()

@@ -3,7 +3,6 @@ import pytest
 
 from sparc3.differential import check_methods, noise
 from sparc3.errors import InputError
-from sparc3.gate import differential_percent
 from sparc3.params import Method, load
 from sparc3.select import best_point, choose, choose_per_layer, circuit_names, protected, scales
 
@@ -127,10 +126,3 @@ def test_impossible_methods_are_named(row: Method, expected: str) -> None:
     with pytest.raises(InputError, match=r"methods\.odd") as caught:
         check_methods(replace(params, methods={**params.methods, "odd": row}))
     assert expected in str(caught.value)
-
-
-def test_gate_is_the_difference_of_totals_in_percent() -> None:
-    reference, behaviour = np.array([2.0, 4.0]), np.array([1.0, 2.0, 3.0])
-    assert differential_percent(reference, behaviour) == pytest.approx(100 * (3 - 2) / 3)
-    with pytest.raises(InputError, match="no relevance"):
-        differential_percent(np.zeros(3), behaviour)
