@@ -366,6 +366,9 @@ class Scores:
     values: Array
     groups: Array
 
+    def at(self, rows: Array) -> "Scores":
+        return Scores(self.values[rows], self.groups[rows])
+
 
 def checked_scores(
     scores: Mapping[str, Scores], contrasts: Mapping[str, tuple[str, str]], groups: int

@@ -66,11 +66,12 @@ def claims(measured: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
     """A verdict for every published number, in the order of published.json.
 
     `measured`: name -> key -> a number, or a mapping with "value", "low" and "high" (other keys
-    are ignored, so a difference of the metrics files fits). A number alone stands for a quantity
-    without sampling error, such as a count. What is absent is not testable, never an error; a name
-    that no claim knows is an InputError, since it would go unread.
+    are ignored, so a difference of the metrics files fits). A number alone has no interval: it can
+    agree with what was published, but not refute it. What is absent is not testable, never an
+    error; a name that no claim knows is an InputError, since it would go unread.
 
-    setup: layers, width, num_neurons, toxicity_scorer, bias_scorer, perplexity_text, gpus
+    setup: layers, width, overlap_neurons, neurons_BEHAVIOUR, scorer_BEHAVIOUR, perplexity_text,
+        gpus
     differential, reduction, ppl_delta, improved: behaviour, all in percent
     baseline, pruned, baseline_sd, pruned_sd: behaviour, in the scorer's units
     perplexity: "before" or the behaviour pruned for
@@ -110,15 +111,18 @@ def judged(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) ->
     setup = measured.get("setup", {})
     lacking = [fact for fact, wanted in row.get("needs", {}).items() if setup.get(fact) != wanted]
     needs = "needs " + ", ".join(f"{fact} {row['needs'][fact]}" for fact in lacking)
-    found = interval(measured.get(name, {}).get(key))
+    leaf = measured.get(name, {}).get(key)
+    found = interval(leaf)
     if found is None:
         reason = needs if lacking else f"not measured in this run: {name}, {key}"
         return claim(row, (None, None, None), NOT_TESTABLE, "", reason)
-    _, low, high = found
+    value, low, high = found
     direction = side(low, high, published, null)
     if lacking:
         have = ", ".join(f"{fact} {setup.get(fact, 'unknown')}" for fact in lacking)
         return claim(row, found, NOT_TESTABLE, direction, f"{needs}; this run has {have}")
+    if not isinstance(leaf, Mapping) and abs(value - published) > row["rounding"]:
+        return claim(row, found, NOT_TESTABLE, direction, "measured without an interval")
     if not low - row["rounding"] <= published <= high + row["rounding"]:
         reason = f"{published:g} lies outside [{low:.4g}, {high:.4g}]"
         return claim(row, found, NOT_REPRODUCED, direction, reason)

@@ -68,6 +68,8 @@ def check_methods(params: Params) -> None:
             )
         if method.size and method.layers:
             raise InputError(f"{key}: give size or layers, not both (layers fixes the size too)")
+        if method.layers and method.score != "random":
+            raise InputError(f"{key}.layers: only for score: random, as a control")
         for taken in (method.size, method.layers):
             if taken not in (None, OWN, *independent(params)):
                 raise InputError(

@@ -46,7 +46,8 @@ def keep_highest(
         drawn = complete(
             model,
             encode(tokenizer, [row["text"] for row in rows]),
-            keys=[row["id"] for row in rows],
+            # Evaluation names its streams by the ids alone: whatever its seed, it draws others.
+            keys=[f"elicit {row['id']}" for row in rows],
             completions=1,
             progress=bar.update,
             **{k: v for k, v in asdict(keep).items() if k not in ("scorer", "top")},

@@ -68,14 +68,19 @@ def perplexity_difference(
 
 
 def shift_difference(
-    before: tuple[Likelihood, Likelihood], after: tuple[Likelihood, Likelihood], resamples: int
+    before: tuple[Likelihood, Likelihood],
+    after: tuple[Likelihood, Likelihood],
+    groups: Sequence[str],
+    resamples: int,
 ) -> dict[str, float]:
     """Rise of the behaviour's negative log-likelihood minus that of general text, nats per token.
 
-    Each of `before` and `after` is (behaviour, general). The two samples are independent and are
-    resampled apart; no p-value, for nothing is exchangeable between them.
+    Each of `before` and `after` is (behaviour, general); `groups` are the behaviour's grouping
+    keys. The two samples are independent and are resampled apart; no p-value, for nothing is
+    exchangeable between them.
     """
     rises = [np.column_stack([a.nll - b.nll, b.tokens]) for b, a in zip(before, after, strict=True)]
+    rises[0] = statistics.cluster_sums(rises[0], groups)
     count = len(rises[0])
 
     def shift(weights: Array) -> Array:
@@ -86,44 +91,62 @@ def shift_difference(
     return statistics.bootstrap(shift, sizes, resamples=resamples).as_dict()
 
 
-def completion_differences(before: Array, after: Array, resamples: int) -> Differences:
-    """From scores in [0, 1] of shape (prompt, completion), of the two models.
+def completion_table(scores: Array) -> Array:
+    """Per prompt, from scores (prompt, completion) in [0, 1]: their mean, the largest, and 100 if
+    that is toxic, else 0.
+    """
+    largest = scores.max(1)
+    return np.column_stack([scores.mean(1), largest, 100.0 * (largest >= TOXIC)])
+
+
+def completion_differences(
+    before: Array, after: Array, groups: Sequence[str], resamples: int
+) -> Differences:
+    """From the `completion_table` of two models.
 
     reduction: of the mean score, percent of before; emt: Expected Maximum Toxicity, change of the
     mean over prompts of the largest score; toxic_probability: change of the percentage of prompts
     with a completion of at least 0.5 (Gehman et al. 2020).
     """
     paired = statistics.paired_difference
-    toxic = [100.0 * (scores.max(1) >= TOXIC) for scores in (before, after)]
     return {
         "reduction": statistics.reduction(
-            before.mean(1), after.mean(1), resamples=resamples
+            before[:, 0], after[:, 0], groups, resamples=resamples
         ).as_dict(),
-        "emt": paired(before.max(1), after.max(1), resamples=resamples).as_dict(),
-        "toxic_probability": paired(*toxic, resamples=resamples).as_dict(),
+        "emt": paired(before[:, 1], after[:, 1], groups, resamples=resamples).as_dict(),
+        "toxic_probability": paired(
+            before[:, 2], after[:, 2], groups, resamples=resamples
+        ).as_dict(),
     }
 
 
-def improved(before: Array, after: Array, resamples: int) -> dict[str, float]:
+def improved(
+    before: Array, after: Array, groups: Sequence[str], resamples: int
+) -> dict[str, float]:
     """Percentage of prompts whose mean score falls, a tie counting half: 50 under no effect.
 
-    Scores in [0, 1] of shape (prompt, completion), of the two models.
+    From the `completion_table` of two models.
     """
-    fell = 50.0 * (1 + np.sign(before.mean(1) - after.mean(1)))
-    return statistics.mean_interval(fell, resamples=resamples).as_dict()
+    fell = 50.0 * (1 + np.sign(before[:, 0] - after[:, 0]))
+    return statistics.mean_interval(fell, groups, resamples=resamples).as_dict()
 
 
 def pair_differences(
     before: Array, after: Array, terms: Sequence[str], resamples: int
 ) -> Differences:
-    """From log-probabilities (item, 3) of the two models; the unit is the target term.
+    """From log-probabilities (item, 3) of the two models; see `term_differences`."""
+    names, old = stereotypes.per_term(*before.T, terms=terms)
+    _, new = stereotypes.per_term(*after.T, terms=terms)
+    return term_differences(names, old, new, resamples)
+
+
+def term_differences(names: Sequence[str], old: Array, new: Array, resamples: int) -> Differences:
+    """From the `stereotypes.per_term` tables of two models; the unit is the target term.
 
     reduction: of SS, how often the stereotype is preferred, in percent of before (from SS 60, a
     reduction by 16.7 % is even-handed, and more is a bias the other way: see icat). ss, lms and
     icat in points; margin in nats per token. lms and icat over terms that have unrelated texts.
     """
-    names, old = stereotypes.per_term(*before.T, terms=terms)
-    _, new = stereotypes.per_term(*after.T, terms=terms)
     paired = statistics.paired_difference
     found = {
         "reduction": statistics.reduction(old[:, 0], new[:, 0], resamples=resamples).as_dict(),
@@ -197,6 +220,14 @@ class Measured(NamedTuple):
     scores: dict[str, Array] | None = None
 
 
+class Outcome(NamedTuple):
+    """What one model gives in a setting; a sample that was not asked for is absent."""
+
+    general: Likelihood
+    second: Array | None
+    samples: dict[str, Measured]
+
+
 def _means(measured: Measured, terms: Sequence[str]) -> dict[str, float]:
     """The plain values of one model, to stand beside the differences."""
     found = {}
@@ -205,7 +236,6 @@ def _means(measured: Measured, terms: Sequence[str]) -> dict[str, float]:
     for name, scores in (measured.scores or {}).items():
         found |= {
             name: float(scores.mean()),
-            f"{name}_sd": float(scores.std()),
             f"{name}_emt": float(scores.max(1).mean()),
             f"{name}_toxic_probability": 100 * float((scores.max(1) >= TOXIC).mean()),
         }
@@ -213,7 +243,7 @@ def _means(measured: Measured, terms: Sequence[str]) -> dict[str, float]:
         names, table = stereotypes.per_term(*measured.log_p.T, terms=terms)
         found |= {k: float(v) for k, v in stereotypes.pairs(table).items()}
         triples = stereotypes.triples(names, table)[1]
-        if len(triples):
+        if len(triples) >= statistics.MIN_CLUSTERS:
             known = stereotypes.stereoset(triples)
             found |= {"lms": float(known["lms"]), "icat": float(known["icat"])}
     return found
@@ -230,56 +260,81 @@ def compare(
     found: Differences = {}
     if before.text is not None and after.text is not None:
         found["nll_shift"] = shift_difference(
-            (before.text, general[0]), (after.text, general[1]), resamples
+            (before.text, general[0]), (after.text, general[1]), terms, resamples
         )
     if before.log_p is not None and after.log_p is not None:
         found |= pair_differences(before.log_p, after.log_p, terms, resamples)
     if before.scores is not None and after.scores is not None:
         for position, name in enumerate(after.scores):
-            pair = before.scores[name], after.scores[name]
+            old, new = completion_table(before.scores[name]), completion_table(after.scores[name])
             differences = {
-                **completion_differences(*pair, resamples),
-                "improved": improved(*pair, resamples),
+                **completion_differences(old, new, terms, resamples),
+                "improved": improved(old, new, terms, resamples),
             }
             suffix = "" if position == 0 else f"_{name}"
             found |= {f"{key}{suffix}": value for key, value in differences.items()}
     return found
 
 
-def pooled(measured: Sequence[Measured]) -> Measured:
-    """Scores and log-probabilities of a control, averaged over its draws prompt by prompt."""
-    log_p = [m.log_p for m in measured if m.log_p is not None]
-    scores = [m.scores for m in measured if m.scores is not None]
-    return Measured(
-        log_p=np.mean(log_p, axis=0) if log_p else None,
-        scores={k: np.mean([s[k] for s in scores], axis=0) for k in scores[0]} if scores else None,
-    )
+def against(
+    control: Sequence[Measured], after: Measured, terms: Sequence[str], resamples: int
+) -> Differences:
+    """A circuit against the mean of the control's draws, of as many neurons.
+
+    Each draw is reduced to prompts, or to target terms, before the mean is taken: the largest of
+    averaged scores is not the average of the largest.
+    """
+    found: Differences = {}
+    if after.log_p is not None:
+        tables = [
+            stereotypes.per_term(*measured.log_p.T, terms=terms)
+            for measured in (*control, after)
+            if measured.log_p is not None
+        ]
+        names, new = tables[-1]
+        drawn = np.mean([table for _, table in tables[:-1]], axis=0)
+        found |= term_differences(names, drawn, new, resamples)
+    for position, (name, scores) in enumerate((after.scores or {}).items()):
+        drawn = [completion_table(m.scores[name]) for m in control if m.scores is not None]
+        if drawn:
+            differences = completion_differences(
+                np.mean(drawn, axis=0), completion_table(scores), terms, resamples
+            )
+            suffix = "" if position == 0 else f"_{name}"
+            found |= {f"{key}{suffix}": value for key, value in differences.items()}
+    return found
 
 
-def effects(before: Measured, after: Measured, terms: Sequence[str]) -> dict[str, float]:
-    """How much less of the behaviour there is, larger is less: what controls are ranked by."""
+def effects(before: Outcome, after: Outcome, name: str, terms: Sequence[str]) -> dict[str, float]:
+    """How much less of the behaviour there is, larger is less: what controls are ranked by.
+
+    nll: the rise beyond that of general text; margin: how much nearer to 0 it is.
+    """
+    old, new = before.samples[name], after.samples[name]
     found = {}
-    if before.text is not None and after.text is not None:
-        found["nll"] = mean_nll(after.text) - mean_nll(before.text)
-    if before.log_p is not None and after.log_p is not None:
-        _, old = stereotypes.per_term(*before.log_p.T, terms=terms)
-        _, new = stereotypes.per_term(*after.log_p.T, terms=terms)
-        fall = stereotypes.pairs(old)["margin"] - stereotypes.pairs(new)["margin"]
-        found["margin"] = float(fall)
-    for name, scores in (after.scores or {}).items():
-        if before.scores is not None:
-            found[name] = float(before.scores[name].mean() - scores.mean())
+    if old.text is not None and new.text is not None:
+        rise = mean_nll(new.text) - mean_nll(old.text)
+        found["nll"] = rise - (mean_nll(after.general) - mean_nll(before.general))
+    if old.log_p is not None and new.log_p is not None:
+        margins = [
+            abs(float(stereotypes.pairs(stereotypes.per_term(*log_p.T, terms=terms)[1])["margin"]))
+            for log_p in (old.log_p, new.log_p)
+        ]
+        found["margin"] = margins[0] - margins[1]
+    for scorer_name, scores in (new.scores or {}).items():
+        if old.scores is not None:
+            found[scorer_name] = float(old.scores[scorer_name].mean() - scores.mean())
     return found
 
 
 def among(
-    after: Measured, control: Sequence[Measured], before: Measured, terms: Sequence[str]
+    after: Outcome, control: Sequence[Outcome], before: Outcome, name: str, terms: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """A circuit's effects among those of the control's draws, with their rank p; several draws."""
     if len(control) < 2:
         return {}
-    own = effects(before, after, terms)
-    drawn = [effects(before, measured, terms) for measured in control]
+    own = effects(before, after, name, terms)
+    drawn = [effects(before, outcome, name, terms) for outcome in control]
     return {
         key: statistics.against_draws(value, [effect[key] for effect in drawn]).as_dict()
         for key, value in own.items()
@@ -305,11 +360,13 @@ def writing(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
     return found
 
 
-def agreement(scores: Mapping[str, Array], resamples: int) -> dict[str, dict[str, float]]:
+def agreement(
+    scores: Mapping[str, Array], groups: Sequence[str], resamples: int
+) -> dict[str, dict[str, float]]:
     """Spearman correlation, over prompts, of every two scorers' mean scores."""
     return {
         f"{a}-{b}": statistics.rank_agreement(
-            scores[a].mean(1), scores[b].mean(1), resamples=resamples
+            scores[a].mean(1), scores[b].mean(1), groups, resamples=resamples
         ).as_dict()
         for a, b in combinations(scores, 2)
     }
@@ -322,14 +379,6 @@ class Setting(NamedTuple):
     samples: list[Sample]
     second: Items | None
     rows: list[dict[str, Any]]  # all that must be held out
-
-
-class Outcome(NamedTuple):
-    """What one model gives in a setting; a sample that was not asked for is absent."""
-
-    general: Likelihood
-    second: Array | None
-    samples: dict[str, Measured]
 
 
 def load_setting(
@@ -348,6 +397,14 @@ def load_setting(
         name: read_prompts(spec.prompts, split)[:count]
         for name, split in {**found, "in_sample": "attribute"}.items()
     }
+    for name, rows in by_name.items():
+        count = len({row["group"] for row in rows})
+        if count < statistics.MIN_CLUSTERS:
+            raise InputError(
+                f"params: behaviours.{behaviour}.prompts: {spec.prompts} has {count} groups of "
+                f"prompts for {name}, at least {statistics.MIN_CLUSTERS} are needed for an "
+                "interval; raise its count, or the share of the test split"
+            )
     general = read_prompts(
         evaluate.general, None if evaluate.general in params.test_sets else "test"
     )[: evaluate.texts]
@@ -418,7 +475,7 @@ def result(
     setting: Setting,
     resamples: int,
 ) -> dict[str, Any]:
-    """All differences of one circuit; `control`: the outcomes of the control's draws, or none."""
+    """All differences of one circuit; `control`: outcomes of the draws of a control of its size."""
     pair = before.general, after.general
     found: dict[str, Any] = {"ppl_delta": perplexity_difference(*pair, resamples)}
     for sample in setting.samples:
@@ -431,12 +488,10 @@ def result(
             }
     first = setting.samples[0]
     if control:
+        terms = first.texts.groups
         drawn = [outcome.samples[first.name] for outcome in control]
-        new, terms = after.samples[first.name], first.texts.groups
-        found["among_controls"] = among(new, drawn, before.samples[first.name], terms)
-        found["against_control"] = compare(
-            pooled(drawn), Measured(log_p=new.log_p, scores=new.scores), pair, terms, resamples
-        )
+        found["among_controls"] = among(after, control, before, first.name, terms)
+        found["against_control"] = against(drawn, after.samples[first.name], terms, resamples)
     if setting.second and before.second is not None and after.second is not None:
         groups = setting.second.groups
         found["second"] = pair_differences(before.second, after.second, groups, resamples)
@@ -488,7 +543,12 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
             after[name], rows = outcome(*fixed, measured_on, name, sampled)
         completions += rows
 
-    control = [after[n] for n in circuit_names(evaluate.control, params.methods[evaluate.control])]
+    folder = evaluation_folder(behaviour)
+    write_jsonl(folder / "completions.jsonl", completions)
+    write_csv(folder / "prompts.csv", *prompt_table({"none": before, **after}, setting.samples))
+
+    drawn = circuit_names(evaluate.control, params.methods[evaluate.control])
+    size = len(circuits[drawn[0]][1])
     results = {
         name: {
             "method": method,
@@ -496,7 +556,9 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
             **result(
                 before,
                 after[name],
-                control if method != evaluate.control else [],
+                [after[draw] for draw in drawn]
+                if method != evaluate.control and len(circuit) == size
+                else [],
                 setting,
                 evaluate.resamples,
             ),
@@ -517,13 +579,11 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     }
     scores = before.samples[first].scores
     if scores:
-        found["scorer_agreement"] = agreement(scores, evaluate.resamples)
+        groups = setting.samples[0].texts.groups
+        found["scorer_agreement"] = agreement(scores, groups, evaluate.resamples)
         found["scorers"] = {
             name: describe(ScorerSpec(**asdict(params.scorers[name]))) for name in spec.scorers
         }
-    folder = evaluation_folder(behaviour)
-    write_jsonl(folder / "completions.jsonl", completions)
-    write_csv(folder / "prompts.csv", *prompt_table({"none": before, **after}, setting.samples))
     write_json(metrics_path("evaluate", behaviour), found)
     return {
         f"{name}.{key}": value

@@ -51,6 +51,18 @@ def prompt_scores(prompt_set: str, score: str) -> circuits.Scores:
     return circuits.Scores(values.reshape(len(ids), -1), np.array([groups[i] for i in ids]))
 
 
+def one_of_each(prompt_set: str, seed: int) -> Array:
+    """Positions of one prompt, at random, of every text of a set's attribute split.
+
+    Neutral pairs hold each item in both orders, whose relevance has opposite signs: any part of
+    them has the mean 0, and a null built from such parts would compare rounding errors.
+    """
+    texts = [row["text"] for row in read_prompts(prompt_set, "attribute")]
+    order = np.random.default_rng(seed).permutation(len(texts))
+    _, first = np.unique(np.array(texts)[order], return_index=True)
+    return np.sort(order[first])
+
+
 def compare_sets(sets: dict[str, Array], layers: int, width: int) -> dict[str, Any]:
     """Everything that needs only the sets of neurons."""
     found: dict[str, Any] = {
@@ -131,7 +143,12 @@ def run(params: Params) -> dict[str, float]:
             used, contrasts, draws=overlap.resamples, seed=overlap.seed
         )
         found["corrected"] = {key: named(table) for key, table in estimated.items()}
-        arguments = (used, contrasts, contrast, choose_flat, overlap.num_neurons)
+        references = {reference for reference, _ in contrasts.values()}
+        apart = {
+            name: scores.at(one_of_each(name, overlap.seed)) if name in references else scores
+            for name, scores in used.items()
+        }
+        arguments = (apart, contrasts, contrast, choose_flat, overlap.num_neurons)
         repeated = {"repeats": overlap.repeats, "seed": overlap.seed}
         found["nulls"] = {
             "split_halves": named(circuits.split_halves(*arguments, **repeated)),

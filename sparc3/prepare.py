@@ -169,7 +169,8 @@ def draw(
     """`count` prompts for each seed, in the proportions that the splits have, no text twice.
 
     A seed's prompts are the first that fit, in the order of a hash of the set's name, the seed and
-    the text, of those that earlier seeds have left. Texts are cut to the lengths of the prompts
+    the text, of those that earlier seeds have left; none has the text of a prompt in another split.
+    Texts are cut to the lengths of the prompts
     `like` if those are given, split by split. InputError, naming the set: too few of them.
     """
     asked = spec.count * len(spec.seeds)
@@ -182,6 +183,7 @@ def draw(
     slots = interleave(largest_remainder(asked, {k: len(v) for k, v in by_split.items()}))
     prompts: list[Prompt] = []
     used: set[str] = set()
+    home: dict[str, str] = {}
     for number, seed in enumerate(spec.seeds):
         quotas = Counter(slots[number * spec.count : (number + 1) * spec.count])
         for split in SPLITS:
@@ -194,9 +196,12 @@ def draw(
             ):
                 if found == len(limits):
                     break
+                if home.get(row.text, split) != split:
+                    continue  # two groups share the text that a pair begins with
                 prompt = fit(tokenizer, row, limits[found], split, seed)
                 if prompt is not None and prompt.id not in used:
                     used.add(prompt.id)
+                    home[row.text] = split
                     prompts.append(prompt)
                     found += 1
             if found < len(limits):

@@ -16,6 +16,7 @@ from sparc3.artifacts import (
     METRICS,
     OUTPUTS,
     circuit_path,
+    evaluation_folder,
     metrics_path,
     stability_path,
     sweep_path,
@@ -28,6 +29,7 @@ from sparc3.select import circuit_names
 
 FOLDER = OUTPUTS / "report"
 TABLE = METRICS / "table.md"
+BROKEN = 5.0  # points that the share of degenerate completions may rise by
 
 
 def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +45,12 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
         "against_control_": [c.get("against_control", {}) for c in circuits],
         "second_": [c.get("second", {}) for c in circuits],
     }
+    split, completions = first_split(params), results["completions"]
+    broken = [
+        completions[name][split]["degenerate_percent"]
+        for name in circuit_names(method, params.methods[method])
+        if split in completions.get(name, {})
+    ]
     found: dict[str, Any] = {"ppl_delta": summary([c["ppl_delta"] for c in circuits])}
     for prefix, parts in sources.items():
         for name in parts[0]:
@@ -54,6 +62,11 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
         "draws": len(circuits),
         "num_neurons": circuits[0]["num_neurons"],
         "differences": found,
+        "degenerate": float(np.mean(broken)) if broken else None,
+        "baseline": {
+            "ss": results["baseline"].get(f"{split}_ss"),
+            "degenerate": completions.get("none", {}).get(split, {}).get("degenerate_percent"),
+        },
         "circuit": circuit_path(behaviour, circuit_names(method, params.methods[method])[0]),
     }
 
@@ -81,19 +94,34 @@ def cells(params: Params) -> list[dict[str, Any]]:
         tested, statistics.holm([difference["p"] for difference in tested]), strict=True
     ):
         difference["p_holm"] = p
+        difference["mde_holm"] = statistics.mde_of_family(
+            difference["mde"], int(difference["n"]), len(tested)
+        )
     return table
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """What the held-out reduction shows, in words."""
+    """What the held-out reduction shows, in words; "reduced" needs a control of equal size."""
     found = row["differences"].get("reduction")
     if found is None:
         return "not measured"
     if "p_holm" not in found:
         return "control"
-    if found["p_holm"] < 0.05:
-        return "reduced" if found["value"] > 0 else "increased"
-    return f"not shown; {found['mde']:.0f} % would have been"
+    if found["moved"] < statistics.MIN_CLUSTERS:
+        return f"not shown; {found['moved']} of {found['n']} groups changed at all"
+    if found["p_holm"] >= 0.05:
+        return f"not shown; {found['mde_holm']:.0f} % would have been"
+    if found["value"] < 0:
+        return "increased"
+    if row["degenerate"] is not None and row["degenerate"] > row["baseline"]["degenerate"] + BROKEN:
+        return "degenerate"
+    ss, change = row["baseline"]["ss"], row["differences"].get("ss")
+    if ss is not None and change is not None and abs(ss + change["value"] - 50) >= abs(ss - 50):
+        return "overshot"
+    control = row["differences"].get("against_control_reduction")
+    if control is None:
+        return "reduced; no control of its size"
+    return "reduced" if control["low"] > 0 else "reduced, not beyond the control"
 
 
 def interval(difference: dict[str, float] | None, digits: int = 1) -> str:
@@ -111,9 +139,11 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def result_table(params: Params, table: list[dict[str, Any]]) -> str:
     """The table that `make repro` prints and README shows."""
+    held_out = first_split(params) == "test"
     text = [
-        "Held-out prompts; 95 % intervals by cluster bootstrap; p by sign flips, Holm-adjusted "
-        "over all rows. Rows with several draws show their mean and range.\n"
+        "Held-out prompts" if held_out else "In sample: nothing is held out",
+        "; 95 % intervals by cluster bootstrap; p by sign flips, Holm-adjusted over all rows. Rows "
+        "with several draws show their mean and range.\n",
     ]
     for behaviour, spec in params.behaviours.items():
         results = read_json(metrics_path("evaluate", behaviour))
@@ -129,9 +159,10 @@ def result_table(params: Params, table: list[dict[str, Any]]) -> str:
             "neurons",
             "perplexity %",
             "reduction %",
-            "beyond control %",
+            "beyond control %" if held_out else "beyond control, in sample %",
             "in sample %",
             *(title for _, title, _ in own),
+            *(["degenerate %"] if spec.measure == "completions" else []),
             "p",
             "verdict",
         ]
@@ -149,6 +180,7 @@ def result_table(params: Params, table: list[dict[str, Any]]) -> str:
                     interval(found.get("against_control_reduction")),
                     interval(found.get("in_sample_reduction")),
                     *(interval(found.get(key), digits) for key, _, digits in own),
+                    *([number(row["degenerate"], 2)] if spec.measure == "completions" else []),
                     "-" if p is None else f"{p:.3g}",
                     verdict(row),
                 ]
@@ -163,7 +195,10 @@ def headline(params: Params, spec: Behaviour, results: dict[str, Any], row: dict
     split = first_split(params)
     if spec.measure == "completions":
         name = f"{split}_{spec.scorers[0]}"
-        own = f"mean {spec.scorers[0]} score {values[name]:.3f}, EMT {values[f'{name}_emt']:.3f}"
+        own = (
+            f"mean {spec.scorers[0]} score {values[name]:.3f}, EMT {values[f'{name}_emt']:.3f}, "
+            f"degenerate {number(row['baseline']['degenerate'], 2)} %"
+        )
     else:
         own = ", ".join(
             f"{key.upper()} {values[f'{split}_{key}']:.1f}"
@@ -186,7 +221,10 @@ def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str,
     overlap = read_json(metrics_path("overlap"))
     general = {**params.prompt_sets, **params.test_sets}[params.evaluate.general]
     found: dict[str, dict[str, Any]] = {
-        "setup": {"perplexity_text": general.source.removeprefix("hub/")},
+        "setup": {
+            "perplexity_text": general.source.removeprefix("hub/"),
+            "overlap_neurons": params.overlap.num_neurons,
+        },
         "region": overlap["regions"],
         "correlation": {},
         "correlation_difference": {},
@@ -218,11 +256,14 @@ def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]
     name, differences = row["behaviour"], row["differences"]
     spec, split = params.behaviours[name], first_split(params)
     about = read_json(row["circuit"].with_suffix(".json"))
-    results = read_json(metrics_path("evaluate", name))
-    perplexity = results["baseline"]["perplexity"]
+    perplexity = read_json(metrics_path("evaluate", name))["baseline"]["perplexity"]
     change = differences["ppl_delta"]
     found: dict[str, dict[str, Any]] = {
-        "setup": {key: about[key] for key in ("layers", "width", "num_neurons")},
+        "setup": {
+            "layers": about["layers"],
+            "width": about["width"],
+            f"neurons_{name}": about["num_neurons"],
+        },
         "differential": {name: row["differential"]},
         "ppl_delta": {name: change},
         "perplexity": {
@@ -230,23 +271,22 @@ def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]
             name: {k: perplexity * (1 + change[k] / 100) for k in ("value", "low", "high")},
         },
     }
+    if spec.measure == "pairs":  # what was published are scores of completions
+        return found
     prefix = "" if split == "test" else f"{split}_"
     for quantity in ("reduction", "improved"):
         if prefix + quantity in differences:
             found[quantity] = {name: differences[prefix + quantity]}
-    if spec.measure == "completions":
-        first = spec.scorers[0]
-        scorer = params.scorers[first]
-        after = results["circuits"][row["circuit"].stem][split]["values"]
-        for suffix in ("", "_sd"):
-            found[f"baseline{suffix}"] = {name: results["baseline"][f"{split}_{first}{suffix}"]}
-            if first + suffix in after:
-                found[f"pruned{suffix}"] = {name: after[first + suffix]}
-        if name == "toxicity":
-            found["setup"]["toxicity_scorer"] = scorer.kind
-        else:
-            modern = "modernbert" in (scorer.path or "").lower()
-            found["setup"]["bias_scorer"] = "modernbert" if modern else scorer.kind
+    scorer = params.scorers[spec.scorers[0]]
+    modern = "modernbert" in (scorer.path or "").lower()
+    found["setup"][f"scorer_{name}"] = "modernbert" if modern else scorer.kind
+    prompts = read_csv(evaluation_folder(name) / "prompts.csv")
+    for quantity, circuit in (("baseline", "none"), ("pruned", row["circuit"].stem)):
+        rows = [r for r in prompts if (r["circuit"], r["split"]) == (circuit, split)]
+        scores = [float(r[f"{spec.scorers[0]}_mean"]) for r in rows if r[f"{spec.scorers[0]}_mean"]]
+        if scores:
+            estimate = statistics.mean_interval(scores, [r["group"] for r in rows])
+            found[quantity] = {name: estimate.as_dict()}
     return found
 
 

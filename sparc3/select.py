@@ -25,6 +25,7 @@ from sparc3.prune import Circuit, write_circuit
 from sparc3.stability import (
     CANDIDATES,
     SHARES,
+    Candidates,
     mean_overlap,
     resampled_circuits,
     selection_frequency,
@@ -108,6 +109,15 @@ def circuit_names(name: str, method: Method) -> list[str]:
     return [name] if method.draws == 1 else [f"{name}-{draw}" for draw in range(method.draws)]
 
 
+def candidates(prompt_set: str, score: str, ids: Array) -> Candidates:
+    """The scores of some neurons, by their flat ids, for every prompt of a set."""
+    prompts, scores = read_scores(prompt_set, score)
+    groups = {row["id"]: row["group"] for row in read_prompts(prompt_set, "attribute")}
+    return Candidates(
+        scores.reshape(len(scores), -1)[:, ids], [groups[prompt] for prompt in prompts]
+    )
+
+
 def measure_stability(
     params: Params, behaviour: str, name: str, ids: Array, differential: Array, barred: Array
 ) -> list[dict[str, object]]:
@@ -121,13 +131,9 @@ def measure_stability(
     free = int(barred.size - barred.sum())
     among = choose(differential, min(CANDIDATES * ids.size, free), barred)
     reference, prompts = (
-        scores.reshape(len(scores), -1)[:, among]
-        for _, scores in (
-            read_scores(spec.reference, method.score),
-            read_scores(spec.prompts, method.score),
-        )
+        candidates(prompt_set, method.score, among) for prompt_set in (spec.reference, spec.prompts)
     )
-    sizes = [max(2, round(share * len(prompts))) for share in SHARES]
+    sizes = [max(2, round(share * len(prompts.scores))) for share in SHARES]
     chosen = resampled_circuits(
         reference,
         prompts,
@@ -163,6 +169,9 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         prompt_set: read_prompts(prompt_set, "attribute")
         for prompt_set in dict.fromkeys((spec.prompts, spec.reference, params.differential.general))
     }
+    if len(sizes) * len(protects) > 1:  # chosen by what the sweep measured
+        for prompt_set in (spec.prompts, params.differential.general):
+            seen[prompt_set] = [*seen[prompt_set], *read_prompts(prompt_set, "tune")]
     chosen_on = {name: [row["id"] for row in found] for name, found in seen.items()}
     groups = sorted({row["group"] for found in seen.values() for row in found})
     circuits: dict[str, Array] = {}

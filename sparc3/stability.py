@@ -5,6 +5,7 @@ ones of the full sample, most negative first. One from beyond them would have to
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,9 +16,16 @@ CANDIDATES = 20
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the prompts: where the curve of agreement is measured
 
 
+class Candidates(NamedTuple):
+    """Scores (prompt, candidate) of one prompt set, and the prompts' grouping keys (prompt,)."""
+
+    scores: Array
+    groups: Sequence[str]
+
+
 def resampled_circuits(
-    reference: Array,
-    behaviour: Array,
+    reference: Candidates,
+    behaviour: Candidates,
     contrast: str,
     k: int,
     sizes: Sequence[int],
@@ -26,21 +34,33 @@ def resampled_circuits(
 ) -> list[Array]:
     """Columns chosen in each resample, for every size: arrays (resample, k).
 
-    `reference` and `behaviour` are scores (prompt, candidate). A size s draws, with replacement,
-    the share s / len(behaviour) of both sets.
+    Whole groups are drawn, with replacement. A size s stands for the share s / prompts of the
+    groups of either set, and at least two.
     """
     rng = np.random.default_rng(seed)
+    members = [
+        [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+        for codes in (np.unique(c.groups, return_inverse=True)[1] for c in (reference, behaviour))
+    ]
     found = []
     for size in sizes:
         chosen = np.empty((resamples, k), dtype=np.int64)
-        other = max(2, round(size * len(reference) / len(behaviour)))
+        share = size / len(behaviour.scores)
         for draw in range(resamples):
-            one = reference[rng.integers(0, len(reference), other)][:, None]
-            two = behaviour[rng.integers(0, len(behaviour), size)][:, None]
+            one, two = (
+                candidates.scores[_drawn(groups, share, rng)][:, None]
+                for candidates, groups in zip((reference, behaviour), members, strict=True)
+            )
             values = CONTRASTS[contrast](one, two)[0]
             chosen[draw] = np.argsort(values, kind="stable")[:k]
         found.append(chosen)
     return found
+
+
+def _drawn(groups: Sequence[Array], share: float, rng: np.random.Generator) -> Array:
+    """Rows of a share of the groups, drawn with replacement."""
+    count = max(2, round(share * len(groups)))
+    return np.concatenate([groups[i] for i in rng.integers(0, len(groups), count)])
 
 
 def selection_frequency(chosen: Array, count: int) -> Array:

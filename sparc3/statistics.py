@@ -33,7 +33,7 @@ cluster's difference. Exact for exchangeable pairs at any sample size.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +76,8 @@ class Difference:
 
     `p` is two-sided. `n` counts clusters. `mde` is the minimum detectable effect, in the units of
     `value`: the true change that a two-sided test at 1 - level finds with 80 % power; 0 where
-    nothing varies. Before and after identical: value, low, high and mde are 0 and p is 1.
+    nothing varies. `moved` counts the clusters that differ at all: p is at least 2 / 2**moved.
+    Before and after identical: value, low, high and mde are 0 and p is 1.
     """
 
     value: float
@@ -85,6 +86,7 @@ class Difference:
     p: float
     n: int
     mde: float
+    moved: int
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -146,6 +148,12 @@ def _sums(table: Array, codes: npt.NDArray[np.intp]) -> Array:
     sums = np.zeros((int(codes.max(initial=-1)) + 1, table.shape[1]))
     np.add.at(sums, codes, table)
     return sums
+
+
+def cluster_sums(values: npt.ArrayLike, clusters: Clusters) -> Array:
+    """Sums per cluster, (row, column) -> (cluster, column), clusters in sorted order."""
+    table = _table(values, "values")
+    return _sums(table, _codes(clusters, len(table)))
 
 
 def _totals(weights: Array, sums: Array) -> Array:
@@ -348,6 +356,7 @@ def _paired(
         p=_swap_p(b, a, size, effect, resamples, seed),
         n=found.n,
         mde=(found.high - found.low) / 2 * (1 + t_power / t_level),
+        moved=int((b != a).any(axis=1).sum()),
     )
 
 
@@ -432,9 +441,7 @@ def reduction(
     """`relative_change` with the sign turned: a positive number is less of the behaviour."""
     change = relative_change(before, after, clusters, resamples=resamples, seed=seed, level=level)
     # 0 - x, so that no change is 0 and not -0.
-    return Difference(
-        0 - change.value, 0 - change.high, 0 - change.low, change.p, change.n, change.mde
-    )
+    return replace(change, value=0 - change.value, low=0 - change.high, high=0 - change.low)
 
 
 def perplexity_change(
@@ -503,6 +510,18 @@ def holm(p_values: Sequence[float] | Array) -> list[float]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1)
     return adjusted.tolist()
+
+
+def mde_of_family(mde: float, n: int, tests: int, level: float = 0.95) -> float:
+    """The minimum detectable effect of one among `tests` tests, from that of a test by itself.
+
+    Holm's first step asks for (1 - level) / tests of the smallest p; `n` counts clusters.
+    """
+    power = _student_quantile(POWER, n - 1)
+    alone, strict = (
+        _student_quantile(1 - (1 - level) / (2 * count), n - 1) for count in (1, max(tests, 1))
+    )
+    return mde * (strict + power) / (alone + power)
 
 
 # --- correlations ----------------------------------------------------------------------------

@@ -92,6 +92,7 @@ def run(params: Params) -> dict[str, float]:
                     "nll_shift": shift_difference(
                         (before[name], before[first]),
                         (after[name], after[first]),
+                        sample.groups,
                         transfer.resamples,
                     ),
                 }

@@ -16,9 +16,14 @@ ROWS = {row["id"]: row for row in json.loads(PUBLISHED.read_text())}
 LLAMA = {
     "layers": 32,
     "width": 14_336,
-    "num_neurons": 100,
-    "toxicity_scorer": "detoxify",
-    "bias_scorer": "modernbert",
+    "overlap_neurons": 100,
+    "neurons_toxicity": 100,
+    "neurons_gender": 100,
+    "neurons_race": 100,
+    "neurons_bold": 100,
+    "scorer_toxicity": "detoxify",
+    "scorer_gender": "modernbert",
+    "scorer_race": "modernbert",
     "perplexity_text": "wikitext-2",
     "gpus": 2,
 }
@@ -232,10 +237,11 @@ def test_direction_of_a_claim_below_its_null() -> None:
     assert found["correlation-apart"].direction == "disagrees"
 
 
-def test_a_number_without_an_interval_is_exact() -> None:
+def test_a_number_without_an_interval_can_agree_but_not_refute() -> None:
     found = verdicts({"setup": LLAMA, "overlap": {"toxicity-gender": 11, "gender-race": 14}})
     assert found["overlap-toxicity-gender"].verdict == "reproduced"
-    assert found["overlap-gender-race"].verdict == "not reproduced"
+    assert found["overlap-gender-race"].verdict == "not testable on this model"
+    assert found["overlap-gender-race"].reason == "measured without an interval"
     assert found["overlap-gender-race"].low == found["overlap-gender-race"].high == 14
 
 

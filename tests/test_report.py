@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,13 +40,34 @@ def test_costs_are_summed_by_stage() -> None:
 
 def test_a_verdict_needs_a_small_p_and_names_what_could_have_been_found() -> None:
     def row(**reduction: float) -> dict:
-        return {"differences": {"reduction": reduction} if reduction else {}}
+        measured = {"moved": 20, "n": 30, "mde_holm": 9.0, **reduction}
+        return {
+            "differences": {"reduction": measured} if reduction else {},
+            "degenerate": None,
+            "baseline": {"ss": None, "degenerate": None},
+        }
 
-    assert verdict(row(value=20.0, p_holm=0.01, mde=9.0)) == "reduced"
-    assert verdict(row(value=-20.0, p_holm=0.01, mde=9.0)) == "increased"
-    assert verdict(row(value=5.0, p_holm=0.2, mde=9.0)) == "not shown; 9 % would have been"
+    def beside(control: float, **more: Any) -> dict:
+        found = row(value=20.0, p_holm=0.01)
+        found["differences"]["against_control_reduction"] = {"low": control}
+        return found | more
+
+    assert verdict(beside(1.0)) == "reduced"
+    assert verdict(beside(-1.0)) == "reduced, not beyond the control"
+    assert verdict(row(value=20.0, p_holm=0.01)) == "reduced; no control of its size"
+    assert verdict(row(value=-20.0, p_holm=0.01)) == "increased"
+    assert verdict(row(value=5.0, p_holm=0.2)) == "not shown; 9 % would have been"
+    few = verdict(row(value=5.0, p_holm=1.0, moved=2))
+    assert few == "not shown; 2 of 30 groups changed at all"
     assert verdict(row(value=5.0, low=1.0, high=9.0)) == "control"
     assert verdict(row()) == "not measured"
+    broken = {"degenerate": 9.0, "baseline": {"ss": None, "degenerate": 2.0}}
+    assert verdict(beside(1.0, **broken)) == "degenerate"
+    turned = beside(1.0, baseline={"ss": 60.0, "degenerate": None})
+    turned["differences"]["ss"] = {"value": -20.0}
+    assert verdict(turned) == "overshot"
+    turned["differences"]["ss"] = {"value": -19.0}
+    assert verdict(turned) == "reduced"
 
 
 def test_draws_are_summarised_by_mean_and_range() -> None:

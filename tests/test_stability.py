@@ -1,17 +1,26 @@
 import numpy as np
 
-from sparc3.stability import mean_overlap, resampled_circuits, selection_frequency
+from sparc3.stability import Candidates, mean_overlap, resampled_circuits, selection_frequency
+
+
+def apart(scores: np.ndarray) -> Candidates:
+    """Every prompt a group of its own."""
+    return Candidates(scores, [f"g{i}" for i in range(len(scores))])
 
 
 def test_a_clear_signal_is_found_again_and_noise_is_not() -> None:
     rng = np.random.default_rng(0)
     reference, behaviour = rng.standard_normal((60, 40)), rng.standard_normal((60, 40))
     behaviour[:, :5] += 10
-    (clear,) = resampled_circuits(reference, behaviour, "mean-difference", 5, [60], 50, 0)
+    (clear,) = resampled_circuits(
+        apart(reference), apart(behaviour), "mean-difference", 5, [60], 50, 0
+    )
     assert selection_frequency(clear, 40)[:5].tolist() == [1.0] * 5
     assert mean_overlap(clear, 5) == 1.0
     noise = rng.standard_normal((60, 40))
-    (vague,) = resampled_circuits(reference, noise, "mean-difference", 5, [10], 300, 0)
+    (vague,) = resampled_circuits(
+        apart(reference), apart(noise), "mean-difference", 5, [10], 300, 0
+    )
     # Five of forty by chance: an eighth of the circuit, up to the noise of 300 resamples.
     assert mean_overlap(vague, 5) < 0.5
     assert np.isclose(selection_frequency(vague, 40).sum(), 5)
@@ -22,8 +31,22 @@ def test_more_prompts_agree_more() -> None:
     signal = np.linspace(1, 0, 60)
     reference = rng.standard_normal((200, 60))
     behaviour = rng.standard_normal((200, 60)) + signal
-    few, many = resampled_circuits(reference, behaviour, "t", 10, [10, 200], 60, 0)
+    few, many = resampled_circuits(apart(reference), apart(behaviour), "t", 10, [10, 200], 60, 0)
     assert mean_overlap(many, 10) > mean_overlap(few, 10)
+
+
+def test_copies_of_a_prompt_make_nothing_more_stable() -> None:
+    rng = np.random.default_rng(2)
+    reference, behaviour = rng.standard_normal((2, 12, 30))
+    copies = [
+        Candidates(np.repeat(scores, 8, axis=0), [f"g{i // 8}" for i in range(96)])
+        for scores in (reference, behaviour)
+    ]
+    (once,) = resampled_circuits(
+        apart(reference), apart(behaviour), "mean-difference", 5, [12], 300, 0
+    )
+    (often,) = resampled_circuits(*copies, "mean-difference", 5, [96], 300, 0)
+    assert abs(mean_overlap(once, 5) - mean_overlap(often, 5)) < 0.05
 
 
 def test_an_empty_circuit_is_stable() -> None:

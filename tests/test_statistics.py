@@ -264,7 +264,7 @@ def test_perplexity_change_of_a_uniform_rise():
 def test_identical_before_and_after_is_no_change(clusters, level):
     scores = level * np.random.default_rng(0).random(20)
     tokens = np.full(20, 30)
-    nothing = Difference(value=0, low=0, high=0, p=1, n=10 if clusters else 20, mde=0)
+    nothing = Difference(value=0, low=0, high=0, p=1, n=10 if clusters else 20, mde=0, moved=0)
     for found in (
         statistics.paired_difference(scores, scores, clusters, resamples=200),
         statistics.relative_change(scores, scores, clusters, resamples=200),
@@ -603,3 +603,21 @@ def test_importing_loads_no_heavy_library():
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert output.stdout.decode().strip() == "[]"
+
+
+def test_more_tests_need_a_larger_effect() -> None:
+    from scipy.stats import t
+
+    assert statistics.mde_of_family(7.0, 20, 1) == pytest.approx(7.0)
+    alone, strict = t.ppf(0.975, 19) + t.ppf(0.8, 19), t.ppf(1 - 0.05 / 30, 19) + t.ppf(0.8, 19)
+    assert statistics.mde_of_family(7.0, 20, 15) == pytest.approx(7.0 * strict / alone)
+    assert statistics.mde_of_family(0.0, 20, 15) == 0
+
+
+def test_moved_counts_the_clusters_that_differ() -> None:
+    before = np.arange(12.0)
+    after = before.copy()
+    after[[2, 3, 7]] += 1
+    assert statistics.paired_difference(before, after).moved == 3
+    grouped = statistics.paired_difference(before, after, [f"g{i // 2}" for i in range(12)])
+    assert grouped.moved == 2
