@@ -13,15 +13,19 @@ from sparc3.files import read_csv, read_jsonl, read_tensors
 
 SMALL: dict[str, Any] = {
     "prompt_sets": {
-        "general": {"count": 12, "min_tokens": 48, "max_tokens": 48},
+        "general": {"count": 12, "min_tokens": 32, "max_tokens": 32},
         "general-toxicity": {"count": 16},
         "toxicity": {"count": 40},
         "general-pairs": {"count": 80, "where": {"bias_type": "profession", "first": 80}},
-        "gender": {"count": 240},
-        "race": {"count": 180},
+        "gender": {"count": 160},
+        "race": {"count": 130},
     },
-    "test_sets": {"news": {"count": 40, "min_tokens": 48, "max_tokens": 48}},
-    "attribute": {"shard_prompts": 16, "scores": ["lrp", "max-activation"]},
+    "test_sets": {
+        "news": {"count": 40, "min_tokens": 32, "max_tokens": 32},
+        "crows-gender": {"count": 30},
+        "crows-race": {"count": 30},
+    },
+    "attribute": {"shard_prompts": 128, "scores": ["lrp", "max-activation"]},
     "sweep": {"num_neurons": [20, 60], "protect": [0.2], "texts": 6, "items": 12},
     "select": {"resamples": 10},
     "evaluate": {
@@ -34,7 +38,7 @@ SMALL: dict[str, Any] = {
         "new_tokens": 6,
         "resamples": 500,
     },
-    "behaviours": {"toxicity": {"method": "lrp"}},
+    "behaviours": {name: {"method": "lrp"} for name in ("toxicity", "gender", "race")},
     "report": {"method": "lrp"},
     "transfer": {"items": 40, "resamples": 500},
     "overlap": {"resamples": 200, "repeats": 2},
