@@ -500,7 +500,7 @@ def result(
 
 def check_methods_named(params: Params) -> None:
     """InputError where evaluate names a method that is not there."""
-    named = {key: getattr(params.evaluate, key) for key in ("full", "in_sample")}
+    named = {key: getattr(params.evaluate, key) for key in ("completed", "in_sample")}
     for key, names in {**named, "control": (params.evaluate.control,)}.items():
         for name in names:
             if name not in params.methods:
@@ -534,11 +534,11 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     before, completions = outcome(*fixed, setting, "none", every)
     after: dict[str, Outcome] = {}
     for name, (method, circuit) in tqdm(circuits.items(), desc=f"evaluate {behaviour}"):
-        full = method in (*evaluate.full, spec.method)
-        sampled = {first: full}
+        own = method == spec.method  # of the behaviour: it alone is measured by all there is
+        sampled = {first: own or method in evaluate.completed}
         if method in evaluate.in_sample:
             sampled["in_sample"] = True
-        measured_on = setting if full else setting._replace(second=None)
+        measured_on = setting if own else setting._replace(second=None)
         with pruned(model, circuit):
             after[name], rows = outcome(*fixed, measured_on, name, sampled)
         completions += rows

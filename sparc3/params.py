@@ -140,7 +140,7 @@ class Evaluate:
     prompts: int
     items: int
     completions: int
-    full: tuple[str, ...]
+    completed: tuple[str, ...]
     in_sample: tuple[str, ...]
     control: str
     new_tokens: int

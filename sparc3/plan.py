@@ -309,8 +309,9 @@ def _evaluate(params: Params, model: Shape, sample: Sample, behaviour: str) -> W
 
     parts = [*general, *second, *(part for split in splits for part in measured(split, True))]
     for name, method in params.methods.items():
-        full = name in (*evaluate.full, spec.method)
-        one = [*general, *(second if full else []), *measured(splits[0], full)]
+        own = name == spec.method
+        complete = own or name in evaluate.completed
+        one = [*general, *(second if own else []), *measured(splits[0], complete)]
         if name in evaluate.in_sample and len(splits) > 1:
             one += measured(splits[1], True)
         parts += one * len(circuit_names(name, method))

@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
         "prompts": 12,
         "items": 36,
         "completions": 2,
-        "full": ["lrp", "aura", "random-layer-matched"],
+        "completed": ["lrp", "aura", "random-layer-matched"],
         "in_sample": ["lrp"],
         "new_tokens": 6,
         "resamples": 500,
