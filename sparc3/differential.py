@@ -30,12 +30,12 @@ def importance(prompt_set: str, score: str) -> Array:
     return (total / count).astype(np.float32)
 
 
-OWN = "own"  # in size and layers: the method that the behaviour itself names
+OWN = "own"  # in match and layers: the method that the behaviour itself names
 
 
 def leader(method: Method, own: str) -> str | None:
-    """The method that another takes its size or layers from; `own` is the behaviour's."""
-    name = method.size or method.layers
+    """The method that another takes its number of neurons from; `own` is the behaviour's."""
+    name = method.match or method.layers
     return own if name == OWN else name
 
 
@@ -61,16 +61,16 @@ def check_methods(params: Params) -> None:
                 f"{key}.draws is {method.draws}; expected 1, or more with score: random"
             )
         if method.protect is not None and not (
-            0 <= method.protect <= 1 and (method.size or method.layers)
+            0 <= method.protect <= 1 and (method.match or method.layers)
         ):
             raise InputError(
-                f"{key}.protect is {method.protect}; expected 0 to 1, and with it size or layers"
+                f"{key}.protect is {method.protect}; expected 0 to 1, and with it match or layers"
             )
-        if method.size and method.layers:
-            raise InputError(f"{key}: give size or layers, not both (layers fixes the size too)")
+        if method.match and method.layers:
+            raise InputError(f"{key}: give match or layers, not both (layers fixes the number too)")
         if method.layers and method.score != "random":
             raise InputError(f"{key}.layers: only for score: random, as a control")
-        for taken in (method.size, method.layers):
+        for taken in (method.match, method.layers):
             if taken not in (None, OWN, *independent(params)):
                 raise InputError(
                     f"{key}: {taken!r} is not a method that chooses its own neurons; "
@@ -106,7 +106,7 @@ def independent(params: Params) -> list[str]:
     return [
         name
         for name, method in params.methods.items()
-        if method.size is None and method.layers is None and method.draws == 1
+        if method.match is None and method.layers is None and method.draws == 1
     ]
 
 

@@ -62,7 +62,7 @@ class Method:
     score: str
     contrast: str | None = None
     scale: float | Literal["auroc"] = 0.0
-    size: str | None = None
+    match: str | None = None
     layers: str | None = None
     protect: float | None = None
     draws: int = 1

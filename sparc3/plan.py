@@ -272,7 +272,7 @@ def _behaviour_texts(
 
 def _sweep(params: Params, model: Shape, sample: Sample, behaviour: str) -> Work:
     sweep = params.sweep
-    tuned = [m for m in params.methods.values() if m.size is None and m.layers is None]
+    tuned = [m for m in params.methods.values() if m.match is None and m.layers is None]
     points = len(tuned) * len(sweep.protect) * len(sweep.num_neurons)
     if not points:
         return Work(f"sweep@{behaviour}")

@@ -178,8 +178,8 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     shares: dict[str, float] = {}
     scalars: dict[str, float] = {}
     curves: list[dict[str, object]] = []
-    # A method that takes its size or layers from another comes after it.
-    order = sorted(params.methods.items(), key=lambda item: bool(item[1].size or item[1].layers))
+    # A method that takes its number of neurons from another comes after it.
+    order = sorted(params.methods.items(), key=lambda item: bool(item[1].match or item[1].layers))
     for name, method in tqdm(order, desc=f"select {behaviour}", unit="method"):
         tensors, _ = read_tensors(differential_path(behaviour, name))
         values, importance = tensors["differential"], tensors["importance"]

@@ -59,7 +59,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     chosen = {
         name: method
         for name, method in params.methods.items()
-        if method.size is None and method.layers is None
+        if method.match is None and method.layers is None
     }
     sizes = sorted(sweep.num_neurons)
     curves = [(n, p) for n in chosen for p in sweep.protect] if sizes else []

@@ -96,3 +96,15 @@ def test_commands_are_the_same_in_dvc_and_mlproject() -> None:
             assert stage["do"]["cmd"] == f"{expected} {flag} ${{key}}"
             assert entries[word]["command"] == f"{expected} {flag} {{{axis}}}"
             assert list(entries[word]["parameters"]) == [axis]
+
+
+def test_no_key_is_one_that_the_run_cache_of_dvc_ignores() -> None:
+    """It leaves out every key of these names, at any depth, when it looks for an earlier run."""
+
+    def keys(tree: object) -> set[object]:
+        if not isinstance(tree, dict):
+            return set()
+        return set(tree).union(*map(keys, tree.values()))
+
+    for path in [Path("params.yaml"), *sorted(Path("profiles").glob("*.yaml"))]:
+        assert not keys(yaml.safe_load(path.read_text())) & {"size", "nfiles"}

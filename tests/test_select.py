@@ -113,10 +113,10 @@ def test_a_method_has_a_circuit_per_draw() -> None:
         (Method(score="lrp", contrast="t", scale="auroc"), "needs contrast: auroc"),
         (Method(score="lrp", contrast="t", scale=1.0), "expected 0 <= scale < 1"),
         (Method(score="lrp", contrast="t", draws=2), "draws is 2"),
-        (Method(score="random", size="own", protect=1.5), "protect is 1.5"),
-        (Method(score="random", size="nobody"), "'nobody' is not a method"),
+        (Method(score="random", match="own", protect=1.5), "protect is 1.5"),
+        (Method(score="random", match="nobody"), "'nobody' is not a method"),
         (Method(score="random", layers="random-layer-matched"), "-matched' is not a method"),
-        (Method(score="random", size="lrp", layers="lrp"), "size or layers, not both"),
+        (Method(score="random", match="lrp", layers="lrp"), "match or layers, not both"),
     ],
 )
 def test_impossible_methods_are_named(row: Method, expected: str) -> None:
