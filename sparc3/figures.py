@@ -15,7 +15,10 @@ from matplotlib_venn import venn2, venn3
 
 from sparc3.files import replacing
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
+COLOURS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666"),
+    *("#882255", "#999933", "#332288", "#88ccee", "#44aa99"),
+)
 
 
 @contextmanager
@@ -38,7 +41,7 @@ def bars(path: Path, cells: Sequence[Mapping[str, Any]], quantities: Mapping[str
     """One panel per quantity (key -> title): a bar with its interval per behaviour and method."""
     behaviours = list(dict.fromkeys(c["behaviour"] for c in cells))
     methods = list(dict.fromkeys(c["method"] for c in cells))
-    with drawing(path, columns=len(quantities), size=(5.5, 4)) as (_, axes):
+    with drawing(path, columns=len(quantities), size=(5.5, 4.5)) as (figure, axes):
         for axis, (key, title) in zip(np.atleast_1d(axes), quantities.items(), strict=True):
             for m, method in enumerate(methods):
                 found = {
@@ -63,10 +66,12 @@ def bars(path: Path, cells: Sequence[Mapping[str, Any]], quantities: Mapping[str
                 )
             axis.axhline(0, color="black", lw=0.8)
             axis.set_xticks(range(len(behaviours)), behaviours)
+            axis.set_xlim(-0.5, len(behaviours) - 0.5)
             axis.set_title(title)
             if key == "ppl_delta":  # a control may destroy the model and hide all others
                 axis.set_yscale("symlog", linthresh=10)
-        np.atleast_1d(axes)[0].legend(fontsize=8)
+        handles, labels = np.atleast_1d(axes)[-1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
 
 
 def venn(path: Path, regions: Mapping[str, int], behaviours: Sequence[str]) -> None:

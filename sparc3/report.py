@@ -407,8 +407,8 @@ def transfer_matrix(params: Params) -> tuple[list[str], np.ndarray, list[list[st
         line = []
         for j, (name, (quantity, _, form, sign)) in enumerate(shown.items()):
             found = transfer[pruned_for][name][quantity]
-            low, high = sorted(sign * found[key] for key in ("low", "high"))
-            values[i, j] = sign * found["value"]
+            low, high = sorted(0 + sign * found[key] for key in ("low", "high"))  # no -0.0
+            values[i, j] = 0 + sign * found["value"]
             line.append(f"{form.format(values[i, j])}\n[{form.format(low)}, {form.format(high)}]")
         labels.append(line)
     scale = np.abs(values).max(axis=0)

@@ -130,12 +130,12 @@ def test_improved_counts_prompts_and_halves_of_ties() -> None:
 
 
 def test_identical_models_differ_by_nothing() -> None:
-    scores, groups = RNG.random((10, 3)), [f"g{i}" for i in range(10)]
+    table, groups = completion_table(RNG.random((10, 3))), [f"g{i}" for i in range(10)]
     likely = Likelihood(RNG.random(10) * 30, np.full(10, 12))
     pairs = RNG.standard_normal((60, 3))
     terms = [f"t{i % 8}" for i in range(60)]
     for difference in (
-        *completion_differences(*[completion_table(scores)] * 2, groups, FEW).values(),
+        *completion_differences(table, table, groups, FEW).values(),
         *pair_differences(pairs, pairs, terms, FEW).values(),
         perplexity_difference(likely, likely, FEW),
     ):

@@ -38,14 +38,14 @@ def test_more_prompts_agree_more() -> None:
 def test_copies_of_a_prompt_make_nothing_more_stable() -> None:
     rng = np.random.default_rng(2)
     reference, behaviour = rng.standard_normal((2, 12, 30))
-    copies = [
+    one, other = (
         Candidates(np.repeat(scores, 8, axis=0), [f"g{i // 8}" for i in range(96)])
         for scores in (reference, behaviour)
-    ]
+    )
     (once,) = resampled_circuits(
         apart(reference), apart(behaviour), "mean-difference", 5, [12], 300, 0
     )
-    (often,) = resampled_circuits(*copies, "mean-difference", 5, [96], 300, 0)
+    (often,) = resampled_circuits(one, other, "mean-difference", 5, [96], 300, 0)
     assert abs(mean_overlap(once, 5) - mean_overlap(often, 5)) < 0.05
 
 
