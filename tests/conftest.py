@@ -38,7 +38,7 @@ def project(fetched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             fetched / name,
             folder / name,
             copy_function=os.link,
-            ignore=shutil.ignore_patterns("*.dvc"),  # tracked, so there already
+            ignore=shutil.ignore_patterns("*.dvc", ".gitignore"),  # tracked, so there already
             dirs_exist_ok=True,
         )
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):

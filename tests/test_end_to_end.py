@@ -139,6 +139,8 @@ def test_again_does_nothing_and_an_edit_only_its_own(
     again = run_in(folder, "dvc", "repro")
     assert again.returncode == 0
     assert ran(again.stdout) == set()
+    # Git-ignored as a whole, the folder would be invisible to DVC, and so to `dvc exp run --temp`.
+    assert "'models/smollm2-135m.dvc' didn't change" in again.stdout
 
     params = (folder / "params.yaml").read_text()
     edit(folder, {"behaviours": {"gender": {"on_fail": "stop"}}})
