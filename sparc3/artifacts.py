@@ -4,7 +4,7 @@ Paths are relative to the project's folder, the current directory.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,12 @@ def read_prompts(prompt_set: str, split: str | None) -> list[dict[str, Any]]:
             f"{path}: no prompt in the {split} split; raise prompt_sets.{prompt_set}.count"
         )
     return rows
+
+
+def groups_of(prompt_set: str, ids: Sequence[str]) -> list[str]:
+    """Grouping keys of prompts of a set's attribute split, in the order of their ids."""
+    groups = {row["id"]: row["group"] for row in read_prompts(prompt_set, "attribute")}
+    return [groups[prompt] for prompt in ids]
 
 
 def score_shards(prompt_set: str, score: str) -> Iterator[tuple[list[str], Array]]:

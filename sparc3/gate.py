@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparc3 import statistics
-from sparc3.artifacts import OUTPUTS, metrics_path, read_prompts, score_shards
+from sparc3.artifacts import OUTPUTS, groups_of, metrics_path, score_shards
 from sparc3.errors import InputError
 from sparc3.files import Array, write_csv, write_json
 from sparc3.params import Params
@@ -65,7 +65,6 @@ def by_group(totals: Totals) -> Array:
 
 def totals(prompt_set: str, score: str, prompts: int) -> Totals:
     """Of the first `prompts` prompts of a set's attribute split."""
-    groups = {row["id"]: row["group"] for row in read_prompts(prompt_set, "attribute")}
     ids: list[str] = []
     sums: list[float] = []
     for shard, scores in score_shards(prompt_set, score):
@@ -74,7 +73,7 @@ def totals(prompt_set: str, score: str, prompts: int) -> Totals:
         sums += np.abs(more).sum((1, 2), dtype=np.float64).tolist()
         if len(sums) >= prompts:
             break
-    return Totals(np.array(sums), [groups[i] for i in ids])
+    return Totals(np.array(sums), groups_of(prompt_set, ids))
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:

@@ -16,6 +16,7 @@ from sparc3 import circuits
 from sparc3.artifacts import (
     OUTPUTS,
     differential_path,
+    groups_of,
     metrics_path,
     read_prompts,
     read_scores,
@@ -47,8 +48,7 @@ def joined(key: Any) -> str:
 def prompt_scores(prompt_set: str, score: str) -> circuits.Scores:
     """All scores of a set, flat, with the grouping key of each prompt."""
     ids, values = read_scores(prompt_set, score)
-    groups = {row["id"]: row["group"] for row in read_prompts(prompt_set, "attribute")}
-    return circuits.Scores(values.reshape(len(ids), -1), np.array([groups[i] for i in ids]))
+    return circuits.Scores(values.reshape(len(ids), -1), np.array(groups_of(prompt_set, ids)))
 
 
 def one_of_each(prompt_set: str, seed: int) -> Array:

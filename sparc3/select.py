@@ -11,6 +11,7 @@ from tqdm import tqdm
 from sparc3.artifacts import (
     circuit_path,
     differential_path,
+    groups_of,
     metrics_path,
     read_prompts,
     read_scores,
@@ -112,10 +113,7 @@ def circuit_names(name: str, method: Method) -> list[str]:
 def candidates(prompt_set: str, score: str, ids: Array) -> Candidates:
     """The scores of some neurons, by their flat ids, for every prompt of a set."""
     prompts, scores = read_scores(prompt_set, score)
-    groups = {row["id"]: row["group"] for row in read_prompts(prompt_set, "attribute")}
-    return Candidates(
-        scores.reshape(len(scores), -1)[:, ids], [groups[prompt] for prompt in prompts]
-    )
+    return Candidates(scores.reshape(len(scores), -1)[:, ids], groups_of(prompt_set, prompts))
 
 
 def measure_stability(
