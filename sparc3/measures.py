@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparc3.errors import InputError
 from sparc3.files import Array
 from sparc3.likelihood import continuation_nll, sentence_scores, token_nll, window_nll
 
@@ -107,3 +108,21 @@ def perplexity(measured: Likelihood) -> float:
 def perplexity_percent(before: Likelihood, after: Likelihood) -> float:
     """Change of perplexity in percent of `before`."""
     return 100 * float(np.expm1(mean_nll(after) - mean_nll(before)))
+
+
+def perplexity_error(before: Likelihood, after: Likelihood, groups: Sequence[str]) -> float:
+    """Standard error of `perplexity_percent` over groups of texts, in percent; at least 2 groups.
+
+    Delta method for a ratio of sums: the rise of a group's summed likelihood against its tokens.
+    """
+    names, index = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        raise InputError(
+            f"the standard error of perplexity needs 2 groups of texts, not {len(names)}; "
+            "raise sweep.texts"
+        )
+    rise = np.bincount(index, after.nll - before.nll)
+    tokens = np.bincount(index, before.tokens)
+    mean = rise.sum() / tokens.sum()
+    variance = len(names) / (len(names) - 1) * np.sum((rise - mean * tokens) ** 2)
+    return 100 * float(np.exp(mean) * np.sqrt(variance) / tokens.sum())

@@ -85,11 +85,18 @@ def best_point(
 ) -> tuple[int, float]:
     """(num_neurons, protect) of the sweep's point with the largest objective within the budget.
 
-    `budget` bounds ppl_delta, in percent. Where no point is within it, the cheapest point is taken:
-    a method that cannot stay within the budget is shown at its best, and its cost with it.
+    `budget` bounds ppl_delta plus one standard error, in percent: of several noisy points the one
+    that is chosen tends to be cheap by luck, and would cost more than the budget on other texts.
+    Where no point is within it, the cheapest point is taken: a method that cannot stay within the
+    budget is shown at its best, and its cost with it.
     """
     points = [
-        (float(row["objective"]), float(row["ppl_delta"]), int(row["num_neurons"]), row["protect"])
+        (
+            float(row["objective"]),
+            float(row["ppl_delta"]) + float(row["ppl_error"]),
+            int(row["num_neurons"]),
+            row["protect"],
+        )
         for row in rows
         if row["method"] == method
         and k in (None, int(row["num_neurons"]))

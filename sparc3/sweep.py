@@ -17,6 +17,7 @@ from sparc3.measures import (
     items,
     likelihood,
     mean_nll,
+    perplexity_error,
     perplexity_percent,
     preferences,
     texts,
@@ -25,7 +26,7 @@ from sparc3.params import Method, Params
 from sparc3.prune import Circuit, pruned
 from sparc3.select import choose, protected, scales
 
-COLUMNS = ("method", "protect", "num_neurons", "ppl_delta", "objective")
+COLUMNS = ("method", "protect", "num_neurons", "ppl_delta", "ppl_error", "objective")
 MEASURED = {
     "completions": ("nll_shift",),
     "pairs": ("ss", "lms", "icat", "margin"),
@@ -84,7 +85,10 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
 
     def measure() -> dict[str, float]:
         after = likelihood(model, general, sweep.batch_tokens)
-        found = {"ppl_delta": perplexity_percent(before, after)}
+        found = {
+            "ppl_delta": perplexity_percent(before, after),
+            "ppl_error": perplexity_error(before, after, general.groups),
+        }
         if isinstance(sample, Texts):
             shift = mean_nll(likelihood(model, sample, sweep.batch_tokens)) - calm
             found["nll_shift"] = shift - (mean_nll(after) - mean_nll(before))

@@ -68,11 +68,13 @@ ROWS = [
         "num_neurons": str(k),
         "protect": str(q),
         "ppl_delta": str(p),
+        "ppl_error": "0.2",
         "objective": str(o),
     }
     for m, k, q, p, o in [
         ("a", 10, 0.2, 0.1, 0.1),
-        ("a", 50, 0.2, 0.9, 0.4),
+        ("a", 50, 0.2, 0.75, 0.4),
+        ("a", 70, 0.2, 0.9, 0.7),  # within the budget by less than its standard error
         ("a", 50, 0.5, 0.5, 0.3),
         ("a", 99, 0.2, 1.5, 0.9),
         ("b", 10, 0.2, 4.0, 0.5),
