@@ -5,11 +5,15 @@ elsewhere they are what the profile says, or ASSUMED_TOKENS.
 """
 
 import os
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from sparc3 import cost, models
@@ -37,7 +41,7 @@ CONFIGS = Path("profiles/configs")
 @dataclass(frozen=True)
 class Device:
     """Vendor's figures: bytes of memory, bytes per second from it, and peak operations per second
-    by dtype; and the part of the peak that is assumed to be reached.
+    by dtype (none for the CPU: `product_rate`); and the part of the peak that is assumed reached.
     """
 
     memory: float
@@ -55,15 +59,10 @@ def _card(
     return Device(memory * 2**30, bandwidth * 1e9, peak, 0.35)
 
 
-# Dense tensor-core peaks for 16 bits, plain float32 for 32. The CPU is the reference machine, with
-# its products measured and the memory of this one.
+# Dense tensor-core peaks for 16 bits, plain float32 for 32. The CPU is this machine's, and how fast
+# it multiplies is measured.
 DEVICES = {
-    "CPU": Device(
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        20e9,
-        {"float32": 200e9, "bfloat16": 100e9, "float16": 20e9},
-        0.8,
-    ),
+    "CPU": Device(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 20e9, {}, 0.8),
     "T4": _card(15, 320, 65, 8.1, bfloat16=8.1),  # without units for it
     "L4": _card(22, 300, 121, 30.3),
     "A10G": _card(22, 600, 70, 31.2),
@@ -377,13 +376,30 @@ def bytes_on_machine(work: Work, model: Shape, params: Params, name: str) -> flo
     return PROCESS + work.held + cost.weights(model, params.model.dtype)
 
 
+@cache
+def product_rate(dtype: str) -> float:
+    """Operations per second of this machine's matrix products, of the size that an MLP's have."""
+    left, right = (torch.randn(1024, 1024, dtype=models.DTYPES[dtype]) for _ in range(2))
+    taken = []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        taken.append(time.perf_counter() - start)
+    return 2 * 1024**3 / statistics.median(taken)
+
+
+def peak_rate(name: str, dtype: str) -> float:
+    """Operations per second of DEVICES[name]: the vendor's figure, or this machine's measured."""
+    return product_rate(dtype) if name == "CPU" else DEVICES[name].peak[dtype]
+
+
 def seconds(work: Work, model: Shape, params: Params, name: str, cards: int) -> float:
     """Expected time. Processes on several cards share out attribution's prompts and no other
     stage's; a model spread over cards is as fast as on one, for they take turns."""
     if not work.operations:
         return 0.0
     device, dtype = DEVICES[name], params.model.dtype
-    rate = device.peak[dtype] * device.reached
+    rate = peak_rate(name, dtype) * device.reached
     reading = work.steps * cost.weights(model, dtype) / device.bandwidth
     busy = work.passes / rate + max(work.drawn / (rate * DRAWING), reading)
     shared = cards if params.model.device != "auto" and work.stage.startswith("attribute") else 1
@@ -507,7 +523,7 @@ def describe(
                 _count(name, cards),
                 f"{most / 1e9:.1f} of {device.memory / 1e9:.1f}",
                 _clock(total) if most <= device.memory else "does not fit",
-                f"{device.reached:.0%} of {device.peak[params.model.dtype] / 1e12:g}",
+                f"{device.reached:.0%} of {peak_rate(name, params.model.dtype) / 1e12:.3g}",
             )
         )
     header = ("device", "GB needed", "time in all", "TFLOP/s assumed")
@@ -524,8 +540,8 @@ def _count(name: str, cards: int) -> str:
     return name if cards == 1 else f"{cards} x {name}"
 
 
-def _clock(time: float) -> str:
-    minutes = round(time / 60)
+def _clock(duration: float) -> str:
+    minutes = round(duration / 60)
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
@@ -557,9 +573,9 @@ def costs(profiles: Sequence[Path]) -> list[list[str]]:
             row = [_count(name, cards)]
             for params, model, work in zip(loaded, shapes, works, strict=True):
                 most = max(bytes_needed(w, model, params, name, cards) for w in work)
-                time = sum(seconds(w, model, params, name, cards) for w in work)
+                total = sum(seconds(w, model, params, name, cards) for w in work)
                 fits = most <= device.memory
-                row += [f"{most / 1e9:.0f}", _clock(time) if fits else "does not fit"]
+                row += [f"{most / 1e9:.0f}", _clock(total) if fits else "does not fit"]
             rows.append(row)
     disk = [sum(w.disk for w in work) / 1e9 for work in works]
     return [*rows, ["scores on disk", *(cell for d in disk for cell in (f"{d:.1f}", ""))]]

@@ -333,6 +333,13 @@ def test_time_is_operations_over_what_is_reached() -> None:
     assert plan.seconds(drawn, shape, half, "A100-80", 1) == pytest.approx(expected)
 
 
+def test_this_machines_time_is_of_its_own_measured_rate() -> None:
+    params = parameters.load()
+    shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
+    work = plan.Work("sweep@x", passes=0.8 * plan.product_rate("float32") * 60)
+    assert plan.seconds(work, shape, params, "CPU", 1) == pytest.approx(plan.START + 60)
+
+
 def test_all_cards_are_shown(big: Path, capsys: Any) -> None:
     assert main(["plan"]) == 0
     shown = capsys.readouterr().out
