@@ -83,7 +83,8 @@ def venn(path: Path, regions: Mapping[str, int], behaviours: Sequence[str]) -> N
             counts = dict(
                 zip(("100", "010", "110", "001", "101", "011", "111"), order, strict=True)
             )
-            venn3({k: float(regions[n]) for k, n in counts.items()}, (a, b, c), ax=axis)
+            sizes = {code: float(regions[name]) for code, name in counts.items()}
+            venn3(sizes, (a, b, c), ax=axis, subset_label_formatter="{:.0f}".format)
         else:
             a, b = behaviours
             venn2((regions[a], regions[b], regions[f"{a}-{b}"]), (a, b), ax=axis)
@@ -193,19 +194,27 @@ def pareto(
         np.atleast_1d(axes)[-1].legend(fontsize=6)
 
 
-def rank_stability(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Agreement of a method's ranking with that of all prompts, against the number of prompts."""
-    with drawing(path, size=(6, 4)) as (_, axis):
-        for (name, points), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
-            axis.plot(
-                [p["prompts"] for p in points],
-                [p["overlap"] for p in points],
-                marker="o",
-                ms=3,
-                label=name,
-                color=colour,
-            )
-        axis.set_xlabel("prompts")
-        axis.set_ylabel("share of the circuit found again")
-        axis.set_ylim(0, 1)
-        axis.legend(fontsize=7)
+def rank_stability(
+    path: Path, curves: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]
+) -> None:
+    """How much of a circuit is found again, against the number of prompts: a panel per behaviour,
+    a curve per method.
+    """
+    methods = list(dict.fromkeys(name for found in curves.values() for name in found))
+    with drawing(path, columns=len(curves), size=(5.5, 4.5)) as (figure, axes):
+        panels = np.atleast_1d(axes)
+        for axis, (behaviour, found) in zip(panels, curves.items(), strict=True):
+            for name, points in found.items():
+                axis.plot(
+                    [p["prompts"] for p in points],
+                    [p["overlap"] for p in points],
+                    marker="o",
+                    ms=3,
+                    label=name,
+                    color=COLOURS[methods.index(name) % len(COLOURS)],
+                )
+            axis.set_xlabel("prompts")
+            axis.set_ylim(0, 1)
+            axis.set_title(behaviour)
+        panels[0].set_ylabel("share of the circuit found again")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")

@@ -343,14 +343,16 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
     )
     figures.layer_distribution(paths["layers"], overlap["layers"])
     curves = {
-        f"{behaviour}, {method}": [
-            {key: float(row[key]) for key in ("prompts", "overlap")}
-            for row in read_csv(stability_path(behaviour))
-            if row["method"] == method
-        ]
+        behaviour: {
+            method: [
+                {key: float(row[key]) for key in ("prompts", "overlap")}
+                for row in read_csv(stability_path(behaviour))
+                if row["method"] == method
+            ]
+            for method, spec in params.methods.items()
+            if spec.score != "random"
+        }
         for behaviour in behaviours
-        for method, spec in params.methods.items()
-        if spec.score != "random"
     }
     figures.rank_stability(paths["stability"], curves)
     sweeps = {name: read_csv(sweep_path(name)) for name in behaviours}
