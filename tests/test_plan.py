@@ -358,6 +358,11 @@ def test_a_model_that_is_nowhere_names_its_key(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["plan"]) == 2
     assert "params: model.path: no config.json of models/none" in capsys.readouterr().err
+    small.write_project(tmp_path, {**changes, "fetch": {"model": "gemma3-270m"}})
+    assert main(["plan"]) == 2
+    error = capsys.readouterr().err
+    assert "params: model.path: models/none is not there yet" in error
+    assert "python -m sparc3 fetch" in error
     hub = {"model": None, "repository": "nobody/nothing", "revision": "0" * 40}
     small.write_project(tmp_path, {**changes, "fetch": hub})
     assert main(["plan"]) == 2
