@@ -13,7 +13,7 @@ from typing import Any
 from sparc3.errors import InputError
 from sparc3.files import read_json, write_json, write_text
 
-SHARD = 1_000_000_000  # bytes of weights in one file, at most (or a single tensor)
+SHARD = 2**30  # bytes of weights in one file, at most (or a single tensor)
 
 
 def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD) -> None:
