@@ -52,7 +52,7 @@ def encode(rows: list[dict[str, Any]], tokenizer: Any, target: str) -> list[Prom
                 f"prompt {row['id']} has no pair, which target pair needs; use another target, or "
                 "a source of pairs"
             )
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        encoded = models.encode(tokenizer, texts)
         prompts.append(Prompt(row["id"], tuple(encoded)))
     return prompts
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.errors import InputError
 from sparc3.generate import complete
-from sparc3.measures import encode
+from sparc3.models import encode
 from sparc3.params import Keep
 from sparc3.scorers import Scorer
 

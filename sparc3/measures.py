@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparc3.errors import InputError
 from sparc3.files import Array
 from sparc3.likelihood import continuation_nll, sentence_scores, token_nll, window_nll
+from sparc3.models import encode
 
 
 class Texts(NamedTuple):
@@ -37,11 +38,6 @@ class Likelihood(NamedTuple):
 
     nll: Array
     tokens: Array
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens."""
-    return tokenizer(sentences, add_special_tokens=False).input_ids
 
 
 def texts(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Texts:

@@ -132,7 +132,7 @@ def prepared(tokenizer: Any) -> Sample:
             texts = [row["text"]] if kind == "text" else list(row["pair"])
             if kind == "packed" and row.get("unrelated"):
                 texts.append(row["unrelated"])
-            ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            ids = models.encode(tokenizer, texts)
             if kind == "packed":
                 columns = enumerate(zip(*ids, strict=False))
                 differing = (i for i, column in columns if len(set(column)) > 1)

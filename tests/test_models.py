@@ -3,7 +3,9 @@
 import pytest
 import tiny
 import torch
-from transformers import BertConfig
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import BertConfig, PreTrainedTokenizerFast
 
 from sparc3 import models
 from sparc3.errors import InputError
@@ -128,3 +130,16 @@ def test_a_folder_without_a_model_is_refused_in_one_line(read, tmp_path):
     with pytest.raises(InputError, match=r"model\.path: cannot load") as caught:
         read(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "front"), [("$A", []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])]
+)
+def test_a_text_begins_as_its_tokenizer_says_and_is_left_open(template, front):
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    assert models.encode(tokenizer, ["a b", "", "b"]) == [[*front, 2, 3], front, [*front, 3]]
