@@ -29,7 +29,6 @@ from sparc3.select import circuit_names
 
 FOLDER = OUTPUTS / "report"
 TABLE = METRICS / "table.md"
-FULL = Path("profiles/results/smollm2-135m-full/table.md")  # of a run of that profile
 BROKEN = 5.0  # points that the share of degenerate completions may rise by
 
 
@@ -466,9 +465,9 @@ def readme_with(readme: str, name: str, content: str) -> str:
 
 
 def write_readme(blocks: Mapping[str, str]) -> None:
-    """Put the result tables, and `blocks` by their names, into README.md, as `make readme` does."""
+    """Put metrics/table.md, and `blocks` by their names, into README.md, as `make readme` does."""
     path = Path("README.md")
     text = read_text(path)
-    for name, content in {"results": read_text(TABLE), "full": read_text(FULL), **blocks}.items():
+    for name, content in {"results": read_text(TABLE), **blocks}.items():
         text = readme_with(text, name, content)
     write_text(path, text)
