@@ -45,6 +45,27 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
     model.generation_config.save_pretrained(folder)
     # The legacy format would leave a copy of the GGUF as tokenizer.model.
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder, legacy_format=False)
+    if _field(gguf, "tokenizer.ggml.add_bos_token") is False:
+        use_no_front(folder)
+
+
+def _field(gguf: Path, name: str) -> Any:
+    """A value of the file's header; None if it has none of that name."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).fields.get(name)
+    return None if field is None else field.contents()
+
+
+def use_no_front(folder: Path) -> None:
+    """Rewrite a tokenizer that puts a token before every text, as transformers takes all to do."""
+    tree = read_json(folder / "tokenizer.json")
+    write_text(
+        folder / "tokenizer.json",
+        json.dumps({**tree, "post_processor": None}, ensure_ascii=False),
+    )
+    settings = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", {**settings, "add_bos_token": False})
 
 
 def _write_weights(gguf: Path, model: Any, folder: Path, shard: int) -> None:

@@ -127,8 +127,8 @@ d63221c135cfc8189ec799cd09cc8c9287fdb971d50cd7026ad737d5d2dc092a  config.json
 4371a906cb4fb6ff3fdc71124a5e3566d034c7d074e7783be28e515e8a0dc954  generation_config.json
 a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd  model.safetensors
 d1a0a91edd73f8c6718cfcd1b8236da3539bc1e51a1c264d92f5c12218ac6b42  special_tokens_map.json
-b554121022512f7655e37bce89eed6849177e17e8466f4fd78fdc25e219c127c  tokenizer.json
-e876f5d69dea1e659fe79041f6ae1edba32e04afbe4338fb42a0241f90c82fbd  tokenizer_config.json
+8432f176d145e0285a710c329566e736bfdc0c6f40971efd7887781b7d3b9df4  tokenizer.json
+46c98a08260813d8cf7480ebd61667acfa783531a8bf0ea003ce781e4006e240  tokenizer_config.json
 """),
     ),
     "gemma3-270m": EmbeddedModel(

@@ -1,5 +1,7 @@
 """Every family's table row: the neurons are where the table says, in the right orientation."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -143,3 +145,11 @@ def test_a_text_begins_as_its_tokenizer_says_and_is_left_open(template, front):
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
     assert models.encode(tokenizer, ["a b", "", "b"]) == [[*front, 2, 3], front, [*front, 3]]
+
+
+def test_the_embedded_model_reads_texts_as_they_are(fetched: Path):
+    """Its GGUF says add_bos_token: false, which transformers does not read."""
+    tokenizer = models.tokenizer(str(fetched / "models/smollm2-135m"))
+    texts = ["The three-age system", "1"]
+    assert models.encode(tokenizer, texts) == tokenizer(texts).input_ids
+    assert [tokenizer.decode(ids) for ids in tokenizer(texts).input_ids] == texts
