@@ -20,6 +20,8 @@ COLOURS = (
     *("#882255", "#999933", "#332288", "#88ccee", "#44aa99"),
 )
 
+WIDE = 10.0  # percent of perplexity, beyond which a linear axis hides what is small
+
 
 @contextmanager
 def drawing(
@@ -166,8 +168,9 @@ def pareto(
 
     `quantity` gives each behaviour's column of its sweep and the axis title.
     """
-    with drawing(path, columns=len(sweeps), size=(5.5, 4.5)) as (_, axes):
-        for axis, (behaviour, rows) in zip(np.atleast_1d(axes), sweeps.items(), strict=True):
+    with drawing(path, columns=len(sweeps), size=(5.5, 4.5)) as (figure, axes):
+        panels = np.atleast_1d(axes)
+        for axis, (behaviour, rows) in zip(panels, sweeps.items(), strict=True):
             column, title = quantity[behaviour]
             methods = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "none"))
             shares = sorted({float(r["protect"]) for r in rows if r["method"] != "none"})
@@ -187,11 +190,12 @@ def pareto(
             for row in rows:
                 if row["method"] == "none":
                     axis.axhline(float(row[column]), color="black", lw=0.8)
-            axis.set_xscale("symlog", linthresh=1)
+            if max(abs(float(r["ppl_delta"])) for r in rows) > WIDE:
+                axis.set_xscale("symlog", linthresh=1)
             axis.set_xlabel("perplexity change, %")
             axis.set_ylabel(title)
             axis.set_title(behaviour)
-        np.atleast_1d(axes)[-1].legend(fontsize=6)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
 
 
 def rank_stability(

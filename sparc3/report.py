@@ -356,7 +356,10 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
     }
     figures.rank_stability(paths["stability"], curves)
     sweeps = {name: read_csv(sweep_path(name)) for name in behaviours}
-    titles = {"completions": ("nll_shift", "rise of NLL, nats"), "pairs": ("ss", "SS, %")}
+    titles = {
+        "completions": ("nll_shift", "rise of NLL, nats"),
+        "pairs": ("margin", "preference margin, nats"),
+    }
     figures.pareto(
         paths["pareto"], sweeps, {n: titles[b.measure] for n, b in params.behaviours.items()}
     )
