@@ -23,9 +23,10 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
     whose tensors are not those of the model that its header describes.
     """
     import torch  # here, so that a fetch with nothing to do takes a second
+    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from sparc3.models import DTYPES, family
+    from sparc3.models import DTYPES, family, front
 
     if not gguf.is_file():
         raise InputError(f"{gguf}: file not found; give the path of a GGUF file")
@@ -39,26 +40,21 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(gguf, model, folder, shard)
+    reader = GGUFReader(gguf)
+    _write_weights(gguf, reader, model, folder, shard)
     model.config.architectures, model.config.dtype = [type(model).__name__], DTYPES[dtype]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     # The legacy format would leave a copy of the GGUF as tokenizer.model.
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder, legacy_format=False)
-    if _field(gguf, "tokenizer.ggml.add_bos_token") is False:
-        use_no_front(folder)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.save_pretrained(folder, legacy_format=False)
+    wanted = reader.fields.get("tokenizer.ggml.add_bos_token")
+    if wanted is not None and not wanted.contents() and front(tokenizer):
+        _drop_front(folder)
 
 
-def _field(gguf: Path, name: str) -> Any:
-    """A value of the file's header; None if it has none of that name."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(gguf).fields.get(name)
-    return None if field is None else field.contents()
-
-
-def use_no_front(folder: Path) -> None:
-    """Rewrite a tokenizer that puts a token before every text, as transformers takes all to do."""
+def _drop_front(folder: Path) -> None:
+    """Rewrite a tokenizer that transformers, which does not read the field, made to add a token."""
     tree = read_json(folder / "tokenizer.json")
     write_text(
         folder / "tokenizer.json",
@@ -68,13 +64,13 @@ def use_no_front(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {**settings, "add_bos_token": False})
 
 
-def _write_weights(gguf: Path, model: Any, folder: Path, shard: int) -> None:
+def _write_weights(gguf: Path, reader: Any, model: Any, folder: Path, shard: int) -> None:
     from safetensors.torch import save_file
 
     expected = {name: tensor for name, tensor in model.state_dict().items()}
     for name in model._tied_weights_keys or [] if model.config.tie_word_embeddings else []:
         del expected[name]
-    sizes, tensors = _tensors(gguf, model)
+    sizes, tensors = _tensors(gguf, reader, model)
     if set(sizes) != set(expected):
         odd = sorted(set(sizes) ^ set(expected))[0]
         raise InputError(
@@ -107,10 +103,10 @@ def _write_weights(gguf: Path, model: Any, folder: Path, shard: int) -> None:
         )
 
 
-def _tensors(gguf: Path, model: Any) -> tuple[list[str], Iterator[tuple[str, Any]]]:
+def _tensors(gguf: Path, reader: Any, model: Any) -> tuple[list[str], Iterator[tuple[str, Any]]]:
     """Names in the model of the file's tensors, in its order; and each with its float32 values."""
     import torch
-    from gguf import GGUFReader, dequantize
+    from gguf import dequantize
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
@@ -119,7 +115,6 @@ def _tensors(gguf: Path, model: Any) -> tuple[list[str], Iterator[tuple[str, Any
     )
 
     header = {**load_gguf_checkpoint(str(gguf)), "tensors": {}}  # GPT-2's processor puts one there
-    reader = GGUFReader(gguf)
     architecture = str(reader.fields["general.architecture"].contents())
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=header["config"])
     names: Mapping[str, str] = get_gguf_hf_weights_map(model)

@@ -15,6 +15,7 @@ from sparc3.errors import InputError
 from sparc3.files import Array
 from sparc3.likelihood import continuation_nll, sentence_scores, token_nll, window_nll
 from sparc3.models import encode
+from sparc3.statistics import cluster_sums
 
 
 class Texts(NamedTuple):
@@ -111,14 +112,12 @@ def perplexity_error(before: Likelihood, after: Likelihood, groups: Sequence[str
 
     Delta method for a ratio of sums: the rise of a group's summed likelihood against its tokens.
     """
-    names, index = np.unique(groups, return_inverse=True)
-    if len(names) < 2:
+    rise, tokens = cluster_sums(np.column_stack([after.nll - before.nll, before.tokens]), groups).T
+    if len(rise) < 2:
         raise InputError(
-            f"the standard error of perplexity needs 2 groups of texts, not {len(names)}; "
+            f"the standard error of perplexity needs 2 groups of texts, not {len(rise)}; "
             "raise sweep.texts"
         )
-    rise = np.bincount(index, after.nll - before.nll)
-    tokens = np.bincount(index, before.tokens)
     mean = rise.sum() / tokens.sum()
-    variance = len(names) / (len(names) - 1) * np.sum((rise - mean * tokens) ** 2)
+    variance = len(rise) / (len(rise) - 1) * np.sum((rise - mean * tokens) ** 2)
     return 100 * float(np.exp(mean) * np.sqrt(variance) / tokens.sum())

@@ -465,15 +465,16 @@ def configuration(params: Params) -> PretrainedConfig:
     path, revision = params.model.path, params.model.revision
     key = "model.path"
     kept = CONFIGS / f"{Path(path).name}.json"
-    if not Path(path).is_dir() and kept.is_file():
-        path = str(kept)
-    elif not Path(path).is_dir() and params.fetch.repository is not None:
-        key, path, revision = "fetch.repository", params.fetch.repository, params.fetch.revision
-    elif not Path(path).is_dir() and (params.fetch.model or params.fetch.gguf):
-        raise InputError(
-            f"params: model.path: {path} is not there yet; with this profile as params.yaml, "
-            "bring it by: python -m sparc3 fetch"
-        )
+    if not Path(path).is_dir():
+        if kept.is_file():
+            path = str(kept)
+        elif params.fetch.repository is not None:
+            key, path, revision = "fetch.repository", params.fetch.repository, params.fetch.revision
+        elif params.fetch.model or params.fetch.gguf:
+            raise InputError(
+                f"params: model.path: {path} is not there yet; with this profile as params.yaml, "
+                "bring it by: python -m sparc3 fetch"
+            )
     token = hub_token()
     try:
         return AutoConfig.from_pretrained(path, revision=revision, token=token)
