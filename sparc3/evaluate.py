@@ -25,6 +25,7 @@ from sparc3.measures import (
     Texts,
     items,
     joined,
+    joined_likelihood,
     likelihood,
     mean_nll,
     perplexity,
@@ -461,9 +462,8 @@ def outcome(
             completions += [{"circuit": label, "split": sample.name, **row} for row in rows]
         text = likelihood(model, sample.texts, evaluate.batch_tokens)
         measured[sample.name] = Measured(text=text, scores=scores)
-    general = windowed_likelihood(
-        model, setting.general, evaluate.window, evaluate.stride, evaluate.batch_tokens
-    )
+    read = joined_likelihood if evaluate.joined else windowed_likelihood
+    general = read(model, setting.general, evaluate.window, evaluate.stride, evaluate.batch_tokens)
     second = preferences(model, setting.second, evaluate.batch_tokens) if setting.second else None
     return Outcome(general, second, measured), completions
 

@@ -1,9 +1,8 @@
-"""How likely a model finds given tokens: negative log-likelihood (NLL) in nats, and perplexity."""
+"""How likely a model finds given tokens: negative log-likelihood (NLL) in nats."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,19 +17,6 @@ Progress = Callable[[int], object]  # called with the number of items just finis
 
 PADDING = 0.1  # largest share of padding in a batch
 CHUNK = 256  # positions whose logits exist at the same time
-
-
-class WindowNll(NamedTuple):
-    """One entry per window: `text`, the index of its text; `nll` in nats, summed; `tokens`."""
-
-    text: Array
-    nll: Array
-    tokens: Array
-
-    def by_text(self) -> tuple[Array, Array]:
-        """NLL in nats (float64) and token counts (int64) of each text, summed over its windows."""
-        counts = np.bincount(self.text, self.tokens)
-        return np.bincount(self.text, self.nll), counts.astype(np.int64)
 
 
 def token_nll(
@@ -92,14 +78,14 @@ def window_nll(
     stride: int = 512,
     batch_tokens: int = 4096,
     progress: Progress | None = None,
-) -> WindowNll:
-    """NLL of texts of any length, read through windows of `window` tokens, `stride` apart.
+) -> list[Array]:
+    """NLL of each token of texts of any length, in nats: float32 `(length,)`, NaN if not scored.
 
-    Every token of a text but its first is scored once, by the first window that reaches it: with
-    all tokens before it in the first window, and at least `window - stride` in later ones. With
-    `stride == window` windows are independent, and each leaves its first token unscored.
-    The units of a paired comparison are texts (`by_text`), or the windows of one long text.
-    `progress` counts windows. Source: Hugging Face, "Perplexity of fixed-length models".
+    Texts are read through windows of `window` tokens, `stride` apart. Every token but a text's
+    first is scored once, by the first window that reaches it: with all tokens before it in the
+    first window, and at least `window - stride` in later ones. With `stride == window` windows are
+    independent, and each leaves its first token unscored. `progress` counts windows.
+    Source: Hugging Face, "Perplexity of fixed-length models".
     Raises InputError for a text of fewer than 2 tokens and for a window or stride that cannot be.
     """
     _check_lengths(texts, 2, math.inf)
@@ -108,23 +94,16 @@ def window_nll(
     if not 1 <= stride <= window:
         raise InputError(f"stride {stride}: expected 1 to {window}, the window")
     windows = [
-        (index, tokens[begin:end], first)
+        (index, begin, end, first)
         for index, tokens in enumerate(texts)
         for begin, end, first in _windows(len(tokens), window, stride)
     ]
-    rows = [_plain(tokens, first) for _, tokens, first in windows]
+    rows = [_plain(texts[index][begin:end], first) for index, begin, end, first in windows]
+    found = [np.full(len(tokens), np.nan, np.float32) for tokens in texts]
     scored = _score(model, rows, batch_tokens, progress)
-    return WindowNll(
-        np.array([index for index, _, _ in windows], dtype=np.int64),
-        np.array([nll.sum(dtype=np.float64) for nll in scored]),
-        np.array([len(nll) for nll in scored], dtype=np.int64),
-    )
-
-
-def perplexity(nll: Array, tokens: Array) -> float:
-    """exp(total NLL in nats / total tokens); infinite if that overflows."""
-    with np.errstate(over="ignore"):
-        return float(np.exp(np.sum(nll, dtype=np.float64) / np.sum(tokens)))
+    for (index, begin, end, first), nll in zip(windows, scored, strict=True):
+        found[index][begin + first : end] = nll
+    return found
 
 
 def context(model: PreTrainedModel) -> float:

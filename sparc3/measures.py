@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparc3.errors import InputError
 from sparc3.files import Array
 from sparc3.likelihood import continuation_nll, sentence_scores, token_nll, window_nll
-from sparc3.models import encode
+from sparc3.models import encode, encode_pieces
 from sparc3.statistics import cluster_sums
 
 
@@ -66,18 +66,38 @@ def likelihood(model: PreTrainedModel, sample: Texts, batch_tokens: int) -> Like
 def windowed_likelihood(
     model: PreTrainedModel, sample: Texts, window: int, stride: int, batch_tokens: int
 ) -> Likelihood:
-    """Likelihood of texts of any length through a sliding window; the rows are windows.
+    """Likelihood of texts of any length through a sliding window.
 
-    A text that fits the window is one row, and the result that of `likelihood`.
+    That of a text which fits the window is the one that `likelihood` gives.
     """
-    found = window_nll(model, sample.tokens, window, stride, batch_tokens)
-    return Likelihood(found.nll, found.tokens)
+    return _summed(window_nll(model, sample.tokens, window, stride, batch_tokens))
+
+
+def joined_likelihood(
+    model: PreTrainedModel, pieces: Texts, window: int, stride: int, batch_tokens: int
+) -> Likelihood:
+    """Likelihood of the pieces of one text (`joined`), which is read through a sliding window.
+
+    A window reaches across pieces, so a piece is read after those before it.
+    """
+    tokens = [token for piece in pieces.tokens for token in piece]
+    (nll,) = window_nll(model, [tokens], window, stride, batch_tokens)
+    ends = np.cumsum([len(piece) for piece in pieces.tokens])
+    return _summed(np.split(nll, ends[:-1]))
+
+
+def _summed(found: Sequence[Array]) -> Likelihood:
+    return Likelihood(
+        np.array([np.nansum(nll, dtype=np.float64) for nll in found]),
+        np.array([np.isfinite(nll).sum() for nll in found]),
+    )
 
 
 def joined(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Texts:
     """All texts as one, two newlines between them: how WikiText-2's perplexity is reported."""
-    text = "\n\n".join(row["text"] for row in rows)
-    return Texts(["joined"], ["joined"], encode(tokenizer, [text]))
+    whole = [*(f"{row['text']}\n\n" for row in rows[:-1]), rows[-1]["text"]]
+    encoded = encode_pieces(tokenizer, whole)
+    return Texts([r["id"] for r in rows], [r["group"] for r in rows], encoded)
 
 
 def preferences(model: PreTrainedModel, sample: Items, batch_tokens: int) -> Array:

@@ -5,8 +5,10 @@ A **neuron** is one coordinate of the vector that enters an MLP's output project
 row of `sparc3.lrp.RULES`.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -114,6 +116,18 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     before = front(tokenizer)
     plain = tokenizer(list(texts), add_special_tokens=False).input_ids
     return [[*before, *ids] for ids in plain]
+
+
+def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
+    """Token ids of the pieces of one text, which is tokenised as a whole, as `encode` does.
+
+    A token belongs to the piece that its first character is in.
+    """
+    found = tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
+    begins = [begin for begin, _ in found.offset_mapping]
+    ends = [bisect_left(begins, end) for end in accumulate(map(len, pieces))]
+    ids = [found.input_ids[begin:end] for begin, end in pairwise([0, *ends])]
+    return [[*front(tokenizer), *ids[0]], *ids[1:]]
 
 
 @cache

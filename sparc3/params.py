@@ -35,7 +35,7 @@ class Keep:
 @dataclass(frozen=True)
 class PromptSet:
     source: str
-    count: int
+    count: int | None  # null: every row, in the source's order
     seeds: tuple[int, ...] = (0,)
     target: Literal["max-logit", "likelihood", "pair"] = "max-logit"
     where: dict[str, Any] = field(default_factory=dict)

@@ -26,14 +26,18 @@ from sparc3.params import Params, PromptSet, scores_of
 from sparc3.select import circuit_names
 from sparc3.sources import hub_token
 
-ASSUMED_TOKENS = 32  # of a prompt whose length the profile does not say
+ASSUMED_TOKENS = 32  # of a prompt whose length the profile does not say,
+LONG = {"hub/wikitext-2": 4800}  # but for sources of long texts
+ASSUMED_TEXTS = 1000  # of a source that is taken whole,
+WHOLE = {"hub/wikitext-2": 60}  # where it is not known
 PROCESS = 0.9e9  # bytes of a Python process with torch and transformers
 LIGHT = 0.3e9  # and of one without
 HEAP = 1.75  # resident bytes per byte in use on a CPU, where freed blocks are not given back
 CARD = 1.0e9  # bytes of a card that the driver, its libraries and fragmentation take
-START = 10.0  # seconds until a stage begins to compute
+START = 10.0  # seconds until a stage begins to load its model
+LOADING = 1e9  # bytes of weights per second, from a disk to the device
 SCORER = {"detoxify": 0.5e9, "classifier": 1.6e9}  # bytes on the device, up to a large encoder
-DRAWING = 0.7  # of what whole sequences reach, when completions are drawn token by token
+DRAWING = 0.55  # of what whole sequences reach, when completions are drawn token by token
 MOST_CARDS = 16
 CONFIGS = Path("profiles/configs")
 
@@ -110,11 +114,12 @@ def assumed(params: Params) -> Sample:
         spec = spec_of(name)
         if spec.match_length is not None:
             return length(spec.match_length)
-        return spec.max_tokens or spec.min_tokens or ASSUMED_TOKENS
+        return spec.max_tokens or spec.min_tokens or LONG.get(spec.source, ASSUMED_TOKENS)
 
     def sample(name: str, split: str | None, kind: str) -> Prompts:
         spec, shares = spec_of(name), params.prepare.splits
-        count = spec.keep.top if spec.keep else spec.count * len(spec.seeds)
+        each = WHOLE.get(spec.source, ASSUMED_TEXTS) if spec.count is None else spec.count
+        count = spec.keep.top if spec.keep else each * len(spec.seeds)
         if split is not None:
             count = round(count * shares[split] / sum(shares.values()))
         one = {"text": [length(name)], "pair": [length(name)] * 2, "packed": [2 * length(name)]}
@@ -292,7 +297,7 @@ def _evaluate(params: Params, model: Shape, sample: Sample, behaviour: str) -> W
     splits = ["test", "attribute"] if params.prepare.splits["test"] > 0 else ["attribute"]
     split = None if evaluate.general in params.test_sets else "test"
     texts = flat(sample(evaluate.general, split, "text")[: evaluate.texts])
-    general = [_windows(params, model, [sum(texts)] if evaluate.joined else texts)]
+    general = [_windows(params, model, [sum(texts)] if evaluate.joined else texts, batch)]
     second = []
     if spec.second:
         packed = flat(sample(spec.second, None, "packed")[: evaluate.items])
@@ -323,18 +328,18 @@ def window_lengths(length: int, window: int, stride: int) -> list[int]:
     return [min(window, length - n * stride) for n in range(last + 1)]
 
 
-def _windows(params: Params, model: Shape, lengths: Sequence[int]) -> Work:
+def _windows(params: Params, model: Shape, lengths: Sequence[int], batch_tokens: int) -> Work:
     """Perplexity through a sliding window: every token is scored once, most are read often."""
     window, stride = params.evaluate.window, params.evaluate.stride
     read = [n for length in lengths for n in window_lengths(length, window, stride)]
     scored = sum(lengths) - len(lengths)
-    batch = max(params.evaluate.batch_tokens, window)
+    longest = max(batch_tokens, *read)
     return Work(
         "",
         len(lengths),
         sum(read),
         passes=cost.likelihood(model, read, scored),
-        memory=cost.likelihood_memory(model, batch, params.model.dtype),
+        memory=cost.likelihood_memory(model, longest, params.model.dtype),
     )
 
 
@@ -348,7 +353,7 @@ def _transfer(params: Params, model: Shape, sample: Sample) -> Work:
     ]
     for name in transfer.texts:
         lengths = flat(sample(name, "test", "text")[: transfer.items])
-        once.append(_texts(params, model, lengths, transfer.batch_tokens))
+        once.append(_windows(params, model, lengths, transfer.batch_tokens))
     return _add("transfer", once * (1 + len(params.behaviours)))
 
 
@@ -400,10 +405,11 @@ def seconds(work: Work, model: Shape, params: Params, name: str, cards: int) -> 
         return 0.0
     device, dtype = DEVICES[name], params.model.dtype
     rate = peak_rate(name, dtype) * device.reached
-    reading = work.steps * cost.weights(model, dtype) / device.bandwidth
+    of_model = cost.weights(model, dtype)
+    reading = work.steps * of_model / device.bandwidth
     busy = work.passes / rate + max(work.drawn / (rate * DRAWING), reading)
     shared = cards if params.model.device != "auto" and work.stage.startswith("attribute") else 1
-    return START + busy / shared
+    return START + of_model / LOADING + busy / shared
 
 
 def unfit(params: Params, model: Shape, works: Sequence[Work], name: str, cards: int) -> list[Work]:

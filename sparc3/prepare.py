@@ -213,6 +213,22 @@ def draw(
     return prompts
 
 
+def whole(
+    key: str,
+    spec: PromptSet,
+    rows: Sequence[Row],
+    split_of: Mapping[str, str],
+    tokenizer: Tokenizer,
+) -> list[Prompt]:
+    """Every row that fits, in the order of the source. InputError, naming the set: none does."""
+    limits = Limits(spec.min_tokens or 1, spec.max_tokens)
+    found = [fit(tokenizer, row, limits, split_of[row.group], spec.seeds[0]) for row in rows]
+    prompts = [prompt for prompt in found if prompt is not None]
+    if not prompts:
+        raise InputError(f"params: {key}: none of {len(rows)} texts is long enough for min_tokens")
+    return prompts
+
+
 def draw_stream(
     key: str, spec: PromptSet, shares: Mapping[str, float], tokenizer: Tokenizer
 ) -> list[Prompt]:
@@ -291,7 +307,10 @@ def prompt_set(
             f"params: {key}: the pairs of source {spec.source!r} are never cut; "
             "leave out max_tokens and match_length"
         )
-    return draw(key, spec, kept, splits(key, rows, shares, kept), tokenizer, like)
+    split_of = splits(key, rows, shares, kept)
+    if spec.count is None:
+        return whole(key, spec, kept, split_of, tokenizer)
+    return draw(key, spec, kept, split_of, tokenizer, like)
 
 
 def distinct(rows: Iterable[Row]) -> list[Row]:
@@ -331,8 +350,15 @@ def check(params: Params) -> None:
         raise InputError(f"params: prepare.splits sums to {sum(shares.values())}; expected 1")
     for key, spec in everything.values():
         sources.check(key, spec.source, spec.where)
-        if spec.count < 1:
-            raise InputError(f"params: {key}.count is {spec.count}; expected at least 1")
+        if spec.count is None and (
+            spec.source in sources.STREAMS or spec.match_length or spec.keep or len(spec.seeds) > 1
+        ):
+            raise InputError(
+                f"params: {key}.count is null, which takes every row once; give a number with a "
+                "stream, with several seeds, with match_length or keep"
+            )
+        if spec.count is not None and spec.count < 1:
+            raise InputError(f"params: {key}.count is {spec.count}; expected at least 1, or null")
         if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds):
             raise InputError(f"params: {key}.seeds is {spec.seeds}; expected different numbers")
         for limit in ("min_tokens", "max_tokens"):
@@ -449,7 +475,8 @@ def run(params: Params) -> dict[str, float]:
         key, spec = specs[name]
         like = made[spec.match_length] if spec.match_length else None
         made[name] = prompt_set(key, spec, params.prepare.splits, tokenizer, like)
-        check_context(key, made[name], context)
+        if name in params.prompt_sets or spec.target == "pair":  # other texts go through windows
+            check_context(key, made[name], context)
         log.info("prepare: %s has %d prompts", name, len(made[name]))
     rows = {name: [as_row(prompt) for prompt in prompts] for name, prompts in made.items()}
     for name, (_, spec) in specs.items():

@@ -29,6 +29,10 @@ from sparc3.select import circuit_names
 
 FOLDER = OUTPUTS / "report"
 TABLE = METRICS / "table.md"
+IN_README = {  # its blocks, and the tables that they show
+    "results": TABLE,
+    "full": Path("profiles/results/smollm2-135m-full/table.md"),  # of a run by that profile
+}
 BROKEN = 5.0  # points that the share of degenerate completions may rise by
 
 
@@ -468,9 +472,10 @@ def readme_with(readme: str, name: str, content: str) -> str:
 
 
 def write_readme(blocks: Mapping[str, str]) -> None:
-    """Put metrics/table.md, and `blocks` by their names, into README.md, as `make readme` does."""
+    """Put the result tables, and `blocks` by their names, into README.md, as `make readme` does."""
     path = Path("README.md")
     text = read_text(path)
-    for name, content in {"results": read_text(TABLE), **blocks}.items():
+    tables = {name: read_text(table) for name, table in IN_README.items()}
+    for name, content in {**tables, **blocks}.items():
         text = readme_with(text, name, content)
     write_text(path, text)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,6 +232,11 @@ def hub_stereoset(where: Where) -> list[Row]:
     return found
 
 
+# Subtitles have more signs; within an article, some lines of a list of formulas look like a title,
+# but have no blank lines around them.
+_TITLE = re.compile(r" = [^=]+ = \n?")
+
+
 def hub_wikitext_2(where: Where) -> list[Row]:
     """WikiText-2's raw test set (Merity et al. 2016), one row an article, in order.
 
@@ -240,10 +245,12 @@ def hub_wikitext_2(where: Where) -> list[Row]:
     lines = [
         row["text"] for row in _load(where, "Salesforce/wikitext", "wikitext-2-raw-v1", "test")
     ]
-    numbers, number = [], 0
-    for line in lines:
-        number += line.startswith(" = ") and not line.startswith(" = =")
-        numbers.append(number)
+    blank = [not line.strip() for line in ["", *lines, ""]]
+    titles = [
+        blank[n] and blank[n + 2] and _TITLE.fullmatch(line) is not None
+        for n, line in enumerate(lines)
+    ]
+    numbers = [max(1, n) for n in accumulate(map(int, titles))]  # what precedes the first is its
     articles = groupby(zip(numbers, lines, strict=True), key=lambda item: item[0])
     texts = ["\n\n".join(line for _, line in article) for _, article in articles]
     return [Row("wikitext-2", f"wikitext-2/{i}", "", text) for i, text in enumerate(texts)]

@@ -19,7 +19,15 @@ from sparc3.evaluate import (
     shift_difference,
 )
 from sparc3.files import read_json, write_csv, write_json
-from sparc3.measures import Items, Texts, items, likelihood, preferences, texts
+from sparc3.measures import (
+    Items,
+    Texts,
+    items,
+    likelihood,
+    preferences,
+    texts,
+    windowed_likelihood,
+)
 from sparc3.params import Params
 from sparc3.prune import pruned, read_circuit
 
@@ -29,7 +37,7 @@ COLUMNS = ("pruned_for", "measured", "quantity", "value", "low", "high")
 
 
 def run(params: Params) -> dict[str, float]:
-    transfer = params.transfer
+    transfer, evaluate = params.transfer, params.evaluate
     if params.prepare.splits["test"] == 0:
         log.warning("transfer: prepare.splits leaves no test split, so nothing is measured")
         write_csv(OUTPUTS / "transfer" / "matrix.csv", [], COLUMNS)
@@ -60,7 +68,9 @@ def run(params: Params) -> dict[str, float]:
 
     def measure() -> dict[str, Any]:
         found: dict[str, Any] = {
-            name: likelihood(model, sample, transfer.batch_tokens)
+            name: windowed_likelihood(
+                model, sample, evaluate.window, evaluate.stride, transfer.batch_tokens
+            )
             for name, sample in general.items()
         }
         for name, sample in measured.items():

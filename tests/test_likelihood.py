@@ -12,7 +12,6 @@ from sparc3 import likelihood, models
 from sparc3.errors import InputError
 from sparc3.likelihood import (
     continuation_nll,
-    perplexity,
     sentence_scores,
     token_nll,
     window_nll,
@@ -197,37 +196,37 @@ WINDOWS = [(16, 4), (16, 5), (16, 16), (7, 1), (40, 13), (2, 1)]
 def test_windows_as_in_the_guide(llama, window, stride, batch_tokens):
     texts = tiny.sequences([61, 2, 16, 17, 33])
     found = window_nll(llama, texts, window, stride, batch_tokens)
-    expected = [guide_nll(llama, text, window, stride) for text in texts]
-    flat = [row for rows in expected for row in rows]
-    np.testing.assert_allclose(found.nll, [nll for nll, _ in flat], rtol=1e-5)
-    assert found.tokens.tolist() == [count for _, count in flat]
-    assert found.text.tolist() == [i for i, rows in enumerate(expected) for _ in rows]
-    nll, tokens = found.by_text()
-    np.testing.assert_allclose(nll, [sum(n for n, _ in rows) for rows in expected], rtol=1e-5)
-    if stride < window:
-        assert tokens.tolist() == [len(text) - 1 for text in texts]
+    for text, nll in zip(texts, found, strict=True):
+        rows = guide_nll(llama, text, window, stride)
+        assert nll.shape == (len(text),)
+        assert np.isfinite(nll).sum() == sum(count for _, count in rows)
+        scored = nll[np.isfinite(nll)]
+        parts = np.split(scored, np.cumsum([count for _, count in rows])[:-1])
+        np.testing.assert_allclose([p.sum() for p in parts], [n for n, _ in rows], rtol=1e-5)
+        if stride < window:
+            assert np.flatnonzero(np.isnan(nll)).tolist() == [0]
 
 
 def test_a_window_as_long_as_the_text_is_the_plain_likelihood(llama):
     texts = tiny.sequences([30, 12])
-    nll, tokens = window_nll(llama, texts, window=30, stride=10).by_text()
-    np.testing.assert_allclose(nll, [t.sum() for t in token_nll(llama, texts)], rtol=1e-6)
-    assert tokens.tolist() == [29, 11]
+    found = window_nll(llama, texts, window=30, stride=10)
+    for nll, plain in zip(found, token_nll(llama, texts), strict=True):
+        np.testing.assert_allclose(nll[1:], plain, rtol=1e-5)
 
 
 def test_stride_equal_to_window_gives_independent_chunks(llama):
     text = tiny.sequences([43])[0]
-    found = window_nll(llama, [text], window=10, stride=10)
-    chunks = token_nll(llama, [text[i : i + 10] for i in range(0, 43, 10)])
-    np.testing.assert_allclose(found.nll, [c.sum() for c in chunks], rtol=1e-6)
-    assert found.tokens.tolist() == [9, 9, 9, 9, 2]
+    (found,) = window_nll(llama, [text], window=10, stride=10)
+    for begin in range(0, 43, 10):
+        (chunk,) = token_nll(llama, [text[begin : begin + 10]])
+        np.testing.assert_allclose(found[begin + 1 : begin + 10], chunk, rtol=1e-5)
+        assert np.isnan(found[begin])
 
 
-def test_perplexity_of_a_uniform_model_is_its_vocabulary(llama):
+def test_a_uniform_model_gives_every_token_the_log_of_the_vocabulary(llama):
     llama.get_output_embeddings().weight.zero_()
-    found = window_nll(llama, tiny.sequences([20, 5]), window=8, stride=3)
-    assert perplexity(found.nll, found.tokens) == pytest.approx(tiny.VOCABULARY, rel=1e-6)
-    assert perplexity(np.array([1e6]), np.array([1])) == np.inf
+    for nll in window_nll(llama, tiny.sequences([20, 5]), window=8, stride=3):
+        assert nll[1:] == pytest.approx(np.log(tiny.VOCABULARY), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
+from sparc3 import models
 from sparc3.errors import InputError
 from sparc3.measures import (
     Items,
     Likelihood,
     Texts,
+    joined,
+    joined_likelihood,
     likelihood,
     mean_nll,
     perplexity,
@@ -49,9 +54,38 @@ def test_a_text_that_fits_the_window_is_read_whole() -> None:
     texts = sample([9, 4])
     whole, windowed = likelihood(model, texts, 64), windowed_likelihood(model, texts, 16, 8, 64)
     assert windowed.nll == pytest.approx(whole.nll, rel=1e-4)
-    long = windowed_likelihood(model, sample([40]), 16, 8, 64)
-    assert len(long.nll) > 1
-    assert long.tokens.sum() == 39
+    long = windowed_likelihood(model, sample([40, 9]), 16, 8, 64)
+    assert long.tokens.tolist() == [39, 8]
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_the_pieces_of_a_joined_text_share_out_its_likelihood(stride: int) -> None:
+    model = tiny.model("llama")
+    pieces = sample([9, 1, 30, 17])
+    whole = Texts(["a"], ["a"], [[token for piece in pieces.tokens for token in piece]])
+    found = joined_likelihood(model, pieces, 16, stride, 64)
+    expected = windowed_likelihood(model, whole, 16, stride, 64)
+    assert found.nll.sum() == pytest.approx(expected.nll.sum())
+    assert found.tokens.sum() == expected.tokens.sum()
+    if stride == 8:
+        assert found.tokens.tolist() == [8, 1, 30, 17]
+        assert found.nll[0] == pytest.approx(naive(model, pieces.tokens[0]), rel=1e-4)
+
+
+def test_texts_are_joined_by_two_newlines_and_tokenised_as_one(fetched: Path) -> None:
+    tokenizer: Any = models.tokenizer(str(fetched / "models/smollm2-135m"))
+    articles = [" = One = \n\n It is cold .\n", " = Two = \n\n Gr\u00fc\u00dfe \u2603 .\n", "end"]
+    rows = [{"id": n, "group": n, "text": t} for n, t in zip("abc", articles, strict=True)]
+    found = joined(rows, tokenizer)
+    whole = tokenizer("\n\n".join(articles), add_special_tokens=False).input_ids
+    assert [token for piece in found.tokens for token in piece] == whole
+    pieces = tokenizer.batch_decode(found.tokens, clean_up_tokenization_spaces=False)
+    assert pieces == [
+        f"{articles[0]}\n\n",
+        f"{articles[1]}\n\n",
+        "end",
+    ]
+    assert found.ids == list("abc")
 
 
 def test_preferences_are_means_per_token_and_nan_without_an_unrelated_text() -> None:

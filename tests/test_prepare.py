@@ -195,6 +195,16 @@ def test_seeds_draw_different_texts_in_the_splits_proportions(tokenizer):
     assert len({p.id for p in other} & {p.id for p in first}) < 25  # 6 expected
 
 
+def test_without_a_count_every_row_that_fits_is_taken_in_the_order_of_the_source(
+    project, tokenizer
+):
+    prepare.run(params({"all": PromptSet("news", None, min_tokens=25)}))
+    articles = [row["document"] for row in read_jsonl(Path("data/xsum.jsonl"))]
+    long = [t for t in articles if len(tokenizer.encode(t, add_special_tokens=False)) >= 25]
+    assert [row["text"] for row in read("all")] == list(dict.fromkeys(long))
+    assert 2 < len(long) < len(articles)
+
+
 def test_all_rows_can_be_drawn_although_the_groups_differ_in_size(tokenizer):
     rows = [replace(row, group=f"made/{n % 7 % 5}") for n, row in enumerate(text_rows(99))]
     prompts = drawn(tokenizer, PromptSet("made", 33, seeds=(0, 1, 2)), rows)
@@ -439,6 +449,14 @@ RACE = SETS["race"]
             r"prompt_sets\.a\.target is 'pair', but source 'wikipedia' has no pairs",
         ),
         ({"a": PromptSet("news", 10)}, r"prompt_sets\.a: prompt .* the model's context 40"),
+        (
+            {"a": PromptSet("news", None, seeds=(0, 1))},
+            r"prompt_sets\.a\.count is null, .*; give a number with .* several seeds",
+        ),
+        (
+            {"a": PromptSet("news", None, min_tokens=90)},
+            r"prompt_sets\.a: none of \d+ texts is long enough for min_tokens",
+        ),
         ({"a": PromptSet("news", 0)}, r"prompt_sets\.a\.count is 0; expected at least 1"),
         ({"a": PromptSet("news", 1, seeds=())}, r"prompt_sets\.a\.seeds is \(\); expected"),
         ({"a": PromptSet("news", 1, seeds=(1, 1))}, r"prompt_sets\.a\.seeds is \(1, 1\)"),

@@ -4,14 +4,22 @@ from typing import Any
 import pytest
 
 from sparc3.errors import InputError
-from sparc3.report import cost_table, interval, markdown, readme_with, summary, verdict
+from sparc3.report import (
+    IN_README,
+    cost_table,
+    interval,
+    markdown,
+    readme_with,
+    summary,
+    verdict,
+)
 
 
-def test_the_readme_shows_the_table_of_the_last_run() -> None:
-    """No number in README's blocks is typed: the result block is metrics/table.md, as it stands."""
-    table = Path("metrics/table.md").read_text()
+@pytest.mark.parametrize("name", IN_README)
+def test_the_readme_shows_the_tables_of_the_runs(name: str) -> None:
+    """No number in README's tables is typed: they are the files that the runs wrote."""
     readme = Path("README.md").read_text()
-    assert readme_with(readme, "results", table) == readme
+    assert readme_with(readme, name, IN_README[name].read_text()) == readme
 
 
 def test_the_readme_is_changed_within_its_block_only() -> None:

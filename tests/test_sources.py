@@ -280,7 +280,7 @@ def test_stereoset_from_the_hub_is_the_raw_one_in_its_own_order(project):
 
 def test_wikitext_articles_join_to_the_text_that_perplexity_is_computed_on(project):
     lines = ["", " = One = \n", "", " Some text . \n", " = = Part = = \n", " More . \n", "", ""]
-    lines += [" = Two = \n", "", " Other text . \n"]
+    lines += [" = Two = \n", "", " Other text . \n", " = 1 m / s = \n", " = National record \n", ""]
     (project / "hub" / "wikitext-2-raw-v1").mkdir(parents=True)
     pd.DataFrame({"text": lines}).to_parquet(
         project / "hub" / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"
@@ -289,7 +289,7 @@ def test_wikitext_articles_join_to_the_text_that_perplexity_is_computed_on(proje
     (project / "hub" / "README.md").write_text(raw.card(files))
     found = rows_of("hub/wikitext-2", path="hub")
     assert "\n\n".join(row.text for row in found) == "\n\n".join(lines)
-    assert [row.text.strip().partition("\n")[0] for row in found if row.text] == [
+    assert [row.text.strip().partition("\n")[0] for row in found] == [
         "= One = ",
         "= Two = ",
     ]
