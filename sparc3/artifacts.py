@@ -12,6 +12,7 @@ import numpy as np
 
 from sparc3.errors import InputError
 from sparc3.files import Array, digest, digest_text, read_jsonl, read_tensors
+from sparc3.params import Method
 
 OUTPUTS = Path("outputs")
 METRICS = Path("metrics")
@@ -35,6 +36,11 @@ def sweep_path(behaviour: str) -> Path:
 
 def circuit_path(behaviour: str, method: str) -> Path:
     return OUTPUTS / "circuits" / behaviour / f"{method}.csv"
+
+
+def circuit_names(name: str, method: Method) -> list[str]:
+    """A method's circuits: one, or one per draw."""
+    return [name] if method.draws == 1 else [f"{name}-{draw}" for draw in range(method.draws)]
 
 
 def stability_path(behaviour: str, method: str | None = None) -> Path:

@@ -26,7 +26,7 @@ from sparc3.differential import check_methods
 from sparc3.errors import InputError
 from sparc3.files import Array, read_tensors, write_csv, write_json
 from sparc3.params import Params
-from sparc3.select import choose, protected
+from sparc3.prune import choose, protected
 
 REGION_COLUMNS = ("behaviours", "layer", "neuron")
 

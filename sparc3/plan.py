@@ -18,12 +18,11 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sparc3 import cost, models
 from sparc3 import params as parameters
-from sparc3.artifacts import prompts_path, read_prompts
+from sparc3.artifacts import circuit_names, prompts_path, read_prompts
 from sparc3.attribute import by_target
 from sparc3.cost import Shape
 from sparc3.errors import InputError
 from sparc3.params import Params, PromptSet, scores_of
-from sparc3.select import circuit_names
 from sparc3.sources import hub_token
 
 ASSUMED_TOKENS = 32  # of a prompt whose length the profile does not say,

@@ -1,20 +1,21 @@
-"""Circuits, and what pruning or dampening one does to a model.
+"""Circuits: chosen from a differential, kept as files, pruned from a model or dampened in it.
 
 A neuron is one coordinate of the vector that enters an MLP's output projection, so multiplying its
 column there by `scale` multiplies its activation by `scale`, in gated and plain MLPs alike. That is
 all `pruned` does, reversibly; `prune_weights` also clears the rows that feed a neuron of scale 0.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparc3.errors import InputError
 from sparc3.files import Array, read_text, write_csv
+from sparc3.params import Method
 
 if TYPE_CHECKING:  # stages that only read circuits do without torch, which takes seconds to import
     from torch import Tensor
@@ -58,6 +59,63 @@ class Circuit:
         yield from zip(*(column.tolist() for column in columns), strict=True)
 
 
+def protected(importance: Array, share: float) -> Array:
+    """Boolean (layer, neuron): the `share` of all neurons that matter most for general text."""
+    count = round(share * importance.size)
+    mask = np.zeros(importance.size, dtype=bool)
+    mask[np.argsort(-importance, axis=None, kind="stable")[:count]] = True
+    return mask.reshape(importance.shape)
+
+
+def choose(differential: Array, k: int, barred: Array) -> Array:
+    """Flat ids (layer * width + neuron) of the k most negative neurons that are not barred.
+
+    Sorted from the most negative on; ties go to the lower id. Raises InputError if fewer than k
+    neurons are left.
+    """
+    free = int(differential.size - barred.sum())
+    if k > free:
+        raise InputError(
+            f"select.num_neurons is {k}, but only {free} of {differential.size} neurons are not "
+            "protected; lower num_neurons or protect"
+        )
+    values = np.where(barred, np.inf, differential).ravel()
+    return np.argsort(values, kind="stable")[:k]
+
+
+def choose_per_layer(differential: Array, counts: Array, barred: Array) -> Array:
+    """As `choose`, with counts[l] neurons from every layer l."""
+    width = differential.shape[1]
+    chosen = [
+        layer * width + choose(differential[layer : layer + 1], int(k), barred[layer : layer + 1])
+        for layer, k in enumerate(counts)
+        if k
+    ]
+    ids = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+    return ids[np.argsort(differential.ravel()[ids], kind="stable")]
+
+
+def scales(method: Method, differential: Array) -> Array:
+    """Factor left on each neuron of a circuit, from its differential; 0 prunes.
+
+    `auroc` is AurA's dampening, 1 - 2 (AUROC - 0.5) (Suau et al. 2024, Eq. 4), and the `auroc`
+    contrast is 0.5 - AUROC.
+    """
+    if method.scale == "auroc":
+        return np.clip(1 + 2 * differential, 0, 1)
+    return np.full(differential.shape, method.scale)
+
+
+def circuit_at(
+    method: Method, differential: Array, importance: Array, k: int, share: float
+) -> Circuit:
+    """The circuit of k neurons that a differential gives, with `share` of all protected."""
+    ids = choose(differential, k, protected(importance, share))
+    layers, neurons = np.divmod(ids, differential.shape[1])
+    scores = differential.ravel()[ids].astype(np.float64)
+    return Circuit(layers, neurons, scores, scales(method, scores))
+
+
 def _check(layer: int, neuron: int, score: float, scale: float, where: str) -> None:
     if layer < 0 or neuron < 0:
         raise InputError(f"{where}: layer {layer}, neuron {neuron}; expected indices from 0")
@@ -99,6 +157,19 @@ def read_circuit(path: Path) -> Circuit:
         np.array(scores, np.float64),
         np.array(scales, np.float64),
     )
+
+
+def refuse_leak(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], name: str) -> None:
+    """InputError if a circuit was chosen on a prompt, or a group, that it is to be tested on."""
+    used = {prompt for ids in about["chosen_on"].values() for prompt in ids}
+    groups = set(about["groups"])
+    leaked = [row["id"] for row in rows if row["id"] in used or row["group"] in groups]
+    if leaked:
+        raise InputError(
+            f"{name}: chosen on {len(leaked)} of the {len(rows)} test prompts or their groups "
+            f"(first: {leaked[0]}): nothing measured on them is held out; rebuild the circuit "
+            "from the attribute split"
+        )
 
 
 def _per_layer(

@@ -15,6 +15,7 @@ from sparc3 import statistics
 from sparc3.artifacts import (
     METRICS,
     OUTPUTS,
+    circuit_names,
     circuit_path,
     evaluation_folder,
     metrics_path,
@@ -25,7 +26,6 @@ from sparc3.claims import claims
 from sparc3.errors import InputError
 from sparc3.files import read_csv, read_json, read_text, write_text
 from sparc3.params import Behaviour, Params
-from sparc3.select import circuit_names
 
 FOLDER = OUTPUTS / "report"
 TABLE = METRICS / "table.md"

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sparc3.artifacts import (
+    circuit_names,
     circuit_path,
     differential_path,
     groups_of,
@@ -21,8 +22,15 @@ from sparc3.artifacts import (
 from sparc3.differential import check_methods, leader, noise
 from sparc3.errors import InputError
 from sparc3.files import Array, read_csv, read_tensors, write_csv, write_json
-from sparc3.params import Method, Params
-from sparc3.prune import Circuit, write_circuit
+from sparc3.params import Params
+from sparc3.prune import (
+    Circuit,
+    choose,
+    choose_per_layer,
+    protected,
+    scales,
+    write_circuit,
+)
 from sparc3.stability import (
     CANDIDATES,
     SHARES,
@@ -31,53 +39,6 @@ from sparc3.stability import (
     resampled_circuits,
     selection_frequency,
 )
-
-
-def protected(importance: Array, share: float) -> Array:
-    """Boolean (layer, neuron): the `share` of all neurons that matter most for general text."""
-    count = round(share * importance.size)
-    mask = np.zeros(importance.size, dtype=bool)
-    mask[np.argsort(-importance, axis=None, kind="stable")[:count]] = True
-    return mask.reshape(importance.shape)
-
-
-def choose(differential: Array, k: int, barred: Array) -> Array:
-    """Flat ids (layer * width + neuron) of the k most negative neurons that are not barred.
-
-    Sorted from the most negative on; ties go to the lower id. Raises InputError if fewer than k
-    neurons are left.
-    """
-    free = int(differential.size - barred.sum())
-    if k > free:
-        raise InputError(
-            f"select.num_neurons is {k}, but only {free} of {differential.size} neurons are not "
-            "protected; lower num_neurons or protect"
-        )
-    values = np.where(barred, np.inf, differential).ravel()
-    return np.argsort(values, kind="stable")[:k]
-
-
-def choose_per_layer(differential: Array, counts: Array, barred: Array) -> Array:
-    """As `choose`, with counts[l] neurons from every layer l."""
-    width = differential.shape[1]
-    chosen = [
-        layer * width + choose(differential[layer : layer + 1], int(k), barred[layer : layer + 1])
-        for layer, k in enumerate(counts)
-        if k
-    ]
-    ids = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
-    return ids[np.argsort(differential.ravel()[ids], kind="stable")]
-
-
-def scales(method: Method, differential: Array) -> Array:
-    """Factor left on each neuron of a circuit, from its differential; 0 prunes.
-
-    `auroc` is AurA's dampening, 1 - 2 (AUROC - 0.5) (Suau et al. 2024, Eq. 4), and the `auroc`
-    contrast is 0.5 - AUROC.
-    """
-    if method.scale == "auroc":
-        return np.clip(1 + 2 * differential, 0, 1)
-    return np.full(differential.shape, method.scale)
 
 
 def best_point(
@@ -105,16 +66,12 @@ def best_point(
     if not points:
         raise InputError(
             f"select: the sweep has no point for method {method} with num_neurons={k}, "
-            f"protect={protect}; add it to sweep, or give select.num_neurons and select.protect"
+            f"protect={protect}; add it to sweep, raise sweep.ceiling if the method's curve ended "
+            "before it, or give both select.num_neurons and select.protect"
         )
     within = [p for p in points if p[1] <= budget]
     best = max(within, key=lambda p: p[0]) if within else min(points, key=lambda p: p[1])
     return best[2], float(best[3])
-
-
-def circuit_names(name: str, method: Method) -> list[str]:
-    """A method's circuits: one, or one per draw."""
-    return [name] if method.draws == 1 else [f"{name}-{draw}" for draw in range(method.draws)]
 
 
 def candidates(prompt_set: str, score: str, ids: Array) -> Candidates:

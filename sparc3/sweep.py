@@ -5,13 +5,12 @@ perplexity, from which `select` may choose. A curve goes from few neurons to man
 first point that costs more than `sweep.ceiling`. No prompt of the test split is read.
 """
 
-import numpy as np
 from tqdm import tqdm
 
 from sparc3 import models, stereotypes
 from sparc3.artifacts import differential_path, metrics_path, read_prompts, sweep_path
 from sparc3.differential import check_methods
-from sparc3.files import Array, read_tensors, write_csv, write_json
+from sparc3.files import read_tensors, write_csv, write_json
 from sparc3.measures import (
     Texts,
     items,
@@ -22,25 +21,14 @@ from sparc3.measures import (
     preferences,
     texts,
 )
-from sparc3.params import Method, Params
-from sparc3.prune import Circuit, pruned
-from sparc3.select import choose, protected, scales
+from sparc3.params import Params
+from sparc3.prune import circuit_at, pruned
 
 COLUMNS = ("method", "protect", "num_neurons", "ppl_delta", "ppl_error", "objective")
 MEASURED = {
     "completions": ("nll_shift",),
     "pairs": ("ss", "lms", "icat", "margin"),
 }
-
-
-def circuit_at(
-    method: Method, differential: Array, importance: Array, k: int, share: float
-) -> Circuit:
-    """The circuit of k neurons that a differential gives, with `share` of all protected."""
-    ids = choose(differential, k, protected(importance, share))
-    layers, neurons = np.divmod(ids, differential.shape[1])
-    scores = differential.ravel()[ids].astype(np.float64)
-    return Circuit(layers, neurons, scores, scales(method, scores))
 
 
 def objective(measure: str, measured: dict[str, float]) -> float:

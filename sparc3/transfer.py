@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 from sparc3 import models
 from sparc3.artifacts import OUTPUTS, circuit_path, metrics_path, read_prompts
-from sparc3.evaluate import (
+from sparc3.differences import (
     Differences,
     pair_differences,
     perplexity_difference,
-    refuse_leak,
     shift_difference,
 )
 from sparc3.files import read_json, write_csv, write_json
@@ -29,7 +28,7 @@ from sparc3.measures import (
     windowed_likelihood,
 )
 from sparc3.params import Params
-from sparc3.prune import pruned, read_circuit
+from sparc3.prune import pruned, read_circuit, refuse_leak
 
 log = logging.getLogger(__name__)
 

@@ -2,23 +2,19 @@ import numpy as np
 import pytest
 
 from sparc3 import stereotypes
-from sparc3.errors import InputError
-from sparc3.evaluate import (
-    Measured,
-    Outcome,
-    against,
-    among,
+from sparc3.differences import (
     completion_differences,
     completion_table,
     improved,
     pair_differences,
     perplexity_difference,
-    refuse_leak,
     shift_difference,
-    writing,
 )
+from sparc3.errors import InputError
+from sparc3.evaluate import Measured, Outcome, against, among, writing
 from sparc3.generate import quality
 from sparc3.measures import Likelihood, perplexity, perplexity_percent
+from sparc3.prune import refuse_leak
 
 RNG = np.random.default_rng(0)
 FEW = 400  # resamples: the values are exact whatever their number

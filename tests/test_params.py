@@ -1,3 +1,5 @@
+import ast
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -96,6 +98,49 @@ def test_commands_are_the_same_in_dvc_and_mlproject() -> None:
             assert stage["do"]["cmd"] == f"{expected} {flag} ${{key}}"
             assert entries[word]["command"] == f"{expected} {flag} {{{axis}}}"
             assert list(entries[word]["parameters"]) == [axis]
+
+
+# What every stage reads its params and files with, and what only says that something is wrong.
+EVERYWHERE = {"errors", "files", "artifacts", "params"}
+
+
+def imported(module: str) -> set[str]:
+    """Modules of the project that a module imports, in functions too, but not for types only."""
+    tree = ast.parse(Path("sparc3", f"{module}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "sparc3":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparc3."):
+            found.add(str(node.module).partition(".")[2])
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_runs_again_when_code_that_it_uses_changes(stage: str) -> None:
+    used, new = {stage}, {stage}
+    while new:
+        new = set().union(*map(imported, new)) - used - EVERYWHERE
+        used |= new
+    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    deps = [Path(dep) for dep in pipeline[stage].get("do", pipeline[stage])["deps"]]
+    named = {dep.stem for dep in deps if dep.parts[0] == "sparc3" and dep.suffix == ".py"}
+    extra = {"prepare", "sources"} if stage == "evaluate" else set()  # see there
+    assert named == used | extra
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_runs_again_when_a_section_that_it_reads_changes(stage: str) -> None:
+    code = Path("sparc3", f"{stage}.py").read_text()
+    read = set(re.findall(r"\bparams\.(\w+)", code)) & {f.name for f in fields(Params)}
+    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    keys = pipeline[stage].get("do", pipeline[stage])["params"]
+    if stage == "differential":  # checks only that the scores are there, which are its inputs
+        read.remove("prompt_sets")
+    assert {key.partition(".")[0] for key in keys} == read
 
 
 def test_no_key_is_one_that_the_run_cache_of_dvc_ignores() -> None:

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 
+from sparc3.artifacts import circuit_names
 from sparc3.differential import check_methods, noise
 from sparc3.errors import InputError
 from sparc3.params import Method, load
-from sparc3.select import best_point, choose, choose_per_layer, circuit_names, protected, scales
+from sparc3.prune import choose, choose_per_layer, protected, scales
+from sparc3.select import best_point
 
 RNG = np.random.default_rng(0)
 
