@@ -115,6 +115,16 @@ def logged_files(stage: str, axis: str | None) -> list[Path]:
     return [*found, metrics] if metrics.is_file() else found
 
 
+def scores_digest(prompt_set: str) -> str:
+    """One digest of all scores of a set."""
+    folder = scores_folder(prompt_set)
+    return _digest_of(folder, sorted(folder.rglob("*.safetensors")))
+
+
+def _digest_of(folder: Path, files: Sequence[Path]) -> str:
+    return digest_text("\n".join(f"{path.relative_to(folder)} {digest(path)}" for path in files))
+
+
 def model_digest(folder: Path) -> str:
     """One digest of a model folder: configuration, tokenizer, weights. InputError: no folder."""
     if not folder.is_dir():
@@ -122,9 +132,5 @@ def model_digest(folder: Path) -> str:
             f"params: model.path: {folder} is no folder; run python -m sparc3 fetch, or name one "
             "with config.json, safetensors and tokenizer.json"
         )
-    parts = [
-        f"{path.name} {digest(path)}"
-        for path in sorted(folder.iterdir())
-        if path.suffix in (".json", ".safetensors")
-    ]
-    return digest_text("\n".join(parts))
+    suffixes = (".json", ".safetensors")
+    return _digest_of(folder, [f for f in sorted(folder.iterdir()) if f.suffix in suffixes])

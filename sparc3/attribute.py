@@ -20,7 +20,14 @@ import numpy as np
 from tqdm import tqdm
 
 from sparc3 import models, parallel
-from sparc3.artifacts import OUTPUTS, metrics_path, model_digest, read_prompts, scores_folder
+from sparc3.artifacts import (
+    OUTPUTS,
+    metrics_path,
+    model_digest,
+    read_prompts,
+    scores_digest,
+    scores_folder,
+)
 from sparc3.errors import InputError
 from sparc3.files import digest, digest_text, write_json, write_tensors
 from sparc3.params import Params, scores_of
@@ -175,5 +182,6 @@ def run(params: Params, prompt_set: str) -> dict[str, float]:
     }
     if here.rank == 0:
         publish(partial, scores_folder(prompt_set), names, len(shards))
-        write_json(metrics_path("attribute", prompt_set), metrics)
+        found = {**metrics, "sha256": scores_digest(prompt_set)}
+        write_json(metrics_path("attribute", prompt_set), found)
     return metrics

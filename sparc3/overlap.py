@@ -138,11 +138,12 @@ def run(params: Params) -> dict[str, float]:
     def choose_flat(differential: Array, count: int) -> Array:
         return choose(differential.reshape(1, -1), count, flat)
 
-    if len(contrasts) > 1:
+    if len(contrasts) > 1 and method.contrast == "mean-difference":  # its estimator is for that
         estimated = circuits.bootstrap_correlations(
             used, contrasts, draws=overlap.resamples, seed=overlap.seed
         )
         found["corrected"] = {key: named(table) for key, table in estimated.items()}
+    if len(contrasts) > 1:
         references = {reference for reference, _ in contrasts.values()}
         apart = {
             name: scores.at(one_of_each(name, overlap.seed)) if name in references else scores

@@ -603,7 +603,7 @@ class Needs(NamedTuple):
 
 
 def of_stage(params: Params, job: str, name: str, cards: int) -> Needs:
-    """What the stage `job` (attribute@general, transfer, ...) needs on DEVICES[name].
+    """What the stage `job` (attribute@general, prepare, ...) needs on DEVICES[name].
 
     InputError: an unknown device, a model without config.json, or a stage that does not fit.
     """
@@ -613,9 +613,9 @@ def of_stage(params: Params, job: str, name: str, cards: int) -> Needs:
         )
     model = cost.shape(configuration(params))
     sample = sample_of(params, exact=are_prepared(params, params))
-    works = [w for w in plan(params, model, sample) if w.stage in (job, job.partition("@")[0])] or [
-        Work(job)
-    ]
+    stage = job.partition("@")[0]
+    parts = (job, stage) if stage != job else (job, *(f"{job}@{n}" for n in params.prompt_sets))
+    works = [w for w in plan(params, model, sample) if w.stage in parts] or [Work(job)]
     refuse(params, model, sample, works, name, cards)
     return Needs(
         max(bytes_on_machine(work, model, params, name) for work in works),

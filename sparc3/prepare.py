@@ -173,6 +173,7 @@ def draw(
     Texts are cut to the lengths of the prompts
     `like` if those are given, split by split. InputError, naming the set: too few of them.
     """
+    assert spec.count is not None  # else the caller takes every row
     asked = spec.count * len(spec.seeds)
     if len(rows) < asked:
         raise InputError(
@@ -237,6 +238,7 @@ def draw_stream(
     A seed's prompts are the first that fit in the source's own order for the seed, as many in each
     split as the shares say.
     """
+    assert spec.count is not None  # `check` refuses to take all of a stream
     quotas = largest_remainder(spec.count, shares)
     limits = Limits(spec.min_tokens or 1, spec.max_tokens)
     prompts: list[Prompt] = []

@@ -535,13 +535,8 @@ def _standardised(values: npt.ArrayLike, name: str) -> Array:
     return (column - column.mean()) / column.std()
 
 
-def _moments(x: Array, y: Array) -> Array:
-    """What a weighted Pearson correlation needs of each row: (row, 6)."""
-    return np.column_stack([np.ones(len(x)), x, y, x * x, y * y, x * y])
-
-
 def _pearson(totals: Array) -> Array:
-    """Totals of `_moments`, (resample, 6), to correlations (resample,); 0 where one is constant."""
+    """Weighted sums (resample, 6) of 1, x, y, xx, yy and xy to correlations; 0 for a constant."""
     weight, x, y, xx, yy, xy = totals.T
     x, y = x / weight, y / weight
     spread = np.maximum(xx / weight - x * x, 0) * np.maximum(yy / weight - y * y, 0)
@@ -551,32 +546,6 @@ def _pearson(totals: Array) -> Array:
     return np.where(
         constant, 0.0, np.clip(covariance / np.sqrt(np.where(constant, 1, spread)), -1, 1)
     )
-
-
-def correlation(
-    x: npt.ArrayLike,
-    y: npt.ArrayLike,
-    clusters: Clusters | None = None,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Estimate:
-    """Pearson correlation of (row,) and (row,), whole clusters of rows resampled.
-
-    A constant side has no correlation: value 0 in [-1, 1], nothing is known.
-    """
-    a, b = _standardised(x, "x"), _standardised(y, "y")
-    _same_rows(a, b, "x, y")
-    sums = _sums(_moments(a, b), _codes(clusters, len(a)))
-    found = bootstrap(
-        lambda weights: _pearson(_totals(weights, sums)),
-        len(sums),
-        resamples=resamples,
-        seed=seed,
-        level=level,
-    )
-    return found if a.any() and b.any() else Estimate(0.0, -1.0, 1.0, found.n)
 
 
 def _weighted_ranks(values: Array) -> Callable[[Array], Array]:
@@ -624,61 +593,3 @@ def rank_agreement(
     n = int(codes.max(initial=-1)) + 1
     found = bootstrap(spearman, n, width=len(a), resamples=resamples, seed=seed, level=level)
     return found if a.any() and b.any() else Estimate(0.0, -1.0, 1.0, found.n)
-
-
-def correlation_difference(
-    shared: npt.ArrayLike,
-    first: npt.ArrayLike,
-    second: npt.ArrayLike,
-    clusters: Clusters | None = None,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Estimate:
-    """r(shared, first) - r(shared, second), with an interval that keeps their dependence."""
-    s, a, b = (
-        _standardised(v, name)
-        for v, name in ((shared, "shared"), (first, "first"), (second, "second"))
-    )
-    _same_rows(s, a, "shared, first")
-    _same_rows(s, b, "shared, second")
-    sums = _sums(np.column_stack([_moments(s, a), _moments(s, b)]), _codes(clusters, len(s)))
-
-    def gap(weights: Array) -> Array:
-        totals = _totals(weights, sums)
-        return _pearson(totals[:, :6]) - _pearson(totals[:, 6:])
-
-    return bootstrap(gap, len(sums), resamples=resamples, seed=seed, level=level)
-
-
-def williams_test(r12: float, r13: float, r23: float, n: int) -> tuple[float, float]:
-    """Williams' t and two-sided p of H0: r12 = r13, correlations that share variable 1.
-
-    `n` independent rows, n - 3 degrees of freedom. Williams (1959), the form that Steiger (1980,
-    Psychological Bulletin 87, equation 7) recommends. Neurons of one model are not independent
-    rows: for them this p is too small, see `correlation_difference` with clusters.
-
-    Raises InputError for fewer than 4 rows, and for correlations that no three variables have or
-    only linearly dependent ones.
-    """
-    if n < 4:
-        raise InputError(f"n: {n} rows are too few to compare correlations, at least 4 are needed")
-    determinant = 1 - r12**2 - r13**2 - r23**2 + 2 * r12 * r13 * r23
-    if max(abs(r12), abs(r13), abs(r23)) > 1 or determinant < -1e-12:
-        raise InputError(
-            f"r12 {r12}, r13 {r13}, r23 {r23}: not the correlations of three variables; "
-            "compute all three from the same rows"
-        )
-    if r12 == r13:
-        return 0.0, 1.0
-    if determinant <= 1e-12:
-        raise InputError(
-            f"r12 {r12}, r13 {r13}, r23 {r23}: the variables are linearly dependent; "
-            "compare correlations of independent ones"
-        )
-    scale = 2 * (n - 1) / (n - 3) * determinant + ((r12 + r13) / 2) ** 2 * (1 - r23) ** 3
-    from scipy import special
-
-    t = (r12 - r13) * np.sqrt((n - 1) * (1 + r23) / scale)
-    return float(t), float(2 * special.stdtr(n - 3, -abs(t)))

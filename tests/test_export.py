@@ -35,6 +35,9 @@ EVALUATION = {
                 "nll_shift": {"value": 0.21, "low": 0.1, "high": 0.3, "n": 40},
                 "values": {"nll": 3.2},
             },
+            "among_controls": {
+                "nll": {"value": 0.2, "mean": 0.01, "low": -0.1, "high": 0.03, "p": 0.25, "n": 3}
+            },
         },
         "aura": {"num_neurons": 4, "ppl_delta": {"value": 77.7, "low": 1, "high": 99, "p": 1}},
     },
@@ -120,6 +123,8 @@ def test_card_shows_this_circuits_evaluation(project):
     card = Path("out/README.md").read_text()
     assert "| ppl_delta | 0.8123 | -0.1 | 1.5 | 0.04 | 40 |\n" in card
     assert "| test.nll_shift | 0.21 | 0.1 | 0.3 |  | 40 |\n" in card
+    assert "\n| nll | 0.2 | 0.01 | -0.1 | 0.03 | 0.25 | 3 |\n" in card
+    assert "among_controls" not in card  # no interval of a difference
     assert "77.7" not in card  # another circuit's
     assert "was not there" not in card
 

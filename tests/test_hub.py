@@ -8,8 +8,11 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+
+from sparc3.fetch import pin_text
 
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -17,7 +20,13 @@ TOKEN = "hf_" + "s3cret" * 5
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Two repositories: team/open, and team/gated for whoever sends the token."""
+    """Two repositories: team/open, and team/gated for whoever sends the token.
+
+    A file whose name is in `lacking` cannot be had; `sent` are those that were.
+    """
+
+    lacking: ClassVar[set[str]] = set()
+    sent: ClassVar[list[str]] = []
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -33,7 +42,13 @@ class Hub(BaseHTTPRequestHandler):
             found = {"id": "team/x", "sha": COMMIT, "siblings": [{"rfilename": f} for f in FILES]}
             self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, body)
         else:
-            content = FILES[self.path.rpartition("/")[2]]
+            name = self.path.rpartition("/")[2]
+            if name in self.lacking:
+                self.send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+                return
+            content = FILES[name]
+            if body:
+                self.sent.append(name)
             self.send(200, content, {"ETag": f'"{len(content)}"', "X-Repo-Commit": COMMIT}, body)
 
     def send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
@@ -59,10 +74,18 @@ def hub() -> Iterator[str]:
 def fetch(
     hub: str, folder: Path, repository: str, token: str | None
 ) -> subprocess.CompletedProcess[str]:
-    code = (
+    return python(
+        hub,
+        folder,
         "from pathlib import Path; from sparc3.fetch import hub_model\n"
-        f"hub_model({repository!r}, {COMMIT!r}, Path('model'))"
+        f"hub_model({repository!r}, {COMMIT!r}, Path('model'))",
+        token,
     )
+
+
+def python(
+    hub: str, folder: Path, code: str, token: str | None = None
+) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
     environment |= {
         "HF_ENDPOINT": hub,
@@ -101,3 +124,49 @@ def test_without_access_there_is_one_clear_line_and_no_token_in_it(
     assert "fetch.repository team/gated" in last
     assert ("HF_TOKEN was given" if token else "no HF_TOKEN was given") in last
     assert token is None or token not in done.stdout + done.stderr
+
+
+RUN = """
+from dataclasses import replace
+from pathlib import Path
+from sparc3 import fetch
+from sparc3.params import Fetch, load
+params = load(Path({params!r}))
+given = Fetch(model=None, repository="team/open", revision={revision!r})
+model = replace(params.model, path="models/given")
+fetch.run(replace(params, fetch=given, model=model))
+"""
+
+
+def test_a_download_that_failed_goes_on_and_another_commit_is_not_taken_for_it(
+    hub: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("a")
+    (tmp_path / "data.dvc").write_text(pin_text(tmp_path / "data"))
+    params = str(Path(__file__).parent.parent / "params.yaml")
+    code = RUN.format(params=params, revision=COMMIT)
+    Hub.lacking = {"model.safetensors"}
+    try:
+        done = python(hub, tmp_path, code)
+    finally:
+        Hub.lacking = set()
+    assert "fetch.repository team/open" in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "models" / "given").exists()
+
+    Hub.sent.clear()
+    done = python(hub, tmp_path, code)
+    assert done.returncode == 0, done.stderr
+    assert Hub.sent == ["model.safetensors"]
+    folder = tmp_path / "models" / "given"
+    assert {path.name for path in folder.iterdir()} == {*FILES, "sparc3-origin.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["given"]
+
+    other = RUN.format(params=params, revision="f" * 40)
+    done = python(hub, tmp_path, other)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"models/given/ was made from repository team/open, revision {COMMIT}" in last
+    assert "move the folder away" in last
+    (folder / "sparc3-origin.json").unlink()  # a folder of the user's own
+    assert python(hub, tmp_path, other).returncode == 0

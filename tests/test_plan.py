@@ -222,8 +222,12 @@ def test_lengths_of_prompts_that_are_not_prepared() -> None:
     sample = plan.assumed(params)
     general, matched = params.prompt_sets["general"], params.prompt_sets["general-toxicity"]
     share = params.prepare.splits["attribute"] / sum(params.prepare.splits.values())
+    assert general.count is not None
     count = round(general.count * len(general.seeds) * share)
     assert sample("general", "attribute", "text") == [[general.max_tokens]] * count
+    wikitext = replace(general, source="hub/wikitext-2", count=None, seeds=(0,), max_tokens=None)
+    whole = plan.assumed(replace(params, test_sets={"text": replace(wikitext, min_tokens=None)}))
+    assert whole("text", None, "text") == [[4800]] * 60  # 288,000 tokens
     assert matched.match_length == "toxicity"
     assert sample("general-toxicity", None, "text")[0] == sample("toxicity", None, "text")[0]
     assert sample("race", None, "pair")[0] == [plan.ASSUMED_TOKENS] * 2

@@ -522,7 +522,7 @@ def test_the_default_sets_are_leak_free_and_as_asked(fetched, tmp_path, monkeypa
     splits: dict[str, set[str]] = {}
     for name, spec in {**found.prompt_sets, **found.test_sets}.items():
         rows = read(name)
-        assert len(rows) == spec.count * len(spec.seeds)
+        assert len(rows) == (spec.count or 0) * len(spec.seeds)
         assert {row["split"] for row in rows} == set(SHARES)
         for row in rows:
             splits.setdefault(row["group"], set()).add(row["split"])

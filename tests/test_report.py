@@ -58,9 +58,10 @@ def test_a_verdict_needs_a_small_p_and_names_what_could_have_been_found() -> Non
     def beside(control: float, **more: Any) -> dict:
         found = row(value=20.0, p_holm=0.01)
         found["differences"]["against_control_reduction"] = {"low": control}
-        return found | more
+        return found | {"drawn": [-3.0, 12.0]} | more
 
-    assert verdict(beside(1.0)) == "reduced"
+    assert verdict(beside(1.0)) == "reduced, beyond each of 2 random draws"
+    assert verdict(beside(1.0, drawn=[-30.2, 30.5])) == "reduced, not beyond the control"
     assert verdict(beside(-1.0)) == "reduced, not beyond the control"
     assert verdict(row(value=20.0, p_holm=0.01)) == "reduced; no control of its size"
     assert verdict(row(value=-20.0, p_holm=0.01)) == "increased"
@@ -75,7 +76,7 @@ def test_a_verdict_needs_a_small_p_and_names_what_could_have_been_found() -> Non
     turned["differences"]["ss"] = {"value": -20.0}
     assert verdict(turned) == "overshot"
     turned["differences"]["ss"] = {"value": -19.0}
-    assert verdict(turned) == "reduced"
+    assert verdict(turned) == "reduced, beyond each of 2 random draws"
 
 
 def test_draws_are_summarised_by_mean_and_range() -> None:

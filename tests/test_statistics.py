@@ -133,31 +133,18 @@ def test_mean_interval_is_the_naive_loop(scores):
     compare(found, lambda rows: scores[0][list(rows)].mean(), resamples, 8)
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [(statistics.correlation, stats.pearsonr), (statistics.rank_agreement, stats.spearmanr)],
-)
-def test_correlations_are_the_naive_loop(ours, theirs):
+def test_rank_agreement_is_the_naive_loop():
     rng = np.random.default_rng(2)
     x = rng.integers(0, 6, 14)  # ties
     y = 1000 + x + rng.normal(size=14)
-    found = ours(x, y, CLUSTERS, resamples=400, seed=4)
+    found = statistics.rank_agreement(x, y, CLUSTERS, resamples=400, seed=4)
     resamples = naive_resamples(CLUSTERS, 400, 4)
-    compare(found, lambda rows: theirs(x[list(rows)], y[list(rows)]).statistic, resamples, 8)
 
+    def naive(rows):
+        ranks = [stats.rankdata(v[list(rows)]) for v in (x, y)]
+        return np.corrcoef(*ranks)[0, 1]
 
-def test_correlation_difference_is_the_naive_loop():
-    rng = np.random.default_rng(12)
-    shared, first, second = rng.normal(size=(3, 14)) + rng.normal(size=14)
-    found = statistics.correlation_difference(
-        shared, first, second, CLUSTERS, resamples=400, seed=2
-    )
-
-    def gap(rows):
-        s, a, b = (v[list(rows)] for v in (shared, first, second))
-        return np.corrcoef(s, a)[0, 1] - np.corrcoef(s, b)[0, 1]
-
-    compare(found, gap, naive_resamples(CLUSTERS, 400, 2), 8)
+    compare(found, naive, resamples, 8)
 
 
 def test_cluster_means_by_hand():
@@ -403,56 +390,21 @@ def test_perfect_agreement():
     x = np.random.default_rng(0).random(20)
     assert statistics.rank_agreement(x, np.exp(9 * x), resamples=300).low == pytest.approx(1)
     assert statistics.rank_agreement(x, -x, resamples=300).high == pytest.approx(-1)
-    assert statistics.correlation(x, 1e6 + 2 * x, resamples=300).low == pytest.approx(1)
 
 
-@pytest.mark.parametrize("correlate", [statistics.correlation, statistics.rank_agreement])
-def test_a_constant_scorer_says_nothing(correlate):
+def test_a_constant_scorer_says_nothing():
     nothing = Estimate(value=0, low=-1, high=1, n=10)
-    assert correlate(np.full(10, 0.1), np.arange(10), resamples=100) == nothing
-    assert correlate(np.arange(10), np.full(10, 0.1), resamples=100) == nothing
+    for x, y in itertools.permutations([np.full(10, 0.1), np.arange(10)]):
+        assert statistics.rank_agreement(x, y, resamples=100) == nothing
 
 
 def test_a_resample_without_variation_counts_as_no_correlation():
     """One row in ten differs: a resample without it, probability 0.9^10, has correlation 0."""
     x = np.zeros(10)
     x[4] = 1
-    for correlate in (statistics.correlation, statistics.rank_agreement):
-        found = correlate(x, x, resamples=500)
-        assert found.value == pytest.approx(1)
-        assert found.low == 0
-
-
-def test_correlation_interval_against_fisher():
-    """Normal data, n = 300: Fisher's z interval."""
-    rng = np.random.default_rng(8)
-    x = rng.normal(size=300)
-    y = 0.6 * x + 0.8 * rng.normal(size=300)
-    found = statistics.correlation(x, y)
-    expected = stats.pearsonr(x, y).confidence_interval()
-    assert [found.low, found.high] == pytest.approx([expected.low, expected.high], abs=0.02)
-
-
-def test_williams_against_the_determinant_and_a_published_example():
-    """r12 0.4, r13 0.5, r23 0.1, n 103 is the standard example: t -0.89, p 0.37."""
-    t, p = statistics.williams_test(0.4, 0.5, 0.1, 103)
-    assert (round(t, 2), round(p, 2)) == (-0.89, 0.37)
-    matrix = np.array([[1, 0.4, 0.5], [0.4, 1, 0.1], [0.5, 0.1, 1]])
-    below = 2 * 102 / 100 * np.linalg.det(matrix) + 0.45**2 * 0.9**3
-    assert t == pytest.approx(-0.1 * math.sqrt(102 * 1.1 / below))
-    assert p == pytest.approx(2 * stats.t.sf(-t, 100))
-    assert statistics.williams_test(0.5, 0.4, 0.1, 103) == pytest.approx((-t, p))
-    assert statistics.williams_test(0.4, 0.4, 1, 103) == (0, 1)
-
-
-def test_williams_holds_its_level():
-    """4,000 samples of 40 rows whose two correlations with the first variable are both 0.5."""
-    rng = np.random.default_rng(1)
-    covariance = np.array([[1, 0.5, 0.5], [0.5, 1, 0.3], [0.5, 0.3, 1]])
-    samples = rng.multivariate_normal(np.zeros(3), covariance, (4000, 40))
-    r = [np.corrcoef(sample.T) for sample in samples]
-    p = [statistics.williams_test(m[0, 1], m[0, 2], m[1, 2], 40)[1] for m in r]
-    assert 0.04 <= np.mean(np.array(p) <= 0.05) <= 0.06
+    found = statistics.rank_agreement(x, x, resamples=500)
+    assert found.value == pytest.approx(1)
+    assert found.low == 0
 
 
 # --- calibration -----------------------------------------------------------------------------
@@ -571,14 +523,11 @@ def test_minimum_detectable_effect_is_found_four_times_in_five():
         (lambda: statistics.perplexity_change([1] * 8, [1] * 8, [1] * 7), "nll, tokens"),
         (lambda: statistics.mean_interval([0] * 8, level=1), "level 1"),
         (lambda: statistics.mean_interval([0] * 8, resamples=0), "resamples 0"),
-        (lambda: statistics.correlation([0] * 8, [0] * 7), "x, y"),
+        (lambda: statistics.rank_agreement([0] * 8, [0] * 7), "x, y"),
         (lambda: statistics.against_draws(1, [1]), "at least 2"),
         (lambda: statistics.against_draws(np.nan, [1, 2]), "value: nan"),
         (lambda: statistics.holm([0.5, np.nan]), "p_values"),
         (lambda: statistics.holm([1.5]), "p_values"),
-        (lambda: statistics.williams_test(0.1, 0.2, 0.3, 3), "at least 4"),
-        (lambda: statistics.williams_test(0.9, -0.9, 0.9, 30), "not the correlations"),
-        (lambda: statistics.williams_test(0.5, -0.5, -1.0, 30), "linearly dependent"),
     ],
 )
 def test_bad_input_is_one_line_with_the_remedy(call, message):

@@ -6,7 +6,6 @@ import pytest
 from sparc3.errors import InputError
 from sparc3.stereotypes import (
     COLUMNS,
-    crows_pairs,
     icat,
     pairs,
     per_term,
@@ -112,12 +111,6 @@ def test_items_without_an_unrelated_text_enter_ss_alone():
     assert stereoset(complete)["lms"] == 75
     with pytest.raises(InputError, match="unrelated"):
         stereoset(table)
-
-
-def test_crows_pairs_is_a_share_of_pairs():
-    stereotype, anti = np.random.default_rng(2).normal(size=(2, 1508))
-    assert crows_pairs(stereotype, anti) == pytest.approx(100 * np.mean(stereotype > anti))
-    assert crows_pairs(np.zeros(3), np.zeros(3)) == 50
 
 
 @pytest.mark.parametrize(
