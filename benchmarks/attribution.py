@@ -2,8 +2,8 @@
 
     python -m benchmarks.attribution [MODEL]
 
-naive    per-weight |w * dy/dw| of every linear layer, the head with them, under AttnLRP, one prompt
-         at a time
+naive    per-weight |w * dy/dw| of every linear layer but the head under AttnLRP, one prompt at a
+         time: the 28 GB of LLaMA-3-8B are these weights
 floor    forward and activation backward of the plain model, from the last position's largest logit
 lrp      sparc3.scores.score, in the same batches as the floor
 lrp-abs  the same for |w * dy/dw| summed per neuron over the incoming weights of `up`
@@ -36,7 +36,7 @@ NAIVE_PROMPTS = {256: 1, 16: 2}  # it is slow
 
 
 def naive(model: PreTrainedModel, prompts: Sequence[Prompt]) -> int:
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    layers = [m for m in models.body(model).modules() if isinstance(m, nn.Linear)]
     totals = [torch.zeros_like(layer.weight) for layer in layers]
     for layer in layers:
         layer.weight.requires_grad_(True)
