@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,16 @@ from sparc3.files import replacing
 
 COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666"),
-    *("#882255", "#999933", "#332288", "#88ccee", "#44aa99"),
+    *("#882255", "#999933", "#332288", "#88ccee", "#44aa99", "#000000", "#aa4499", "#ddcc77"),
+    *("#117733", "#661100", "#6699cc"),
 )
 
 WIDE = 10.0  # percent of perplexity, beyond which a linear axis hides what is small
+
+
+def coloured(methods: Sequence[str]) -> dict[str, str]:
+    """A colour for each method, the same in every figure of a run."""
+    return {name: COLOURS[n % len(COLOURS)] for n, name in enumerate(methods)}
 
 
 @contextmanager
@@ -60,9 +67,8 @@ def bars(path: Path, cells: Sequence[Mapping[str, Any]], quantities: Mapping[str
                     value - np.array([d["low"] for d in found.values()]),
                     np.array([d["high"] for d in found.values()]) - value,
                 ]
-                axis.bar(
-                    at, value, 0.8 / len(methods), color=COLOURS[m % len(COLOURS)], label=method
-                )
+                colour = coloured(methods)[method]
+                axis.bar(at, value, 0.8 / len(methods), color=colour, label=method)
                 axis.errorbar(
                     at, value, np.maximum(reach, 0), fmt="none", ecolor="black", capsize=2, lw=1
                 )
@@ -163,20 +169,20 @@ def pareto(
     path: Path,
     sweeps: Mapping[str, Sequence[Mapping[str, str]]],
     quantity: Mapping[str, tuple[str, str]],
+    methods: Sequence[str],
 ) -> None:
     """Behaviour against perplexity, a panel per behaviour and a curve per method and protection.
 
-    `quantity` gives each behaviour's column of its sweep and the axis title.
+    `quantity` gives each behaviour's column of its sweep and the axis title. `methods`: all of the
+    run's.
     """
     with drawing(path, columns=len(sweeps), size=(5.5, 4.5)) as (figure, axes):
         panels = np.atleast_1d(axes)
         for axis, (behaviour, rows) in zip(panels, sweeps.items(), strict=True):
             column, title = quantity[behaviour]
-            methods = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "none"))
+            swept = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "none"))
             shares = sorted({float(r["protect"]) for r in rows if r["method"] != "none"})
-            for (m, method), (s, share) in (
-                (x, y) for x in enumerate(methods) for y in enumerate(shares)
-            ):
+            for method, (s, share) in product(swept, enumerate(shares)):
                 points = [r for r in rows if r["method"] == method and float(r["protect"]) == share]
                 axis.plot(
                     [float(r["ppl_delta"]) for r in points],
@@ -184,8 +190,8 @@ def pareto(
                     marker="os^Dv"[s % 5],
                     ms=4,
                     lw=1,
-                    color=COLOURS[m % len(COLOURS)],
-                    label=f"{method}, protect {share:g}",
+                    color=coloured(methods)[method],
+                    label=method if len(shares) == 1 else f"{method}, protect {share:g}",
                 )
             for row in rows:
                 if row["method"] == "none":
@@ -199,12 +205,13 @@ def pareto(
 
 
 def rank_stability(
-    path: Path, curves: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]
+    path: Path,
+    curves: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]],
+    methods: Sequence[str],
 ) -> None:
     """How much of a circuit is found again, against the number of prompts: a panel per behaviour,
-    a curve per method.
+    a curve per method. `methods`: all of the run's.
     """
-    methods = list(dict.fromkeys(name for found in curves.values() for name in found))
     with drawing(path, columns=len(curves), size=(5.5, 4.5)) as (figure, axes):
         panels = np.atleast_1d(axes)
         for axis, (behaviour, found) in zip(panels, curves.items(), strict=True):
@@ -215,7 +222,7 @@ def rank_stability(
                     marker="o",
                     ms=3,
                     label=name,
-                    color=COLOURS[methods.index(name) % len(COLOURS)],
+                    color=coloured(methods)[name],
                 )
             axis.set_xlabel("prompts")
             axis.set_ylim(0, 1)

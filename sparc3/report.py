@@ -370,14 +370,17 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
         }
         for behaviour in behaviours
     }
-    figures.rank_stability(paths["stability"], curves)
+    figures.rank_stability(paths["stability"], curves, list(params.methods))
     sweeps = {name: read_csv(sweep_path(name)) for name in behaviours}
     titles = {
         "completions": ("nll_shift", "rise of NLL, nats"),
         "pairs": ("margin", "preference margin, nats"),
     }
     figures.pareto(
-        paths["pareto"], sweeps, {n: titles[b.measure] for n, b in params.behaviours.items()}
+        paths["pareto"],
+        sweeps,
+        {n: titles[b.measure] for n, b in params.behaviours.items()},
+        list(params.methods),
     )
     if len(behaviours) > 1:
         figures.pairwise_overlap(paths["overlaps"], overlap["overlaps"])
