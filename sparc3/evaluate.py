@@ -430,28 +430,20 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
             after[name], rows = outcome(*fixed, measured_on, name, sampled)
         completions += rows
 
-    folder = evaluation_folder(behaviour)
-    write_jsonl(folder / "completions.jsonl", completions)
-    write_csv(folder / "prompts.csv", *prompt_table({"none": before, **after}, setting.samples))
-
     drawn = circuit_names(evaluate.control, params.methods[evaluate.control])
     size = len(circuits[drawn[0]][1])
-    results = {
-        name: {
-            "method": method,
-            "num_neurons": len(circuit),
-            **result(
-                before,
-                after[name],
-                [after[draw] for draw in drawn]
-                if method != evaluate.control and len(circuit) == size
-                else [],
-                setting,
-                evaluate.resamples,
-            ),
-        }
-        for name, (method, circuit) in circuits.items()
-    }
+    results = {}
+    for name, (method, circuit) in circuits.items():
+        of_size = method != evaluate.control and len(circuit) == size
+        control = [after[draw] for draw in drawn] if of_size else []
+        try:
+            differences = result(before, after[name], control, setting, evaluate.resamples)
+        except InputError as error:
+            raise InputError(
+                f"evaluate: {behaviour}, circuit {name}: {error}; evaluate.prompts and "
+                "evaluate.items say how many are read"
+            ) from None
+        results[name] = {"method": method, "num_neurons": len(circuit), **differences}
     baseline = {"perplexity": perplexity(before.general)}
     for sample in setting.samples:
         values = _means(before.samples[sample.name], sample.texts.groups)
@@ -471,6 +463,9 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         found["scorers"] = {
             name: describe(ScorerSpec(**asdict(params.scorers[name]))) for name in spec.scorers
         }
+    folder = evaluation_folder(behaviour)
+    write_jsonl(folder / "completions.jsonl", completions)
+    write_csv(folder / "prompts.csv", *prompt_table({"none": before, **after}, setting.samples))
     write_json(metrics_path("evaluate", behaviour), found)
     return {
         f"{name}.{key}": value
