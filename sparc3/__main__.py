@@ -235,9 +235,12 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         options = {"update": arguments.update} if stage == "fetch" else {}
         run_stage(params, stage, axis_of(params, stage, arguments), **options)
-    except InputError as error:
+    except (InputError, PermissionError) as error:
         print(f"sparc3: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sparc3: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

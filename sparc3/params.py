@@ -1,15 +1,35 @@
 """params.yaml as frozen dataclasses; an unknown key or a wrong type is an error that names it."""
 
+import math
 import types
+from collections.abc import Hashable, Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from sparc3.errors import InputError
 
 Split = Literal["attribute", "tune", "test"]
+
+# Sources whose rows are pairs, which `measure: pairs` needs.
+PAIRED = (
+    *("stereoset", "hub/stereoset", "neutral-pairs", "crows-pairs", "winobias", "gender-pairs"),
+)
+
+
+class Range(NamedTuple):
+    """Of a number, both ends allowed."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+
+Whole = Annotated[int, Range(0)]
+Count = Annotated[int, Range(1)]
+Share = Annotated[float, Range(0, 1)]
+Size = Annotated[float, Range(0)]
 
 
 @dataclass(frozen=True)
@@ -25,22 +45,22 @@ class Keep:
     """Second pass of a prompt set: complete every candidate once, keep the highest scores."""
 
     scorer: str
-    top: int
-    new_tokens: int = 50
-    temperature: float = 0.7
-    top_p: float = 0.9
+    top: Count
+    new_tokens: Count = 50
+    temperature: Size = 0.7
+    top_p: Share = 0.9
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class PromptSet:
     source: str
-    count: int | None  # null: every row, in the source's order
+    count: Count | None  # null: every row, in the source's order
     seeds: tuple[int, ...] = (0,)
     target: Literal["max-logit", "likelihood", "pair"] = "max-logit"
     where: dict[str, Any] = field(default_factory=dict)
-    min_tokens: int | None = None
-    max_tokens: int | None = None
+    min_tokens: Count | None = None
+    max_tokens: Count | None = None
     match_length: str | None = None
     scores: tuple[str, ...] | None = None
     keep: Keep | None = None
@@ -61,11 +81,11 @@ class Behaviour:
 class Method:
     score: str
     contrast: str | None = None
-    scale: float | Literal["auroc"] = 0.0
+    scale: Share | Literal["auroc"] = 0.0
     match: str | None = None
     layers: str | None = None
-    protect: float | None = None
-    draws: int = 1
+    protect: Share | None = None
+    draws: Count = 1
 
 
 @dataclass(frozen=True)
@@ -88,21 +108,21 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Prepare:
-    splits: dict[str, float]
+    splits: dict[str, Share]
 
 
 @dataclass(frozen=True)
 class Attribute:
     scores: tuple[str, ...]
-    batch_tokens: int
-    shard_prompts: int
+    batch_tokens: Count
+    shard_prompts: Count
 
 
 @dataclass(frozen=True)
 class Gate:
     score: str
-    threshold: float
-    prompts: int
+    threshold: Size
+    prompts: Count
 
 
 @dataclass(frozen=True)
@@ -113,59 +133,59 @@ class Differential:
 
 @dataclass(frozen=True)
 class Sweep:
-    num_neurons: tuple[int, ...]
-    protect: tuple[float, ...]
+    num_neurons: tuple[Count, ...]
+    protect: tuple[Share, ...]
     ceiling: float
-    texts: int
-    items: int
-    batch_tokens: int
+    texts: Count
+    items: Count
+    batch_tokens: Count
 
 
 @dataclass(frozen=True)
 class Select:
-    num_neurons: int | None
-    protect: float | None
-    ppl_budget: float
-    resamples: int
+    num_neurons: Count | None
+    protect: Share | None
+    ppl_budget: Size
+    resamples: Count
     seed: int
 
 
 @dataclass(frozen=True)
 class Evaluate:
     general: str
-    texts: int
-    window: int
-    stride: int
+    texts: Count
+    window: Count
+    stride: Count
     joined: bool
-    prompts: int
-    items: int
-    completions: int
+    prompts: Count
+    items: Count
+    completions: Count
     completed: tuple[str, ...]
     in_sample: tuple[str, ...]
     control: str
-    new_tokens: int
-    temperature: float
-    top_p: float
+    new_tokens: Count
+    temperature: Size
+    top_p: Share
     seed: int
-    batch_tokens: int
-    resamples: int
+    batch_tokens: Count
+    resamples: Count
 
 
 @dataclass(frozen=True)
 class Transfer:
     texts: tuple[str, ...]
-    items: int
-    batch_tokens: int
-    resamples: int
+    items: Count
+    batch_tokens: Count
+    resamples: Count
 
 
 @dataclass(frozen=True)
 class Overlap:
     method: str
-    num_neurons: int
-    protect: float
-    resamples: int
-    repeats: int
+    num_neurons: Count
+    protect: Share
+    resamples: Count
+    repeats: Count
     seed: int
 
 
@@ -183,12 +203,12 @@ class Cluster:
 
     device: str
     partition: str | None = None
-    nodes: int = 1
-    tasks: int = 1
-    gpus: int = 0
-    cpus: int = 1  # per task
-    memory: int | None = None
-    minutes: int | None = None
+    nodes: Count = 1
+    tasks: Count = 1
+    gpus: Whole = 0
+    cpus: Count = 1  # per task
+    memory: Count | None = None
+    minutes: Count | None = None
     options: tuple[str, ...] = ()  # of sbatch, as on its command line
     setup: tuple[str, ...] = ()  # lines of shell that come first
 
@@ -216,6 +236,10 @@ class Params:
 
 
 def _describe(kind: Any) -> str:
+    if get_origin(kind) is Annotated:
+        base, (low, high) = get_args(kind)
+        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        return f"{_describe(base)} {limits}"
     if get_origin(kind) is Literal:
         return " or ".join(repr(choice) for choice in get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):
@@ -238,7 +262,12 @@ def _describe(kind: Any) -> str:
 def _convert(value: Any, kind: Any, key: str) -> Any:
     """`value` from YAML as `kind`; InputError names `key`."""
     origin, parts = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
+    if origin is Annotated:
+        base, (low, high) = parts
+        number = _convert(value, base, key)
+        if low <= number <= high:
+            return number
+    elif origin in (Union, types.UnionType):
         for part in parts:
             if is_dataclass(part) and isinstance(value, dict):
                 return _build(part, value, key)
@@ -263,7 +292,8 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     elif kind is Any:
         return value
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        if math.isfinite(value):
+            return float(value)
     elif type(value) is kind:
         return value
     hint = ""
@@ -275,7 +305,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
 def _build(kind: Any, value: Any, key: str) -> Any:
     if not isinstance(value, dict):
         raise InputError(f"params: {key or 'the file'} is {value!r}; expected a mapping")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     known = {f.name: f for f in fields(kind)}
     prefix = f"{key}." if key else ""
     for name in value:
@@ -296,11 +326,80 @@ def load(path: Path = Path("params.yaml")) -> Params:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: file not found; run from the project's folder") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8; save it as such") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    return _build(Params, tree, "")
+    params = _build(Params, tree, "")
+    _check_names(params)
+    return params
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key that is there twice, of which PyYAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key} is there twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _check_names(params: Params) -> None:
+    """InputError for a name that the section it points to does not have."""
+
+    def known(key: str, name: str, names: Iterable[str], where: str) -> None:
+        if name not in names:
+            raise InputError(
+                f"params: {key} {name!r} is not in {where}; known: {', '.join(names) or 'none'}"
+            )
+
+    for section in ("prompt_sets", "behaviours", "methods"):
+        if not getattr(params, section):
+            raise InputError(f"params: {section} is empty; expected at least one")
+    sets = {**params.prompt_sets, **params.test_sets}
+    for name, spec in params.behaviours.items():
+        key = f"behaviours.{name}"
+        known(f"{key}.prompts", spec.prompts, params.prompt_sets, "prompt_sets")
+        known(f"{key}.reference", spec.reference, params.prompt_sets, "prompt_sets")
+        known(f"{key}.method", spec.method, params.methods, "methods")
+        for scorer in spec.scorers:
+            known(f"{key}.scorers", scorer, params.scorers, "scorers")
+        paired = [spec.prompts]
+        if spec.second is not None:
+            known(f"{key}.second", spec.second, sets, "test_sets or prompt_sets")
+            paired.append(spec.second)
+        if spec.measure == "completions" and not spec.scorers:
+            raise InputError(
+                f"params: {key}.scorers is empty; completions need one of "
+                f"{', '.join(params.scorers)}"
+            )
+        for part in paired if spec.measure == "pairs" else paired[1:]:
+            if sets[part].source not in PAIRED:
+                raise InputError(
+                    f"params: {key}.measure is {spec.measure!r}, with prompt set {part} whose "
+                    f"source {sets[part].source!r} has no pairs; sources that have: "
+                    f"{', '.join(PAIRED)}"
+                )
+    known("differential.general", params.differential.general, params.prompt_sets, "prompt_sets")
+    known("evaluate.general", params.evaluate.general, sets, "test_sets or prompt_sets")
+    if not params.transfer.texts:
+        raise InputError("params: transfer.texts is empty; expected at least one set of texts")
+    for text in params.transfer.texts:
+        known("transfer.texts", text, sets, "test_sets or prompt_sets")
+    for key, method in (
+        ("evaluate.control", params.evaluate.control),
+        *(("evaluate.completed", name) for name in params.evaluate.completed),
+        *(("evaluate.in_sample", name) for name in params.evaluate.in_sample),
+        ("overlap.method", params.overlap.method),
+        ("report.method", params.report.method),
+    ):
+        known(key, method, params.methods, "methods")
 
 
 def scores_of(params: Params, prompt_set: str) -> tuple[str, ...]:

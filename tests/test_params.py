@@ -9,7 +9,8 @@ import yaml
 from sparc3.__main__ import STAGES
 from sparc3.differential import check_methods
 from sparc3.errors import InputError
-from sparc3.params import Params, load
+from sparc3.params import PAIRED, Params, load
+from sparc3.sources import SOURCES
 
 TREE = yaml.safe_load(Path("params.yaml").read_text())
 
@@ -25,6 +26,11 @@ def refusal(tmp_path: Path, tree: object) -> str:
 
 def changed(section: str, key: object, value: object) -> dict:
     return {**TREE, section: {**TREE[section], key: value}}
+
+
+def behaviour(**values: object) -> dict:
+    rows = TREE["behaviours"]
+    return {**TREE, "behaviours": {**rows, "toxicity": {**rows["toxicity"], **values}}}
 
 
 def test_default_params_load_as_written() -> None:
@@ -55,6 +61,30 @@ def test_the_default_is_a_profile() -> None:
         (changed("gate", "prompts", True), "gate.prompts is True; expected a whole number"),
         (changed("model", "dtype", "int8"), "model.dtype is 'int8'; expected 'float32' or"),
         (changed("sweep", "protect", 0.2), "sweep.protect is 0.2; expected a list of a number"),
+        (changed("sweep", "texts", -1), "sweep.texts is -1; expected a whole number of at least 1"),
+        (changed("sweep", "num_neurons", [10, 0]), "sweep.num_neurons[1] is 0; expected a whole"),
+        (changed("sweep", "protect", [1.5]), "sweep.protect[0] is 1.5; expected a number from 0"),
+        (changed("sweep", "protect", [float("nan")]), "sweep.protect[0] is nan; expected"),
+        (changed("sweep", "ceiling", float("nan")), "sweep.ceiling is nan; expected a number"),
+        (changed("gate", "threshold", float("inf")), "gate.threshold is inf; expected a number"),
+        (changed("select", "num_neurons", 0), "at least 1 or null"),
+        (changed("attribute", "shard_prompts", 0), "attribute.shard_prompts is 0; expected"),
+        (
+            changed("gate", "score", "wanda"),
+            "gate.score 'wanda' is not in the scores of prompt set toxicity",
+        ),
+        ({**TREE, "behaviours": {}}, "behaviours is empty; expected at least one"),
+        (behaviour(scorers=[]), "behaviours.toxicity.scorers is empty; completions need one of"),
+        (behaviour(scorers=["no"]), "behaviours.toxicity.scorers 'no' is not in scorers; known:"),
+        (behaviour(prompts="news"), "behaviours.toxicity.prompts 'news' is not in prompt_sets"),
+        (behaviour(second="no"), "behaviours.toxicity.second 'no' is not in test_sets or prompt"),
+        (behaviour(measure="pairs"), "prompt set toxicity whose source 'real-toxicity-prompts'"),
+        (behaviour(second="news"), "prompt set news whose source 'news' has no pairs"),
+        (changed("transfer", "texts", []), "transfer.texts is empty"),
+        (changed("transfer", "texts", ["no"]), "transfer.texts 'no' is not in"),
+        (changed("evaluate", "general", "no"), "evaluate.general 'no' is not in"),
+        (changed("evaluate", "completed", ["no"]), "evaluate.completed 'no' is not in methods"),
+        ("gate: {prompts: 1}\ngate: {prompts: 2}", "key gate is there twice"),
         (changed("methods", "lrp", 3), "methods.lrp is 3; expected a mapping"),
         (changed("methods", 3, {"score": "lrp"}), "methods: key 3 must be text"),
         ({k: v for k, v in TREE.items() if k != "gate"}, "missing key gate"),
@@ -65,6 +95,21 @@ def test_the_default_is_a_profile() -> None:
 )
 def test_bad_params_are_named(tmp_path: Path, tree: object, expected: str) -> None:
     assert expected in refusal(tmp_path, tree)
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes("# für\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"params\.yaml: not UTF-8"):
+        load(tmp_path / "params.yaml")
+
+
+def test_sources_of_pairs_are_those_whose_rows_are_pairs(fetched: Path) -> None:
+    found = {
+        name
+        for name, source in SOURCES.items()
+        if not name.startswith("hub/") and source.rows({})[0].pair
+    }
+    assert {*found, "hub/stereoset"} == set(PAIRED)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
