@@ -190,10 +190,13 @@ def likelihood_memory(model: Shape, batch_tokens: int, dtype: str) -> float:
     return passing(model, batch_tokens, dtype) + 2 * 4 * CHUNK * model.vocabulary
 
 
-def generation_memory(model: Shape, length: int, new_tokens: int, dtype: str) -> float:
+def generation_memory(
+    model: Shape, lengths: Lengths, completions: int, new_tokens: int, dtype: str
+) -> float:
     """Bytes beyond the weights of one batch of `generate.complete`: keys and values, and logits."""
-    cache = 2 * model.layers * model.keys * (length + new_tokens) * BYTES[dtype]
-    return COMPLETIONS_AT_ONCE * (cache + 3 * 4 * model.vocabulary)
+    together = min(COMPLETIONS_AT_ONCE, completions * len(lengths))
+    cache = 2 * model.layers * model.keys * (max(lengths) + new_tokens) * BYTES[dtype]
+    return together * (cache + 3 * 4 * model.vocabulary)
 
 
 def scores_size(model: Shape, prompts: int, names: int) -> int:

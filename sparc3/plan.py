@@ -247,7 +247,7 @@ def _drawn(
         tokens=sum(lengths) + len(lengths) * completions * new_tokens,
         drawn=cost.generation(model, lengths, completions, new_tokens),
         steps=batches * new_tokens,
-        memory=cost.generation_memory(model, max(lengths), new_tokens, params.model.dtype),
+        memory=cost.generation_memory(model, lengths, completions, new_tokens, params.model.dtype),
     )
 
 

@@ -69,10 +69,6 @@ def test_the_default_is_a_profile() -> None:
         (changed("gate", "threshold", float("inf")), "gate.threshold is inf; expected a number"),
         (changed("select", "num_neurons", 0), "at least 1 or null"),
         (changed("attribute", "shard_prompts", 0), "attribute.shard_prompts is 0; expected"),
-        (
-            changed("gate", "score", "wanda"),
-            "gate.score 'wanda' is not in the scores of prompt set toxicity",
-        ),
         ({**TREE, "behaviours": {}}, "behaviours is empty; expected at least one"),
         (behaviour(scorers=[]), "behaviours.toxicity.scorers is empty; completions need one of"),
         (behaviour(scorers=["no"]), "behaviours.toxicity.scorers 'no' is not in scorers; known:"),
