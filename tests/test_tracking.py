@@ -23,10 +23,12 @@ from sparc3.files import write_text
 REPOSITORY = Path(__file__).parent.parent
 FOREIGN = re.compile(r"MLFLOW_|DVC_|SPARC3_|HF_TOKEN|GIT_")
 STAGE = """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
     from sparc3.tracking import stage_run
 
+    # A shell's background job, which the tests may be part of, ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with stage_run(sys.argv[1], {}, {"select": {"k": 1}}) as run:
         Path("note.txt").write_text(sys.argv[1])
         run.log_artifact(Path("note.txt"))
