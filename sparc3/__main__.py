@@ -17,7 +17,7 @@ import sparc3
 from sparc3 import parallel, tracking
 from sparc3.artifacts import logged_files, metrics_path, model_digest
 from sparc3.errors import InputError
-from sparc3.files import digest, digest_text
+from sparc3.files import digest, digest_text, markdown
 from sparc3.params import Params, load
 
 # Stage word = module = dvc.yaml stage = MLproject entry point = params section; with its axis.
@@ -202,7 +202,7 @@ def write_readme(params: Params, arguments: argparse.Namespace) -> None:
     costs = tracking.latest_metrics(("seconds", "peak_megabytes"))
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
     report.write_readme(
-        {"costs": report.cost_table(list(STAGES), costs), "plan": report.markdown(header, rows)}
+        {"costs": report.cost_table(list(STAGES), costs), "plan": markdown(header, rows)}
     )
 
 

@@ -385,21 +385,8 @@ def result(
     return found
 
 
-def check_methods_named(params: Params) -> None:
-    """InputError where evaluate names a method that is not there."""
-    named = {key: getattr(params.evaluate, key) for key in ("completed", "in_sample")}
-    for key, names in {**named, "control": (params.evaluate.control,)}.items():
-        for name in names:
-            if name not in params.methods:
-                raise InputError(
-                    f"params: evaluate.{key} names {name!r}, which is not in methods; "
-                    f"known: {', '.join(params.methods)}"
-                )
-
-
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, evaluate = params.behaviours[behaviour], params.evaluate
-    check_methods_named(params)
     tokenizer = models.tokenizer(params.model.path, params.model.revision)
     setting, elicited = load_setting(params, behaviour, tokenizer)
     first = setting.samples[0].name

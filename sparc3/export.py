@@ -13,7 +13,7 @@ from typing import Any
 from sparc3 import models
 from sparc3.artifacts import circuit_path, metrics_path
 from sparc3.errors import InputError
-from sparc3.files import digest, read_json, write_text
+from sparc3.files import digest, markdown, read_json, write_text
 from sparc3.params import Params
 from sparc3.prune import Circuit, prune_weights, read_circuit
 
@@ -39,27 +39,19 @@ def differences(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def evaluation_table(tree: Mapping[str, Any]) -> str:
     """Markdown: one row per difference, with its interval, p-value and number of clusters."""
-    lines = ["| measure | change | low | high | p | clusters |", "|---|---|---|---|---|---|"]
-    for name, row in differences(tree):
-        cells = [_number(row.get(key)) for key in ("value", "low", "high", "p", "n")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    header = ["measure", "change", "low", "high", "p", "clusters"]
+    return markdown(header, (_cells(*each, "value low high p n") for each in differences(tree)))
 
 
 def control_table(among: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown: one row per effect, beside those of the control's draws; nothing without any."""
-    if not among:
-        return ""
-    lines = [
-        "",
-        "",
-        "| effect | of this model | mean of the draws | least | largest | rank p | draws |",
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
-    for name, row in among.items():
-        cells = [_number(row[key]) for key in ("value", "mean", "low", "high", "p", "n")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    header = ["effect", "of this model", "mean of the draws", "least", "largest", "rank p", "draws"]
+    rows = [_cells(*each, "value mean low high p n") for each in among.items()]
+    return f"\n{markdown(header, rows)}" if rows else ""
+
+
+def _cells(name: str, row: Mapping[str, float], keys: str) -> list[str]:
+    return [name, *(_number(row.get(key)) for key in keys.split())]
 
 
 def _number(value: float | None) -> str:

@@ -50,6 +50,7 @@ def bars(path: Path, cells: Sequence[Mapping[str, Any]], quantities: Mapping[str
     """One panel per quantity (key -> title): a bar with its interval per behaviour and method."""
     behaviours = list(dict.fromkeys(c["behaviour"] for c in cells))
     methods = list(dict.fromkeys(c["method"] for c in cells))
+    colours = coloured(methods)
     with drawing(path, columns=len(quantities), size=(5.5, 4.5)) as (figure, axes):
         for axis, (key, title) in zip(np.atleast_1d(axes), quantities.items(), strict=True):
             for m, method in enumerate(methods):
@@ -67,8 +68,7 @@ def bars(path: Path, cells: Sequence[Mapping[str, Any]], quantities: Mapping[str
                     value - np.array([d["low"] for d in found.values()]),
                     np.array([d["high"] for d in found.values()]) - value,
                 ]
-                colour = coloured(methods)[method]
-                axis.bar(at, value, 0.8 / len(methods), color=colour, label=method)
+                axis.bar(at, value, 0.8 / len(methods), color=colours[method], label=method)
                 axis.errorbar(
                     at, value, np.maximum(reach, 0), fmt="none", ecolor="black", capsize=2, lw=1
                 )
@@ -176,6 +176,7 @@ def pareto(
     `quantity` gives each behaviour's column of its sweep and the axis title. `methods`: all of the
     run's.
     """
+    colours = coloured(methods)
     with drawing(path, columns=len(sweeps), size=(5.5, 4.5)) as (figure, axes):
         panels = np.atleast_1d(axes)
         for axis, (behaviour, rows) in zip(panels, sweeps.items(), strict=True):
@@ -190,7 +191,7 @@ def pareto(
                     marker="os^Dv"[s % 5],
                     ms=4,
                     lw=1,
-                    color=coloured(methods)[method],
+                    color=colours[method],
                     label=method if len(shares) == 1 else f"{method}, protect {share:g}",
                 )
             for row in rows:
@@ -212,6 +213,7 @@ def rank_stability(
     """How much of a circuit is found again, against the number of prompts: a panel per behaviour,
     a curve per method. `methods`: all of the run's.
     """
+    colours = coloured(methods)
     with drawing(path, columns=len(curves), size=(5.5, 4.5)) as (figure, axes):
         panels = np.atleast_1d(axes)
         for axis, (behaviour, found) in zip(panels, curves.items(), strict=True):
@@ -222,7 +224,7 @@ def rank_stability(
                     marker="o",
                     ms=3,
                     label=name,
-                    color=coloured(methods)[name],
+                    color=colours[name],
                 )
             axis.set_xlabel("prompts")
             axis.set_ylim(0, 1)

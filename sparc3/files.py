@@ -50,6 +50,12 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
 
 
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, its lines ended by newlines."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 def write_json(path: Path, value: object) -> None:
     """Sorted keys and a final newline; NaN and infinity are refused (ValueError)."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")

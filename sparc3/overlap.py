@@ -99,8 +99,6 @@ def compare_sets(sets: dict[str, Array], layers: int, width: int) -> dict[str, A
 def run(params: Params) -> dict[str, float]:
     check_methods(params)
     overlap = params.overlap
-    if overlap.method not in params.methods:
-        raise InputError(f"params: overlap.method {overlap.method!r} is not in methods")
     method = params.methods[overlap.method]
     if method.contrast is None:
         raise InputError(
@@ -138,12 +136,12 @@ def run(params: Params) -> dict[str, float]:
     def choose_flat(differential: Array, count: int) -> Array:
         return choose(differential.reshape(1, -1), count, flat)
 
-    if len(contrasts) > 1 and method.contrast == "mean-difference":  # its estimator is for that
-        estimated = circuits.bootstrap_correlations(
-            used, contrasts, draws=overlap.resamples, seed=overlap.seed
-        )
-        found["corrected"] = {key: named(table) for key, table in estimated.items()}
     if len(contrasts) > 1:
+        if method.contrast == "mean-difference":  # what the estimator is for
+            estimated = circuits.bootstrap_correlations(
+                used, contrasts, draws=overlap.resamples, seed=overlap.seed
+            )
+            found["corrected"] = {key: named(table) for key, table in estimated.items()}
         references = {reference for reference, _ in contrasts.values()}
         apart = {
             name: scores.at(one_of_each(name, overlap.seed)) if name in references else scores

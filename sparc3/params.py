@@ -15,14 +15,19 @@ Split = Literal["attribute", "tune", "test"]
 
 # Sources whose rows are pairs, which `measure: pairs` needs.
 PAIRED = (
-    *("stereoset", "hub/stereoset", "neutral-pairs", "crows-pairs", "winobias", "gender-pairs"),
+    "stereoset",
+    "hub/stereoset",
+    "neutral-pairs",
+    "crows-pairs",
+    "winobias",
+    "gender-pairs",
 )
 
 
 class Range(NamedTuple):
     """Of a number, both ends allowed."""
 
-    low: float = -math.inf
+    low: float
     high: float = math.inf
 
 
@@ -363,6 +368,9 @@ def _check_names(params: Params) -> None:
         if not getattr(params, section):
             raise InputError(f"params: {section} is empty; expected at least one")
     sets = {**params.prompt_sets, **params.test_sets}
+    for name, made in params.prompt_sets.items():
+        if made.keep is not None:
+            known(f"prompt_sets.{name}.keep.scorer", made.keep.scorer, params.scorers, "scorers")
     for name, spec in params.behaviours.items():
         key = f"behaviours.{name}"
         known(f"{key}.prompts", spec.prompts, params.prompt_sets, "prompt_sets")

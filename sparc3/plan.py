@@ -25,10 +25,9 @@ from sparc3.errors import InputError
 from sparc3.params import Params, PromptSet, scores_of
 from sparc3.sources import hub_token
 
-ASSUMED_TOKENS = 32  # of a prompt whose length the profile does not say,
-LONG = {"hub/wikitext-2": 4800}  # but for sources of long texts
-ASSUMED_TEXTS = 1000  # of a source that is taken whole,
-WHOLE = {"hub/wikitext-2": 60}  # where it is not known
+ASSUMED_TOKENS = 32  # of a prompt whose length the profile does not say
+ASSUMED_TEXTS = 1000  # of a source that is taken whole
+KNOWN = {"hub/wikitext-2": (60, 4800)}  # texts and tokens of each, where that is far from it
 PROCESS = 0.9e9  # bytes of a Python process with torch and transformers
 LIGHT = 0.3e9  # and of one without
 HEAP = 1.75  # resident bytes per byte in use on a CPU, where freed blocks are not given back
@@ -109,15 +108,18 @@ def assumed(params: Params) -> Sample:
     def spec_of(name: str) -> PromptSet:
         return {**params.prompt_sets, **params.test_sets}[name]
 
+    def known(spec: PromptSet) -> tuple[int, int]:
+        return KNOWN.get(spec.source, (ASSUMED_TEXTS, ASSUMED_TOKENS))
+
     def length(name: str) -> int:
         spec = spec_of(name)
         if spec.match_length is not None:
             return length(spec.match_length)
-        return spec.max_tokens or spec.min_tokens or LONG.get(spec.source, ASSUMED_TOKENS)
+        return spec.max_tokens or spec.min_tokens or known(spec)[1]
 
     def sample(name: str, split: str | None, kind: str) -> Prompts:
         spec, shares = spec_of(name), params.prepare.splits
-        each = WHOLE.get(spec.source, ASSUMED_TEXTS) if spec.count is None else spec.count
+        each = known(spec)[0] if spec.count is None else spec.count
         count = spec.keep.top if spec.keep else each * len(spec.seeds)
         if split is not None:
             count = round(count * shares[split] / sum(shares.values()))
@@ -613,9 +615,11 @@ def of_stage(params: Params, job: str, name: str, cards: int) -> Needs:
         )
     model = cost.shape(configuration(params))
     sample = sample_of(params, exact=are_prepared(params, params))
-    stage = job.partition("@")[0]
-    parts = (job, stage) if stage != job else (job, *(f"{job}@{n}" for n in params.prompt_sets))
-    works = [w for w in plan(params, model, sample) if w.stage in parts] or [Work(job)]
+    works = [
+        work
+        for work in plan(params, model, sample)
+        if work.stage in (job, job.partition("@")[0]) or work.stage.partition("@")[0] == job
+    ] or [Work(job)]
     refuse(params, model, sample, works, name, cards)
     return Needs(
         max(bytes_on_machine(work, model, params, name) for work in works),

@@ -455,11 +455,6 @@ def elicited(
     from sparc3.elicit import keep_highest
     from sparc3.scorers import ScorerSpec, scorer
 
-    if keep.scorer not in params.scorers:
-        raise InputError(
-            f"params: prompt_sets.{name}.keep.scorer {keep.scorer!r} is not in scorers; known: "
-            f"{', '.join(params.scorers)}"
-        )
     spec = params.model
     model = models.load(spec.path, spec.revision, spec.dtype, spec.device)
     score = scorer(ScorerSpec(**asdict(params.scorers[keep.scorer])), spec.device)

@@ -24,7 +24,7 @@ from sparc3.artifacts import (
 )
 from sparc3.claims import claims
 from sparc3.errors import InputError
-from sparc3.files import read_csv, read_json, read_text, write_text
+from sparc3.files import markdown, read_csv, read_json, read_text, write_text
 from sparc3.params import Behaviour, Params
 
 FOLDER = OUTPUTS / "report"
@@ -144,11 +144,6 @@ def interval(difference: dict[str, float] | None, digits: int = 1) -> str:
         return "-"
     value, low, high = (f"{difference[k]:+.{digits}f}" for k in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def result_table(params: Params, table: list[dict[str, Any]]) -> str:
@@ -440,8 +435,6 @@ def transfer_matrix(params: Params) -> tuple[list[str], np.ndarray, list[list[st
 
 
 def run(params: Params) -> dict[str, float]:
-    if params.report.method not in params.methods:
-        raise InputError(f"params: report.method {params.report.method!r} is not in methods")
     table = cells(params)
     results = result_table(params, table)
     figures = draw(params, table)

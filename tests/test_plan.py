@@ -346,6 +346,24 @@ def test_this_machines_time_is_of_its_own_measured_rate() -> None:
     assert plan.seconds(work, shape, params, "CPU", 1) == pytest.approx(loaded + 60)
 
 
+def test_the_stage_that_elicits_is_planned_by_its_own_name() -> None:
+    params = parameters.load(Path("profiles/llama3-8b.yaml"))
+    needs = plan.of_stage(params, "prepare", "A100-80", 1)
+    assert needs.machine > 16e9  # the weights pass through the machine's memory
+    assert needs.seconds > plan.START + 16
+    assert plan.of_stage(params, "overlap", "A100-80", 1).seconds == 0
+
+
+def test_the_formula_in_readme_has_the_constants_of_the_code() -> None:
+    readme = Path("README.md").read_text()
+    formula = readme[readme.index("The formula, for each stage") :].partition("\n")[0]
+    reached = {device.reached for name, device in plan.DEVICES.items() if name != "CPU"}
+    assert f"time = {plan.START:g} s + weights / ({plan.LOADING / 1e9:g} GB/s)" in formula
+    assert f"the rate is {reached.pop():g} of the card's peak, and {plan.DRAWING:g} of" in formula
+    assert not reached
+    assert f"Memory = {plan.CARD / 1e9:g} GB + weights" in formula
+
+
 def test_all_cards_are_shown(big: Path, capsys: Any) -> None:
     assert main(["plan"]) == 0
     shown = capsys.readouterr().out

@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 
 from sparc3.errors import InputError
+from sparc3.files import markdown
 from sparc3.report import (
     IN_README,
     cost_table,
     interval,
-    markdown,
     readme_with,
     summary,
     verdict,
