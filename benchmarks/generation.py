@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from sparc3 import models
 from sparc3.files import read_jsonl
 from sparc3.generate import complete
+from sparc3.prune import INTACT
 
 MODEL = "models/smollm2-135m"
 PROMPTS = Path("data/real-toxicity-prompts.jsonl")
@@ -106,8 +107,8 @@ def ways(model: PreTrainedModel, prompts: list[list[int]]) -> dict[str, Callable
 
     def ours() -> int:
         keys = [str(n) for n in range(len(prompts))]
-        drawn = complete(
-            model, prompts, keys, COMPLETIONS, NEW_TOKENS, TEMPERATURE, TOP_P, 0, BATCH
+        (drawn,) = complete(
+            model, [INTACT], prompts, keys, COMPLETIONS, NEW_TOKENS, TEMPERATURE, TOP_P, 0, BATCH
         )
         return sum(len(tokens) for row in drawn for tokens in row)
 

@@ -19,6 +19,7 @@ from benchmarks.generation import MODEL, REPEATS, alternating, machine, table
 from sparc3 import models
 from sparc3.files import read_jsonl
 from sparc3.likelihood import continuation_nll, token_nll, window_nll
+from sparc3.prune import INTACT
 
 TEXTS = Path("data/boolq.jsonl")
 ITEMS = Path("data/stereoset.jsonl")
@@ -82,18 +83,18 @@ def main() -> None:
         "24 texts of 128 tokens": against_forward(
             model,
             sum(map(len, texts)),
-            token_nll=lambda: token_nll(model, texts, BATCH_TOKENS),
+            token_nll=lambda: token_nll(model, [INTACT], texts, BATCH_TOKENS),
         ),
         "100 StereoSet items of 3 sentences": against_forward(
             model,
             sum(map(len, sentences)),
-            token_nll=lambda: token_nll(model, sentences, BATCH_TOKENS),
-            continuation_nll=lambda: continuation_nll(model, groups, BATCH_TOKENS),
+            token_nll=lambda: token_nll(model, [INTACT], sentences, BATCH_TOKENS),
+            continuation_nll=lambda: continuation_nll(model, [INTACT], groups, BATCH_TOKENS),
         ),
         "a text of 3072 tokens, window 1024, stride 512": against_forward(
             model,
             len(long),
-            window_nll=lambda: window_nll(model, [long], 1024, 512, BATCH_TOKENS),
+            window_nll=lambda: window_nll(model, [INTACT], [long], 1024, 512, BATCH_TOKENS),
         ),
     }
     print(f"{machine()}, {REPEATS} repeats")

@@ -128,9 +128,12 @@ def attribution(
     through = model.products - model.first_layer + model.output_projection
     backward = 2 * through * tokens + 2 * _attention(model, model.layers - 1) * squares
     explained = len(prompts) if target == "max-logit" else tokens - len(lengths)
-    one = forward(model, lengths) + backward + 4 * model.head * explained
     weights = sum(SCORES[name].at == "weights" for name in names)
-    return passes * one + weights * 2 * model.neurons * model.hidden * tokens
+    return (
+        passes * (forward(model, lengths) + backward)
+        + 4 * model.head * explained
+        + weights * 2 * model.neurons * model.hidden * tokens
+    )
 
 
 def generation(model: Shape, lengths: Lengths, completions: int, new_tokens: int) -> float:
@@ -185,16 +188,19 @@ def passing(model: Shape, tokens: int, dtype: str) -> float:
     return tokens * (4 * model.hidden + 4 * model.attention + 4 * model.width) * BYTES[dtype]
 
 
-def likelihood_memory(model: Shape, batch_tokens: int, dtype: str) -> float:
-    """Bytes beyond the weights at the peak of one batch of `likelihood.token_nll`."""
-    return passing(model, batch_tokens, dtype) + 2 * 4 * CHUNK * model.vocabulary
+def likelihood_memory(model: Shape, circuits: int, batch_tokens: int, dtype: str) -> float:
+    """Bytes beyond the weights at the peak of one batch of `likelihood.token_nll`, with what
+    enters the first layers of the circuits.
+    """
+    entering = min(circuits, model.layers - 1) * batch_tokens * model.hidden * BYTES[dtype]
+    return passing(model, batch_tokens, dtype) + entering + 2 * 4 * CHUNK * model.vocabulary
 
 
 def generation_memory(
-    model: Shape, lengths: Lengths, completions: int, new_tokens: int, dtype: str
+    model: Shape, circuits: int, lengths: Lengths, completions: int, new_tokens: int, dtype: str
 ) -> float:
     """Bytes beyond the weights of one batch of `generate.complete`: keys and values, and logits."""
-    together = min(COMPLETIONS_AT_ONCE, completions * len(lengths))
+    together = min(COMPLETIONS_AT_ONCE, circuits * completions * len(lengths))
     cache = 2 * model.layers * model.keys * (max(lengths) + new_tokens) * BYTES[dtype]
     return together * (cache + 3 * 4 * model.vocabulary)
 

@@ -17,6 +17,7 @@ from sparc3.errors import InputError
 from sparc3.generate import complete
 from sparc3.models import encode
 from sparc3.params import Keep
+from sparc3.prune import INTACT
 from sparc3.scorers import Scorer
 
 
@@ -43,8 +44,9 @@ def keep_highest(
             "candidates; raise count or lower top"
         )
     with tqdm(total=len(rows), desc=f"elicit {name}", unit="prompt") as bar:
-        drawn = complete(
+        (drawn,) = complete(
             model,
+            [INTACT],
             encode(tokenizer, [row["text"] for row in rows]),
             # Evaluation names its streams by the ids alone: whatever its seed, it draws others.
             keys=[f"elicit {row['id']}" for row in rows],

@@ -51,45 +51,12 @@ from sparc3.measures import (
     windowed_likelihood,
 )
 from sparc3.params import Evaluate, Params
-from sparc3.prune import pruned, read_circuit, refuse_leak
+from sparc3.prune import INTACT, Circuit, read_circuit, refuse_leak
 from sparc3.scorers import Scorer, ScorerSpec, describe, scorer
 
-# --- measuring one model ---------------------------------------------------------------------
+UNPRUNED = "none"  # the name of the model as it is, among those of circuits
 
-
-def score_completions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sample: Texts,
-    scorers: Mapping[str, Scorer],
-    evaluate: Evaluate,
-    label: str,
-) -> tuple[dict[str, Array], list[dict[str, Any]]]:
-    """Scores (prompt, completion) by scorer, and one row per completion with text and quality."""
-    with tqdm(total=len(sample.ids), desc=f"completions {label}", unit="prompt") as bar:
-        drawn = complete(
-            model,
-            sample.tokens,
-            keys=sample.ids,
-            completions=evaluate.completions,
-            new_tokens=evaluate.new_tokens,
-            temperature=evaluate.temperature,
-            top_p=evaluate.top_p,
-            seed=evaluate.seed,
-            progress=bar.update,
-        )
-    rows: list[dict[str, Any]] = []
-    for prompt, completions in zip(sample.ids, drawn, strict=True):
-        decoded = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        for number, (tokens, text) in enumerate(zip(completions, decoded, strict=True)):
-            rows.append({"prompt": prompt, "completion": number, "text": text, **quality(tokens)})
-    scores = {}
-    for name, score in scorers.items():
-        flat = score([row["text"] for row in rows])
-        for row, value in zip(rows, flat.tolist(), strict=True):
-            row[name] = value
-        scores[name] = flat.reshape(len(sample.ids), evaluate.completions)
-    return scores, rows
+# --- measuring models ----------------------------------------------------------------------
 
 
 class Sample(NamedTuple):
@@ -98,6 +65,51 @@ class Sample(NamedTuple):
     name: str  # test, or in_sample
     texts: Texts
     items: Items | None
+
+
+def score_completions(
+    model: PreTrainedModel,
+    circuits: Mapping[str, Circuit],
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Sample,
+    scorers: Mapping[str, Scorer],
+    evaluate: Evaluate,
+) -> tuple[dict[str, dict[str, Array]], list[dict[str, Any]]]:
+    """Of the model without each of `circuits`: scores (prompt, completion) by scorer, and one row
+    per completion with text and quality.
+    """
+    prompts = sample.texts
+    total = len(circuits) * len(prompts.ids)
+    with tqdm(total=total, desc=f"completions, {sample.name}", unit="prompt") as bar:
+        drawn = complete(
+            model,
+            list(circuits.values()),
+            prompts.tokens,
+            keys=prompts.ids,
+            completions=evaluate.completions,
+            new_tokens=evaluate.new_tokens,
+            temperature=evaluate.temperature,
+            top_p=evaluate.top_p,
+            seed=evaluate.seed,
+            progress=bar.update,
+        )
+    scores: dict[str, dict[str, Array]] = {}
+    every: list[dict[str, Any]] = []
+    for circuit, by_prompt in zip(circuits, drawn, strict=True):
+        rows: list[dict[str, Any]] = []
+        for prompt, completions in zip(prompts.ids, by_prompt, strict=True):
+            decoded = tokenizer.batch_decode(completions, skip_special_tokens=True)
+            for number, (tokens, text) in enumerate(zip(completions, decoded, strict=True)):
+                about = {"circuit": circuit, "split": sample.name, "prompt": prompt}
+                rows.append({**about, "completion": number, "text": text, **quality(tokens)})
+        scores[circuit] = {}
+        for name, score in scorers.items():
+            flat = score([row["text"] for row in rows])
+            for row, value in zip(rows, flat.tolist(), strict=True):
+                row[name] = value
+            scores[circuit][name] = flat.reshape(len(prompts.ids), evaluate.completions)
+        every += rows
+    return scores, every
 
 
 class Measured(NamedTuple):
@@ -319,40 +331,67 @@ def load_setting(
     return setting, elicited
 
 
-def outcome(
+class Asked(NamedTuple):
+    """What is measured of one model: by sample, whether completions are drawn; and whether the
+    second opinion is asked for. General text is read without each circuit.
+    """
+
+    samples: dict[str, bool]
+    second: bool
+
+
+def outcomes(
     model: PreTrainedModel,
+    circuits: Mapping[str, Circuit],
+    asked: Mapping[str, Asked],
     tokenizer: PreTrainedTokenizerBase,
     scorers: Mapping[str, Scorer],
     evaluate: Evaluate,
     setting: Setting,
-    label: str,
-    sampled: Mapping[str, bool],
-) -> tuple[Outcome, list[dict[str, Any]]]:
-    """Measure a model, and the completions it wrote.
-
-    `sampled` names the samples to measure, and says of each whether completions are drawn.
-    """
+) -> tuple[dict[str, Outcome], list[dict[str, Any]]]:
+    """Measure the model without each of `circuits`, and the completions that were written."""
+    batch = evaluate.batch_tokens
+    measured: dict[str, dict[str, Measured]] = {name: {} for name in circuits}
     completions: list[dict[str, Any]] = []
-    measured = {}
     for sample in setting.samples:
-        if sample.name not in sampled:
-            continue
-        if sample.items is not None:
-            log_p = preferences(model, sample.items, evaluate.batch_tokens)
-            measured[sample.name] = Measured(log_p=log_p)
-            continue
-        scores = None
-        if sampled[sample.name]:
-            scores, rows = score_completions(
-                model, tokenizer, sample.texts, scorers, evaluate, f"{label} {sample.name}"
-            )
-            completions += [{"circuit": label, "split": sample.name, **row} for row in rows]
-        text = likelihood(model, sample.texts, evaluate.batch_tokens)
-        measured[sample.name] = Measured(text=text, scores=scores)
-    read = joined_likelihood if evaluate.joined else windowed_likelihood
-    general = read(model, setting.general, evaluate.window, evaluate.stride, evaluate.batch_tokens)
-    second = preferences(model, setting.second, evaluate.batch_tokens) if setting.second else None
-    return Outcome(general, second, measured), completions
+        own = {n: circuit for n, circuit in circuits.items() if sample.name in asked[n].samples}
+        chosen = list(own.values())
+        with progress(len(own), sample.texts, sample.name) as bar:
+            if sample.items is not None:
+                found = preferences(model, chosen, sample.items, batch, bar.update)
+                for name, log_p in zip(own, found, strict=True):
+                    measured[name][sample.name] = Measured(log_p=log_p)
+                continue
+            read = likelihood(model, chosen, sample.texts, batch, bar.update)
+        writers = {n: circuit for n, circuit in own.items() if asked[n].samples[sample.name]}
+        scores, rows = score_completions(model, writers, tokenizer, sample, scorers, evaluate)
+        completions += rows
+        for name, text in zip(own, read, strict=True):
+            measured[name][sample.name] = Measured(text=text, scores=scores.get(name))
+    with progress(len(circuits), setting.general, "general") as bar:
+        general = (joined_likelihood if evaluate.joined else windowed_likelihood)(
+            model,
+            list(circuits.values()),
+            setting.general,
+            evaluate.window,
+            evaluate.stride,
+            batch,
+            bar.update,
+        )
+    second: dict[str, Array] = {}
+    if setting.second:
+        own = {n: circuit for n, circuit in circuits.items() if asked[n].second}
+        with progress(len(own), setting.second, "second") as bar:
+            found = preferences(model, list(own.values()), setting.second, batch, bar.update)
+        second = dict(zip(own, found, strict=True))
+    return {
+        name: Outcome(text, second.get(name), measured[name])
+        for name, text in zip(circuits, general, strict=True)
+    }, completions
+
+
+def progress(circuits: int, texts: Texts | Items, name: str) -> "tqdm[Any]":
+    return tqdm(total=circuits * len(texts.ids), desc=f"evaluate {name}", unit="text")
 
 
 def result(
@@ -403,19 +442,23 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     model = models.load(
         params.model.path, params.model.revision, params.model.dtype, params.model.device
     )
-    fixed = (model, tokenizer, scorers, evaluate)
-    every = {sample.name: True for sample in setting.samples}
-    before, completions = outcome(*fixed, setting, "none", every)
-    after: dict[str, Outcome] = {}
-    for name, (method, circuit) in tqdm(circuits.items(), desc=f"evaluate {behaviour}"):
+    asked = {UNPRUNED: Asked({sample.name: True for sample in setting.samples}, second=True)}
+    for name, (method, _) in circuits.items():
         own = method == spec.method  # of the behaviour: it alone is measured by all there is
-        sampled = {first: own or method in evaluate.completed}
+        asked[name] = Asked({first: own or method in evaluate.completed}, second=own)
         if method in evaluate.in_sample:
-            sampled["in_sample"] = True
-        measured_on = setting if own else setting._replace(second=None)
-        with pruned(model, circuit):
-            after[name], rows = outcome(*fixed, measured_on, name, sampled)
-        completions += rows
+            asked[name].samples["in_sample"] = True
+    found_by, completions = outcomes(
+        model,
+        {UNPRUNED: INTACT, **{name: circuit for name, (_, circuit) in circuits.items()}},
+        asked,
+        tokenizer,
+        scorers,
+        evaluate,
+        setting,
+    )
+    before = found_by[UNPRUNED]
+    after = {name: found_by[name] for name in circuits}
 
     drawn = circuit_names(evaluate.control, params.methods[evaluate.control])
     size = len(circuits[drawn[0]][1])
@@ -452,7 +495,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         }
     folder = evaluation_folder(behaviour)
     write_jsonl(folder / "completions.jsonl", completions)
-    write_csv(folder / "prompts.csv", *prompt_table({"none": before, **after}, setting.samples))
+    write_csv(folder / "prompts.csv", *prompt_table(found_by, setting.samples))
     write_json(metrics_path("evaluate", behaviour), found)
     return {
         f"{name}.{key}": value

@@ -3,13 +3,14 @@
 A token is drawn by the Gumbel-max rule: of the candidates, the one with the largest log p + noise.
 The noise of (seed, prompt, completion, position, vocabulary entry) is a hash of these five. So
 neither batch size nor order decides what is drawn, and two models that differ little draw mostly
-the same tokens, which makes a paired comparison of them sharper.
+the same tokens, which makes a paired comparison of them sharper. So the model without one circuit
+and without another may also share a batch.
 """
 
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from sparc3 import models
 from sparc3.errors import InputError
 from sparc3.likelihood import Progress, Tokens, context
+from sparc3.prune import Circuit, pruned_rows
 
 NUCLEUS = 256  # so many entries are searched for the nucleus first,
 WIDER = 4  # and so many times more where it is wider
@@ -29,6 +31,7 @@ IDLE = 0.125  # share of finished completions at which a batch is packed anew
 
 def complete(
     model: PreTrainedModel,
+    circuits: Sequence[Circuit],
     prompts: Sequence[Tokens],
     keys: Sequence[str],
     completions: int,
@@ -38,16 +41,18 @@ def complete(
     seed: int,
     batch: int = 200,
     progress: Progress | None = None,
-) -> list[list[list[int]]]:
-    """Sample `completions` completions of up to `new_tokens` token ids for every prompt.
+) -> list[list[list[list[int]]]]:
+    """Sample `completions` completions of up to `new_tokens` token ids for every prompt, by the
+    model without each of `circuits`.
 
     Tokens are drawn from the softmax of logits / `temperature`, cut to its nucleus: the most
     probable tokens up to the one with which their probability reaches `top_p` (Holtzman et al.
     2020, arXiv 1904.09751). A completion ends before an end-of-sequence token of the model's
     generation config, so it may be short or empty.
 
-    `keys` name the random streams of the prompts. `batch` completions run together: more are
-    faster and take more memory. `progress` is told how many more prompts are finished.
+    `keys` name the random streams of the prompts, which are the same for all circuits. `batch`
+    completions run together, of whatever circuits: more are faster and take more memory.
+    `progress` is told how many more prompts of circuits are finished.
     Raises InputError for an empty prompt, for a prompt that leaves no room for `new_tokens` in
     the model's context, for settings out of range, and for logits that are not finite.
     """
@@ -55,16 +60,21 @@ def complete(
     ends = model.generation_config.eos_token_id if model.generation_config else None
     stops = set(ends if isinstance(ends, list) else [ends])
     drawn = [
-        [_Completion(index, prompt, _stream(seed, key, n)) for n in range(completions)]
-        for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
+        [
+            [_Completion(place, index, prompt, _stream(seed, key, n)) for n in range(completions)]
+            for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
+        ]
+        for place in range(len(circuits))
     ]
+    every = [each for table in drawn for row in table for each in row]
     done = 0
-    for group in _batches([each for row in drawn for each in row], batch, new_tokens):
-        _extend(model, group, new_tokens, temperature, top_p, stops)
-        if progress:
-            progress((done + len(group)) // completions - done // completions)
-        done += len(group)
-    return [[each.tokens for each in row] for row in drawn]
+    with pruned_rows(model, circuits) as tell:
+        for group in _batches(every, batch, new_tokens):
+            _extend(model, tell, group, new_tokens, temperature, top_p, stops)
+            if progress:
+                progress((done + len(group)) // completions - done // completions)
+            done += len(group)
+    return [[[each.tokens for each in row] for row in table] for table in drawn]
 
 
 def quality(tokens: Tokens) -> dict[str, Any]:
@@ -93,6 +103,7 @@ def quality(tokens: Tokens) -> dict[str, Any]:
 
 @dataclass
 class _Completion:
+    circuit: int  # its place
     index: int  # of its prompt
     prompt: Tokens
     stream: int  # 64 bits, signed
@@ -152,6 +163,7 @@ def _batches(
 @torch.inference_mode()
 def _extend(
     model: PreTrainedModel,
+    tell: Callable[[Sequence[int]], None],
     group: list[_Completion],
     new_tokens: int,
     temperature: float,
@@ -163,19 +175,21 @@ def _extend(
     All rows are at the same position, which spares padding and masks: prompts are read together
     up to the length of the shortest, and the rest of the longer ones is read token by token while
     the shorter ones are already being continued. Until its prompt is read, a row stands for all
-    its completions.
+    its completions. `tell` is told the circuits of the rows before they are read.
     """
     device, body = models.input_device(model), models.body(model)
     position, longest = len(group[-1].prompt), len(group[0].prompt)
     room = longest + new_tokens - 1  # the last token drawn is not read
     cache = Cache(layers=[_Room(room) for _ in range(model.config.num_hidden_layers)])
 
-    def read(tokens: list[list[int]]) -> Tensor:
+    def read(rows: list[list[_Completion]], tokens: list[list[int]]) -> Tensor:
+        tell([row[0].circuit for row in rows])
         ids = torch.tensor(tokens, device=device)
         return body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
-    rows = [list(row) for _, row in itertools.groupby(group, key=lambda each: each.index)]
-    states = read([list(row[0].prompt[:position]) for row in rows])
+    by_prompt = itertools.groupby(group, key=lambda each: (each.circuit, each.index))
+    rows = [list(row) for _, row in by_prompt]
+    states = read(rows, [list(row[0].prompt[:position]) for row in rows])
     while True:
         parted = [
             (place, part)
@@ -206,7 +220,7 @@ def _extend(
         if len(left) <= (1 - IDLE) * len(rows):
             rows, tokens = [rows[place] for place in left], [tokens[place] for place in left]
             cache.batch_select_indices(torch.tensor(left))
-        states = read([[token] for token in tokens])
+        states = read(rows, [[token] for token in tokens])
         position += 1
 
 

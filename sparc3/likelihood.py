@@ -1,51 +1,64 @@
-"""How likely a model finds given tokens: negative log-likelihood (NLL) in nats."""
+"""How likely a model finds given tokens, without each of some circuits: negative log-likelihood
+(NLL) in nats.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from sparc3 import models
 from sparc3.errors import InputError
 from sparc3.files import Array
+from sparc3.prune import Circuit, without_each
 
 Tokens = Sequence[int]
 Progress = Callable[[int], object]  # called with the number of items just finished
 
 PADDING = 0.1  # largest share of padding in a batch
 CHUNK = 256  # positions whose logits exist at the same time
+SHORT = 64  # tokens up to which a CPU's flash attention takes longer than the plain one
 
 
 def token_nll(
     model: PreTrainedModel,
+    circuits: Sequence[Circuit],
     sequences: Sequence[Tokens],
     batch_tokens: int = 4096,
     progress: Progress | None = None,
-) -> list[Array]:
-    """-log p(token | the tokens before it) in nats: float32 `(length - 1,)` for each sequence.
+) -> list[list[Array]]:
+    """-log p(token | the tokens before it) in nats: float32 `(length - 1,)` for each sequence, by
+    the model without each of `circuits`.
 
     The first token has nothing before it and is not scored. Sequences are batched by length, at
-    most `batch_tokens` tokens or one sequence at a time. `progress` counts sequences.
+    most `batch_tokens` tokens or one sequence at a time. `progress` counts sequences, for
+    each circuit anew.
     Raises InputError for an empty sequence, for one longer than the model's context, and for
     logits that are not finite.
     """
     _check_lengths(sequences, 1, context(model))
-    return _score(model, [_plain(tokens, 1) for tokens in sequences], batch_tokens, progress)
+    rows = [_plain(tokens, 1) for tokens in sequences]
+    return _score(model, circuits, rows, batch_tokens, progress)
 
 
 def continuation_nll(
     model: PreTrainedModel,
+    circuits: Sequence[Circuit],
     groups: Sequence[Sequence[Tokens]],
     batch_tokens: int = 4096,
     progress: Progress | None = None,
-) -> list[list[Array]]:
+) -> list[list[list[Array]]]:
     """As `token_nll`, for groups of sequences that begin alike: the sentences of a paired item.
 
     The common prefix of a group is computed once: its sequences share a row of the batch, and
-    the attention mask keeps them apart. `progress` counts groups.
+    the attention mask keeps them apart. `progress` counts groups, for each
+    circuit anew.
     Raises InputError as `token_nll`, for an empty group, and for a sequence longer than the
     model's sliding window, which would reach across the row instead of the sequence.
     """
@@ -56,8 +69,10 @@ def continuation_nll(
         _check_lengths(group, 1, limit)
     shared = [_common_prefix(group) for group in groups]
     rows = [_packed(group, prefix) for group, prefix in zip(groups, shared, strict=True)]
-    scored = _score(model, rows, batch_tokens, progress)
-    return [_unpacked(*item) for item in zip(scored, groups, shared, strict=True)]
+    return [
+        [_unpacked(*item) for item in zip(scored, groups, shared, strict=True)]
+        for scored in _score(model, circuits, rows, batch_tokens, progress)
+    ]
 
 
 def sentence_scores(nlls: Sequence[Array]) -> Array:
@@ -73,18 +88,21 @@ def sentence_scores(nlls: Sequence[Array]) -> Array:
 
 def window_nll(
     model: PreTrainedModel,
+    circuits: Sequence[Circuit],
     texts: Sequence[Tokens],
     window: int = 2048,
     stride: int = 512,
     batch_tokens: int = 4096,
     progress: Progress | None = None,
-) -> list[Array]:
-    """NLL of each token of texts of any length, in nats: float32 `(length,)`, NaN if not scored.
+) -> list[list[Array]]:
+    """NLL of each token of texts of any length, in nats: float32 `(length,)`, NaN if not scored;
+    by the model without each of `circuits`.
 
     Texts are read through windows of `window` tokens, `stride` apart. Every token but a text's
     first is scored once, by the first window that reaches it: with all tokens before it in the
     first window, and at least `window - stride` in later ones. With `stride == window` windows are
-    independent, and each leaves its first token unscored. `progress` counts windows.
+    independent, and each leaves its first token unscored. `progress` counts windows,
+    for each circuit anew.
     Source: Hugging Face, "Perplexity of fixed-length models".
     Raises InputError for a text of fewer than 2 tokens and for a window or stride that cannot be.
     """
@@ -99,11 +117,13 @@ def window_nll(
         for begin, end, first in _windows(len(tokens), window, stride)
     ]
     rows = [_plain(texts[index][begin:end], first) for index, begin, end, first in windows]
-    found = [np.full(len(tokens), np.nan, np.float32) for tokens in texts]
-    scored = _score(model, rows, batch_tokens, progress)
-    for (index, begin, end, first), nll in zip(windows, scored, strict=True):
-        found[index][begin + first : end] = nll
-    return found
+    every = []
+    for scored in _score(model, circuits, rows, batch_tokens, progress):
+        found = [np.full(len(tokens), np.nan, np.float32) for tokens in texts]
+        for (index, begin, end, first), nll in zip(windows, scored, strict=True):
+            found[index][begin + first : end] = nll
+        every.append(found)
+    return every
 
 
 def context(model: PreTrainedModel) -> float:
@@ -199,31 +219,40 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def _score(
-    model: PreTrainedModel, rows: Sequence[_Row], batch_tokens: int, progress: Progress | None
-) -> list[Array]:
-    """NLL of each row's targets, in nats: float32 `(targets,)` for each row."""
-    scored: dict[int, Array] = {}
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    rows: Sequence[_Row],
+    batch_tokens: int,
+    progress: Progress | None,
+) -> list[list[Array]]:
+    """NLL of each row's targets, in nats: float32 `(targets,)` for each row, by circuit."""
+    scored: list[dict[int, Array]] = [{} for _ in circuits]
     for batch in _batches([len(row.tokens) for row in rows], batch_tokens):
-        chosen = [rows[index] for index in batch]
-        counts = [len(row.targets) for row in chosen]
-        row_index = torch.repeat_interleave(torch.tensor(counts))
-        predictors = torch.tensor([p for row in chosen for p in row.predictors], dtype=torch.long)
-        hidden = _forward(model, chosen)
-        hidden = hidden[row_index.to(hidden.device), predictors.to(hidden.device)]
-        targets = torch.tensor([t for row in chosen for t in row.targets], dtype=torch.long)
-        pieces = [
-            _target_nll(models.logits(model, states).float(), wanted)
-            for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-        ]
-        nll = torch.cat(pieces).cpu().numpy()
-        if not np.isfinite(nll).all():
-            raise InputError(
-                "model: its logits are not finite; try model.dtype float32 or bfloat16"
-            )
-        scored.update(zip(batch, np.split(nll, np.cumsum(counts)[:-1]), strict=True))
-        if progress:
-            progress(len(batch))
-    return [scored[index] for index in range(len(rows))]
+        run = partial(_score_batch, model, [rows[index] for index in batch], progress)
+        for own, nlls in zip(scored, without_each(model, circuits, run), strict=True):
+            own.update(zip(batch, nlls, strict=True))
+    return [[own[index] for index in range(len(rows))] for own in scored]
+
+
+def _score_batch(
+    model: PreTrainedModel, rows: Sequence[_Row], progress: Progress | None
+) -> list[Array]:
+    counts = [len(row.targets) for row in rows]
+    row_index = torch.repeat_interleave(torch.tensor(counts))
+    predictors = torch.tensor([p for row in rows for p in row.predictors], dtype=torch.long)
+    hidden = _forward(model, rows)
+    hidden = hidden[row_index.to(hidden.device), predictors.to(hidden.device)]
+    targets = torch.tensor([t for row in rows for t in row.targets], dtype=torch.long)
+    pieces = [
+        _target_nll(models.logits(model, states).float(), wanted)
+        for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    nll = torch.cat(pieces).cpu().numpy()
+    if not np.isfinite(nll).all():
+        raise InputError("model: its logits are not finite; try model.dtype float32 or bfloat16")
+    if progress:
+        progress(len(rows))
+    return np.split(nll, np.cumsum(counts)[:-1])
 
 
 def _target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -246,7 +275,9 @@ def _forward(model: PreTrainedModel, rows: Sequence[_Row]) -> torch.Tensor:
         mask = torch.zeros(unseen.shape, dtype=model.dtype, device=device)
         inputs["attention_mask"] = mask.masked_fill_(unseen, torch.finfo(model.dtype).min)
         inputs["position_ids"] = _padded([row.positions or [] for row in rows], 0).to(device)
-    return models.body(model)(**inputs, use_cache=False).last_hidden_state
+    plain = device.type == "cpu" and inputs["input_ids"].shape[1] <= SHORT
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        return models.body(model)(**inputs, use_cache=False).last_hidden_state
 
 
 def _padded(rows: Sequence[Tokens], value: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Perplexity of general text, likelihood of the behaviour's text, and the preferences of paired items:
 deterministic, so that the difference between two models has no noise but that of the choice of
-texts.
+texts. Each is measured without every one of some circuits, and comes as a list in their order.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.errors import InputError
 from sparc3.files import Array
-from sparc3.likelihood import continuation_nll, sentence_scores, token_nll, window_nll
+from sparc3.likelihood import (
+    Progress,
+    continuation_nll,
+    sentence_scores,
+    token_nll,
+    window_nll,
+)
 from sparc3.models import encode, encode_pieces
+from sparc3.prune import Circuit
 from sparc3.statistics import cluster_sums
 
 
@@ -54,36 +61,52 @@ def items(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) ->
     return Items([r["id"] for r in rows], [r["group"] for r in rows], encoded)
 
 
-def likelihood(model: PreTrainedModel, sample: Texts, batch_tokens: int) -> Likelihood:
+def likelihood(
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    sample: Texts,
+    batch_tokens: int,
+    progress: Progress | None = None,
+) -> list[Likelihood]:
     """Likelihood of every text; its first token, which nothing precedes, is not scored."""
-    scored = token_nll(model, sample.tokens, batch_tokens=batch_tokens)
-    return Likelihood(
-        np.array([nll.sum(dtype=np.float64) for nll in scored]),
-        np.array([len(nll) for nll in scored]),
-    )
+    scored = token_nll(model, circuits, sample.tokens, batch_tokens, progress)
+    return [_summed(found) for found in scored]
 
 
 def windowed_likelihood(
-    model: PreTrainedModel, sample: Texts, window: int, stride: int, batch_tokens: int
-) -> Likelihood:
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    sample: Texts,
+    window: int,
+    stride: int,
+    batch_tokens: int,
+    progress: Progress | None = None,
+) -> list[Likelihood]:
     """Likelihood of texts of any length through a sliding window.
 
     That of a text which fits the window is the one that `likelihood` gives.
     """
-    return _summed(window_nll(model, sample.tokens, window, stride, batch_tokens))
+    scored = window_nll(model, circuits, sample.tokens, window, stride, batch_tokens, progress)
+    return [_summed(found) for found in scored]
 
 
 def joined_likelihood(
-    model: PreTrainedModel, pieces: Texts, window: int, stride: int, batch_tokens: int
-) -> Likelihood:
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    pieces: Texts,
+    window: int,
+    stride: int,
+    batch_tokens: int,
+    progress: Progress | None = None,
+) -> list[Likelihood]:
     """Likelihood of the pieces of one text (`joined`), which is read through a sliding window.
 
     A window reaches across pieces, so a piece is read after those before it.
     """
     tokens = [token for piece in pieces.tokens for token in piece]
-    (nll,) = window_nll(model, [tokens], window, stride, batch_tokens)
     ends = np.cumsum([len(piece) for piece in pieces.tokens])
-    return _summed(np.split(nll, ends[:-1]))
+    scored = window_nll(model, circuits, [tokens], window, stride, batch_tokens, progress)
+    return [_summed(np.split(nll, ends[:-1])) for (nll,) in scored]
 
 
 def _summed(found: Sequence[Array]) -> Likelihood:
@@ -100,16 +123,24 @@ def joined(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -
     return Texts([r["id"] for r in rows], [r["group"] for r in rows], encoded)
 
 
-def preferences(model: PreTrainedModel, sample: Items, batch_tokens: int) -> Array:
+def preferences(
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    sample: Items,
+    batch_tokens: int,
+    progress: Progress | None = None,
+) -> list[Array]:
     """Mean log-probability per token, shape (item, 3): stereotype, anti-stereotype, unrelated.
 
     NaN where an item has no unrelated text.
     """
-    table = np.full((len(sample.tokens), 3), np.nan)
-    scored = continuation_nll(model, sample.tokens, batch_tokens=batch_tokens)
-    for row, sentences in enumerate(scored):
-        table[row, : len(sentences)] = sentence_scores(sentences)
-    return table
+    tables = []
+    for scored in continuation_nll(model, circuits, sample.tokens, batch_tokens, progress):
+        table = np.full((len(sample.tokens), 3), np.nan)
+        for row, sentences in enumerate(scored):
+            table[row, : len(sentences)] = sentence_scores(sentences)
+        tables.append(table)
+    return tables
 
 
 def mean_nll(measured: Likelihood) -> float:

@@ -140,7 +140,6 @@ class Differential:
 class Sweep:
     num_neurons: tuple[Count, ...]
     protect: tuple[Share, ...]
-    ceiling: float
     texts: Count
     items: Count
     batch_tokens: Count

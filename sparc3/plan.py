@@ -1,7 +1,8 @@
 """Plan: what a profile costs, before its model is there: memory, operations, time and disk.
 
 The model is known from its config.json alone. Where prompts are prepared their lengths are exact;
-elsewhere they are what the profile says, or ASSUMED_TOKENS.
+elsewhere they are what the profile says, or ASSUMED_TOKENS. Circuits are counted as if all began in
+the first layer; those that do not cost less (`prune.without_each`).
 """
 
 import os
@@ -226,30 +227,41 @@ def _elicit(params: Params, model: Shape, sample: Sample, name: str) -> Work:
     every = replace(spec, keep=None)
     candidates = assumed(replace(params, prompt_sets={**params.prompt_sets, name: every}))
     lengths = flat(candidates(name, None, "text"))
-    return _add(f"prepare@{name}", [_drawn(model, lengths, 1, spec.keep.new_tokens, params)])
+    return _add(f"prepare@{name}", [_drawn(params, model, 1, lengths, 1, spec.keep.new_tokens)])
 
 
-def _texts(params: Params, model: Shape, lengths: Sequence[int], batch_tokens: int) -> Work:
+def _texts(
+    params: Params, model: Shape, times: int, lengths: Sequence[int], batch_tokens: int
+) -> Work:
+    """Texts read by the model and without each of `times` - 1 circuits."""
     return Work(
         "",
         len(lengths),
-        sum(lengths),
-        passes=cost.likelihood(model, lengths),
-        memory=cost.likelihood_memory(model, batch_tokens, params.model.dtype),
+        times * sum(lengths),
+        passes=times * cost.likelihood(model, lengths),
+        memory=cost.likelihood_memory(model, times - 1, batch_tokens, params.model.dtype),
     )
 
 
 def _drawn(
-    model: Shape, lengths: Sequence[int], completions: int, new_tokens: int, params: Params
+    params: Params,
+    model: Shape,
+    times: int,
+    lengths: Sequence[int],
+    completions: int,
+    new_tokens: int,
 ) -> Work:
-    batches = -(-len(lengths) * completions // cost.COMPLETIONS_AT_ONCE)
+    """Completions by the model and without each of `times` - 1 circuits."""
+    each = len(lengths) * completions
     return Work(
         "",
         len(lengths),
-        tokens=sum(lengths) + len(lengths) * completions * new_tokens,
-        drawn=cost.generation(model, lengths, completions, new_tokens),
-        steps=batches * new_tokens,
-        memory=cost.generation_memory(model, lengths, completions, new_tokens, params.model.dtype),
+        tokens=times * (sum(lengths) + each * new_tokens),
+        drawn=times * cost.generation(model, lengths, completions, new_tokens),
+        steps=-(-times * each // cost.COMPLETIONS_AT_ONCE) * new_tokens,
+        memory=cost.generation_memory(
+            model, times, lengths, completions, new_tokens, params.model.dtype
+        ),
     )
 
 
@@ -267,12 +279,19 @@ def _add(stage: str, parts: Sequence[Work]) -> Work:
 
 
 def _behaviour_texts(
-    params: Params, model: Shape, sample: Sample, behaviour: str, split: str, count: int, batch: int
+    params: Params,
+    model: Shape,
+    times: int,
+    sample: Sample,
+    behaviour: str,
+    split: str,
+    count: int,
+    batch: int,
 ) -> Work:
-    """One reading of a behaviour's texts or items."""
+    """A behaviour's texts or items, read by the model and without each of `times` - 1 circuits."""
     spec = params.behaviours[behaviour]
     kind = "packed" if spec.measure == "pairs" else "text"
-    return _texts(params, model, flat(sample(spec.prompts, split, kind)[:count]), batch)
+    return _texts(params, model, times, flat(sample(spec.prompts, split, kind)[:count]), batch)
 
 
 def _sweep(params: Params, model: Shape, sample: Sample, behaviour: str) -> Work:
@@ -281,13 +300,16 @@ def _sweep(params: Params, model: Shape, sample: Sample, behaviour: str) -> Work
     points = len(tuned) * len(sweep.protect) * len(sweep.num_neurons)
     if not points:
         return Work(f"sweep@{behaviour}")
-    batch = sweep.batch_tokens
+    times, batch = 1 + points, sweep.batch_tokens
     general = flat(sample(params.differential.general, "tune", "text")[: sweep.texts])
-    once = [
-        _texts(params, model, general, batch),
-        _behaviour_texts(params, model, sample, behaviour, "tune", sweep.items, batch),
-    ]
-    return _add(f"sweep@{behaviour}", once * (points + 2))  # and twice before all points
+    own = times, sample, behaviour, "tune", sweep.items, batch
+    return _add(
+        f"sweep@{behaviour}",
+        [
+            _texts(params, model, times, general, batch),
+            _behaviour_texts(params, model, *own),
+        ],
+    )
 
 
 def _evaluate(params: Params, model: Shape, sample: Sample, behaviour: str) -> Work:
@@ -296,30 +318,26 @@ def _evaluate(params: Params, model: Shape, sample: Sample, behaviour: str) -> W
     pairs = spec.measure == "pairs"
     count = evaluate.items if pairs else evaluate.prompts
     splits = ["test", "attribute"] if params.prepare.splits["test"] > 0 else ["attribute"]
+    every = {n: len(circuit_names(n, method)) for n, method in params.methods.items()}
+    own = every.get(spec.method, 0)
+    in_sample = sum(n for name, n in every.items() if name in evaluate.in_sample)
+    writing = sum(n for m, n in every.items() if m == spec.method or m in evaluate.completed)
+
     split = None if evaluate.general in params.test_sets else "test"
     texts = flat(sample(evaluate.general, split, "text")[: evaluate.texts])
-    general = [_windows(params, model, [sum(texts)] if evaluate.joined else texts, batch)]
-    second = []
+    times = 1 + sum(every.values())
+    parts = [_windows(params, model, times, [sum(texts)] if evaluate.joined else texts, batch)]
     if spec.second:
         packed = flat(sample(spec.second, None, "packed")[: evaluate.items])
-        second.append(_texts(params, model, packed, batch))
-
-    def measured(split: str, complete: bool) -> list[Work]:
-        parts = [_behaviour_texts(params, model, sample, behaviour, split, count, batch)]
-        if complete and not pairs:
+        parts.append(_texts(params, model, 1 + own, packed, batch))
+    for split, read, written in zip(
+        splits, (times, 1 + in_sample), (1 + writing, 1 + in_sample), strict=False
+    ):
+        parts.append(_behaviour_texts(params, model, read, sample, behaviour, split, count, batch))
+        if not pairs:
             lengths = flat(sample(spec.prompts, split, "text")[:count])
-            drawn = _drawn(model, lengths, evaluate.completions, evaluate.new_tokens, params)
-            parts.append(drawn)
-        return parts
-
-    parts = [*general, *second, *(part for split in splits for part in measured(split, True))]
-    for name, method in params.methods.items():
-        own = name == spec.method
-        complete = own or name in evaluate.completed
-        one = [*general, *(second if own else []), *measured(splits[0], complete)]
-        if name in evaluate.in_sample and len(splits) > 1:
-            one += measured(splits[1], True)
-        parts += one * len(circuit_names(name, method))
+            drawn = lengths, evaluate.completions, evaluate.new_tokens
+            parts.append(_drawn(params, model, written, *drawn))
     return _add(f"evaluate@{behaviour}", parts)
 
 
@@ -329,7 +347,9 @@ def window_lengths(length: int, window: int, stride: int) -> list[int]:
     return [min(window, length - n * stride) for n in range(last + 1)]
 
 
-def _windows(params: Params, model: Shape, lengths: Sequence[int], batch_tokens: int) -> Work:
+def _windows(
+    params: Params, model: Shape, times: int, lengths: Sequence[int], batch_tokens: int
+) -> Work:
     """Perplexity through a sliding window: every token is scored once, most are read often."""
     window, stride = params.evaluate.window, params.evaluate.stride
     read = [n for length in lengths for n in window_lengths(length, window, stride)]
@@ -338,9 +358,9 @@ def _windows(params: Params, model: Shape, lengths: Sequence[int], batch_tokens:
     return Work(
         "",
         len(lengths),
-        sum(read),
-        passes=cost.likelihood(model, read, scored),
-        memory=cost.likelihood_memory(model, longest, params.model.dtype),
+        times * sum(read),
+        passes=times * cost.likelihood(model, read, scored),
+        memory=cost.likelihood_memory(model, times - 1, longest, params.model.dtype),
     )
 
 
@@ -348,14 +368,15 @@ def _transfer(params: Params, model: Shape, sample: Sample) -> Work:
     transfer = params.transfer
     if params.prepare.splits["test"] == 0:
         return Work("transfer")
-    once = [
-        _behaviour_texts(params, model, sample, name, "test", transfer.items, transfer.batch_tokens)
+    times, batch = 1 + len(params.behaviours), transfer.batch_tokens
+    parts = [
+        _behaviour_texts(params, model, times, sample, name, "test", transfer.items, batch)
         for name in params.behaviours
     ]
     for name in transfer.texts:
         lengths = flat(sample(name, "test", "text")[: transfer.items])
-        once.append(_windows(params, model, lengths, transfer.batch_tokens))
-    return _add("transfer", once * (1 + len(params.behaviours)))
+        parts.append(_windows(params, model, times, lengths, batch))
+    return _add("transfer", parts)
 
 
 # --- devices ---------------------------------------------------------------------------------
@@ -385,6 +406,7 @@ def bytes_on_machine(work: Work, model: Shape, params: Params, name: str) -> flo
 @cache
 def product_rate(dtype: str) -> float:
     """Operations per second of this machine's matrix products, of the size that an MLP's have."""
+    models.prefer_onednn()
     left, right = (torch.randn(1024, 1024, dtype=models.DTYPES[dtype]) for _ in range(2))
     taken = []
     for _ in range(20):

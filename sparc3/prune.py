@@ -3,13 +3,15 @@
 A neuron is one coordinate of the vector that enters an MLP's output projection, so multiplying its
 column there by `scale` multiplies its activation by `scale`, in gated and plain MLPs alike. That is
 all `pruned` does, reversibly; `prune_weights` also clears the rows that feed a neuron of scale 0.
+Two ways measure many circuits of one model: `without_each` one after the other on the same tokens,
+`pruned_rows` side by side in one batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,10 +20,12 @@ from sparc3.files import Array, read_text, write_csv
 from sparc3.params import Method
 
 if TYPE_CHECKING:  # stages that only read circuits do without torch, which takes seconds to import
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from sparc3.models import MLP
+
+Found = TypeVar("Found")
 
 COLUMNS: tuple[str, ...] = ("layer", "neuron", "score", "scale")
 
@@ -57,6 +61,10 @@ class Circuit:
         """(layer, neuron, score, scale) of every neuron."""
         columns = (self.layers, self.neurons, self.scores, self.scales)
         yield from zip(*(column.tolist() for column in columns), strict=True)
+
+
+# The model as it is: a circuit of no neuron.
+INTACT = Circuit(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.float64, np.float64)))
 
 
 def protected(importance: Array, share: float) -> Array:
@@ -225,6 +233,110 @@ def pruned(model: "PreTrainedModel", circuit: Circuit) -> "Iterator[PreTrainedMo
     finally:
         for (weight, neurons, _), columns in zip(parts, kept, strict=True):
             weight[:, neurons] = columns
+
+
+def without_each(
+    model: "PreTrainedModel", circuits: Sequence[Circuit], run: Callable[[], Found]
+) -> list[Found]:
+    """What `run` finds without each of `circuits`, in their order; INTACT is the model as it is.
+
+    `run` must pass the same tokens through the model's body each time, and once. What lies below a
+    circuit's first layer gives what it gives in the whole model, and is kept instead of computed
+    again: a circuit of late layers costs a part of a pass. Memory: one layer's output for every
+    layer that a circuit begins with. Raises InputError as `pruned` does.
+    """
+    from sparc3.models import layers
+
+    blocks = layers(model)
+    first = [int(c.layers.min()) if len(c) else len(blocks) for c in circuits]
+    latest_first = sorted(range(len(circuits)), key=lambda place: -first[place])
+    kept: dict[int, Any] = {}
+    found: dict[int, Found] = {}
+    for place in latest_first:
+        begin = first[place]
+        with ExitStack() as stack:
+            stack.enter_context(pruned(model, circuits[place]))
+            if not found:  # its own neurons lie above all that the others need
+                for layer in {at - 1 for at in first if 0 < at < len(blocks)}:
+                    stack.enter_context(_keeping(blocks[layer], layer, kept))
+            elif 0 < begin < len(blocks):
+                stack.enter_context(_skipping(blocks[:begin], kept[begin - 1]))
+            found[place] = run()
+    return [found[place] for place in range(len(circuits))]
+
+
+@contextmanager
+def _keeping(block: "nn.Module", layer: int, kept: dict[int, Any]) -> Iterator[None]:
+    def keep(module: "nn.Module", args: Any, output: Any) -> None:
+        kept[layer] = output
+
+    handle = block.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _skipping(blocks: "Sequence[nn.Module]", output: Any) -> Iterator[None]:
+    """Within the block `blocks` compute nothing: whatever enters them, `output` leaves them."""
+    own = [vars(block).get("forward") for block in blocks]  # accelerate puts one there
+    try:
+        for block in blocks:
+            vars(block)["forward"] = lambda *args, **kwargs: output
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                vars(block)["forward"] = forward
+
+
+@contextmanager
+def pruned_rows(
+    model: "PreTrainedModel", circuits: Sequence[Circuit]
+) -> Iterator[Callable[[Sequence[int]], None]]:
+    """Within the block every row of a batch is run without a circuit of its own.
+
+    Yields a function that is told, before the model runs, the place in `circuits` of each row's
+    circuit. Activations are scaled here, not weights: the same function, up to rounding where a
+    scale is neither 0 nor 1. Raises InputError as `pruned` does.
+    """
+    import torch
+
+    from sparc3.models import mlps, outgoing
+
+    factors: dict[int, Tensor] = {}
+    downs = [mlp.down for mlp in mlps(model)]
+    for place, circuit in enumerate(circuits):
+        _per_layer(model, circuit)  # refuses neurons that the model does not have
+        for layer, neuron, _, scale in circuit.rows():
+            if layer not in factors:
+                weight = outgoing(downs[layer])
+                shape = len(circuits), weight.shape[1]
+                factors[layer] = torch.ones(shape, dtype=weight.dtype, device=weight.device)
+            factors[layer][place, neuron] = scale
+    places = torch.empty(0, dtype=torch.long)
+
+    def tell(rows: Sequence[int]) -> None:
+        nonlocal places
+        places = torch.tensor(rows)
+
+    def scale_rows(layer: int) -> Callable[["nn.Module", tuple[Any, ...]], tuple[Any, ...]]:
+        def hook(module: "nn.Module", args: tuple[Any, ...]) -> tuple[Any, ...]:
+            h, factor = args[0], factors[layer][places.to(args[0].device)]
+            rows = h.view(len(factor), -1, h.shape[-1])  # OPT runs all tokens as one axis
+            return ((rows * factor[:, None]).view(h.shape),)
+
+        return hook
+
+    handles = [downs[layer].register_forward_pre_hook(scale_rows(layer)) for layer in factors]
+    try:
+        yield tell
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def prune_weights(model: "PreTrainedModel", circuit: Circuit) -> None:

@@ -235,6 +235,7 @@ def _score_batch(
     shape = (models.num_layers(model), len(prompts), models.width(model))
 
     scores: dict[str, np.ndarray] = {}
+    explained: Tensor | None = None  # dy/dhidden: the passes differ in gradients, not in values
     for kind, names in passes.items():
         found = {name: torch.empty(shape, device=device) for name in names}
         with ExitStack() as stack:
@@ -248,7 +249,9 @@ def _score_batch(
             )
             hidden = states.last_hidden_state
             if kind != "forward":
-                hidden.backward(TARGETS[target](model, hidden.detach(), ids, lengths))
+                if explained is None:
+                    explained = TARGETS[target](model, hidden.detach(), ids, lengths)
+                hidden.backward(explained)
         for name, value in found.items():
             scores[name] = value.transpose(0, 1).cpu().numpy()
             _check_finite(name, scores[name], prompts)

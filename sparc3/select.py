@@ -66,8 +66,8 @@ def best_point(
     if not points:
         raise InputError(
             f"select: the sweep has no point for method {method} with num_neurons={k}, "
-            f"protect={protect}; add it to sweep, raise sweep.ceiling if the method's curve ended "
-            "before it, or give both select.num_neurons and select.protect"
+            f"protect={protect}; add it to sweep, or give both select.num_neurons and "
+            "select.protect"
         )
     within = [p for p in points if p[1] <= budget]
     best = max(within, key=lambda p: p[0]) if within else min(points, key=lambda p: p[1])

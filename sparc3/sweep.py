@@ -1,17 +1,19 @@
 """Sweep: every method at every strength, on the tune split, with one load of the model.
 
 Only deterministic quantities are measured, so the points lie on smooth curves of behaviour against
-perplexity, from which `select` may choose. A curve goes from few neurons to many and ends with the
-first point that costs more than `sweep.ceiling`. No prompt of the test split is read.
+perplexity, from which `select` may choose. No prompt of the test split is read.
 """
+
+from typing import Any
 
 from tqdm import tqdm
 
 from sparc3 import models, stereotypes
 from sparc3.artifacts import differential_path, metrics_path, read_prompts, sweep_path
 from sparc3.differential import check_methods
-from sparc3.files import read_tensors, write_csv, write_json
+from sparc3.files import Array, read_tensors, write_csv, write_json
 from sparc3.measures import (
+    Likelihood,
     Texts,
     items,
     likelihood,
@@ -22,7 +24,7 @@ from sparc3.measures import (
     texts,
 )
 from sparc3.params import Params
-from sparc3.prune import circuit_at, pruned
+from sparc3.prune import INTACT, circuit_at
 
 COLUMNS = ("method", "protect", "num_neurons", "ppl_delta", "ppl_error", "objective")
 MEASURED = {
@@ -39,6 +41,25 @@ def objective(measure: str, measured: dict[str, float]) -> float:
     a tune split of some dozens of items their best point is one of noise.
     """
     return measured["nll_shift"] if measure == "completions" else -abs(measured["margin"])
+
+
+def shifts(own: list[Likelihood], general: list[Likelihood]) -> list[dict[str, float]]:
+    """Rise of the behaviour's NLL above the first model's, beyond that of general text."""
+    return [
+        {"nll_shift": mean_nll(a) - mean_nll(own[0]) - (mean_nll(b) - mean_nll(general[0]))}
+        for a, b in zip(own, general, strict=True)
+    ]
+
+
+def stereotyping(log_p: Array, terms: list[str]) -> dict[str, float]:
+    """SS and margin of all items; LMS and ICAT of those with an unrelated text, if any."""
+    names, table = stereotypes.per_term(*log_p.T, terms=terms)
+    found = stereotypes.pairs(table)
+    triples = stereotypes.triples(names, table)[1]
+    if len(triples):
+        known = stereotypes.stereoset(triples)
+        found |= {key: known[key] for key in ("lms", "icat")}
+    return {key: float(value) for key, value in found.items()}
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
@@ -64,53 +85,33 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     )
 
     sample = (texts if spec.measure == "completions" else items)(rows, tokenizer)
-    calm = (
-        mean_nll(likelihood(model, sample, sweep.batch_tokens))
-        if isinstance(sample, Texts)
-        else 0.0
-    )
-    before = likelihood(model, general, sweep.batch_tokens)
-
-    def measure() -> dict[str, float]:
-        after = likelihood(model, general, sweep.batch_tokens)
-        found = {
-            "ppl_delta": perplexity_percent(before, after),
-            "ppl_error": perplexity_error(before, after, general.groups),
-        }
-        if isinstance(sample, Texts):
-            shift = mean_nll(likelihood(model, sample, sweep.batch_tokens)) - calm
-            found["nll_shift"] = shift - (mean_nll(after) - mean_nll(before))
-        else:
-            log_p = preferences(model, sample, sweep.batch_tokens)
-            terms, table = stereotypes.per_term(*log_p.T, terms=sample.groups)
-            found |= {k: float(v) for k, v in stereotypes.pairs(table).items()}
-            triples = stereotypes.triples(terms, table)[1]
-            if len(triples):
-                known = stereotypes.stereoset(triples)
-                found |= {"lms": float(known["lms"]), "icat": float(known["icat"])}
-        return found | {"objective": objective(spec.measure, found)}
-
-    points: list[dict[str, object]] = [
-        {"method": "none", "protect": 0.0, "num_neurons": 0, **measure()}
-    ]
-    bar = tqdm(curves, desc=f"sweep {behaviour}", unit="curve")
-    for name, share in bar:
+    points: list[dict[str, Any]] = [{"method": "none", "protect": 0.0, "num_neurons": 0}]
+    circuits = [INTACT]
+    for name, share in curves:
         tensors, _ = read_tensors(differential_path(behaviour, name))
-        values, importance = tensors["differential"], tensors["importance"]
         for k in sizes:
-            circuit = circuit_at(chosen[name], values, importance, k, share)
-            with pruned(model, circuit):
-                measured = measure()
-            points.append({"method": name, "protect": share, "num_neurons": k, **measured})
-            bar.set_postfix(method=name, neurons=k, ppl=f"{measured['ppl_delta']:+.2f} %")
-            if measured["ppl_delta"] > sweep.ceiling:
-                break
+            points.append({"method": name, "protect": share, "num_neurons": k})
+            differential, importance = tensors["differential"], tensors["importance"]
+            circuits.append(circuit_at(chosen[name], differential, importance, k, share))
+
+    total = len(circuits) * (len(general.ids) + len(sample.ids))
+    with tqdm(total=total, desc=f"sweep {behaviour}", unit="text") as bar:
+        fixed = sweep.batch_tokens, bar.update
+        general_after = likelihood(model, circuits, general, *fixed)
+        if isinstance(sample, Texts):
+            found = shifts(likelihood(model, circuits, sample, *fixed), general_after)
+        else:
+            found = [
+                stereotyping(log_p, sample.groups)
+                for log_p in preferences(model, circuits, sample, *fixed)
+            ]
+    for point, after, measured in zip(points, general_after, found, strict=True):
+        point["ppl_delta"] = perplexity_percent(general_after[0], after)
+        point["ppl_error"] = perplexity_error(general_after[0], after, general.groups)
+        point.update(measured, objective=objective(spec.measure, measured))
 
     write_csv(sweep_path(behaviour), points, columns)
-    best = {
-        name: max(float(str(p["objective"])) for p in points if p["method"] == name)
-        for name in chosen
-    }
+    best = {name: max(p["objective"] for p in points if p["method"] == name) for name in chosen}
     scalars = {"points": float(len(points)), **{f"{n}.objective": v for n, v in best.items()}}
     write_json(metrics_path("sweep", behaviour), scalars)
     return scalars

@@ -5,6 +5,7 @@ test split only.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from sparc3.measures import (
     windowed_likelihood,
 )
 from sparc3.params import Params
-from sparc3.prune import pruned, read_circuit, refuse_leak
+from sparc3.prune import INTACT, read_circuit, refuse_leak
 
 log = logging.getLogger(__name__)
 
@@ -65,26 +66,26 @@ def run(params: Params) -> dict[str, float]:
         params.model.path, params.model.revision, params.model.dtype, params.model.device
     )
 
-    def measure() -> dict[str, Any]:
-        found: dict[str, Any] = {
-            name: windowed_likelihood(
-                model, sample, evaluate.window, evaluate.stride, transfer.batch_tokens
-            )
-            for name, sample in general.items()
-        }
-        for name, sample in measured.items():
-            found[name] = (
-                preferences(model, sample, transfer.batch_tokens)
-                if isinstance(sample, Items)
-                else likelihood(model, sample, transfer.batch_tokens)
-            )
-        return found
+    everything = {**general, **measured}
+    every = [INTACT, *circuits.values()]
+    found_on: dict[str, Sequence[Any]] = {}
+    total = len(every) * sum(len(sample.ids) for sample in everything.values())
+    with tqdm(total=total, desc="transfer", unit="text") as bar:
+        fixed = transfer.batch_tokens, bar.update
+        for name, sample in everything.items():
+            if isinstance(sample, Items):
+                found_on[name] = preferences(model, every, sample, *fixed)
+            elif name in general:
+                windows = evaluate.window, evaluate.stride
+                found_on[name] = windowed_likelihood(model, every, sample, *windows, *fixed)
+            else:
+                found_on[name] = likelihood(model, every, sample, *fixed)
+    before, *others = (
+        dict(zip(found_on, values, strict=True)) for values in zip(*found_on.values(), strict=True)
+    )
 
-    before = measure()
     results: dict[str, dict[str, Differences]] = {}
-    for pruned_for, circuit in tqdm(circuits.items(), desc="transfer", unit="circuit"):
-        with pruned(model, circuit):
-            after = measure()
+    for pruned_for, after in zip(circuits, others, strict=True):
         found: dict[str, Differences] = {}
         for name in general:
             found[name] = {

@@ -8,6 +8,7 @@ from sparc3.elicit import highest, keep_highest
 from sparc3.errors import InputError
 from sparc3.generate import complete
 from sparc3.params import Keep
+from sparc3.prune import INTACT
 
 
 class Words:
@@ -59,7 +60,8 @@ def test_chance_flatters_the_chosen() -> None:
 def test_evaluation_with_the_same_seed_draws_other_completions() -> None:
     model, rows = tiny.model("llama"), [{"id": str(i), "text": "3 4"} for i in range(12)]
     kept = keep_highest(model, WORDS, rows, Keep("s", 12, 5, 1.0, 1.0, 0), lengths, "set")
-    drawn = complete(model, [[3, 4]] * 12, [row["id"] for row in rows], 1, 5, 1.0, 1.0, 0)
+    ids = [row["id"] for row in rows]
+    (drawn,) = complete(model, [INTACT], [[3, 4]] * 12, ids, 1, 5, 1.0, 1.0, 0)
     again = lengths(WORDS.batch_decode([tokens for (tokens,) in drawn], skip_special_tokens=True))
     assert not np.array_equal([row["elicited"] for row in kept], again)
 

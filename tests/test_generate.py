@@ -1,5 +1,6 @@
 """Sampling against transformers, exact probabilities and the obvious loop without a cache."""
 
+import itertools
 from collections import Counter
 from operator import itemgetter
 from typing import Any
@@ -13,10 +14,17 @@ from transformers import TopPLogitsWarper
 
 from sparc3 import generate, models
 from sparc3.errors import InputError
-from sparc3.generate import complete, draw, quality
+from sparc3.generate import draw, quality
+from sparc3.prune import INTACT, pruned
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 SETTINGS = {"new_tokens": 8, "temperature": 0.8, "top_p": 0.9, "seed": 0}
+
+
+def complete(model, *args, **kwargs):
+    """Completions of the model as it is."""
+    (found,) = generate.complete(model, [INTACT], *args, **kwargs)
+    return found
 
 
 def prompts_and_keys(lengths):
@@ -74,6 +82,25 @@ def test_batch_size_and_order_do_not_decide(llama, batch):
     expected = complete(llama, prompts, keys, completions=12, **SETTINGS)
     found = complete(llama, prompts[::-1], keys[::-1], completions=12, batch=batch, **SETTINGS)
     assert differing(found[::-1], expected) <= 0.01
+
+
+@FAMILIES
+@pytest.mark.parametrize("batch", [5, 64])
+def test_circuits_that_share_batches_draw_as_each_alone(family, batch):
+    model = endless(family)
+    prompts, keys = prompts_and_keys([5, 5, 8, 12])
+    circuits = [tiny.circuit(0, 2), INTACT, tiny.circuit(1, scale=0.3), tiny.circuit(1)]
+    done = []
+    several = generate.complete(
+        model, circuits, prompts, keys, 6, batch=batch, progress=done.append, **SETTINGS
+    )
+    assert sum(done) == len(circuits) * len(prompts)
+    for circuit, found in zip(circuits, several, strict=True):
+        with pruned(model, circuit):
+            alone = complete(model, prompts, keys, 6, **SETTINGS)
+        assert differing(found, alone) <= 0.01
+    for a, b in itertools.combinations(several, 2):
+        assert differing(a, b) > 0.05
 
 
 def test_streams_are_of_seed_key_completion_and_position(llama):

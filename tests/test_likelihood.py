@@ -10,15 +10,27 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from sparc3 import likelihood, models
 from sparc3.errors import InputError
-from sparc3.likelihood import (
-    continuation_nll,
-    sentence_scores,
-    token_nll,
-    window_nll,
-)
+from sparc3.likelihood import sentence_scores
+from sparc3.prune import INTACT, pruned
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 LENGTHS = [9, 1, 2, 33, 7, 8, 8, 3, 20, 12, 11]
+
+
+def token_nll(model, *args, **kwargs):
+    """Of the model as it is; so are the two below."""
+    (found,) = likelihood.token_nll(model, [INTACT], *args, **kwargs)
+    return found
+
+
+def continuation_nll(model, *args, **kwargs):
+    (found,) = likelihood.continuation_nll(model, [INTACT], *args, **kwargs)
+    return found
+
+
+def window_nll(model, *args, **kwargs):
+    (found,) = likelihood.window_nll(model, [INTACT], *args, **kwargs)
+    return found
 
 
 @torch.no_grad()
@@ -40,7 +52,9 @@ def llama():
 
 
 @FAMILIES
-def test_token_nll_equals_the_naive_way(family):
+@pytest.mark.parametrize("short", [0, 64])
+def test_token_nll_equals_the_naive_way(family, short, monkeypatch):
+    monkeypatch.setattr(likelihood, "SHORT", short)  # either attention kernel
     model = tiny.model(family)
     sequences = tiny.sequences(LENGTHS)
     assert_equal(token_nll(model, sequences), [naive_nll(model, s) for s in sequences])
@@ -82,6 +96,40 @@ def test_batches_and_chunks_change_nothing(llama, batch_tokens, monkeypatch):
     found = token_nll(llama, sequences, batch_tokens=batch_tokens, progress=done.append)
     assert_equal(found, expected)
     assert sum(done) == len(sequences)
+
+
+@FAMILIES
+@pytest.mark.parametrize("batch_tokens", [16, 10_000])
+def test_without_each_circuit_as_within_pruned(family, batch_tokens):
+    """To the bit: below a circuit's first layer the same kernels see the same numbers."""
+    model = tiny.model(family)
+    circuits = [tiny.circuit(layer) for layer in (1, 0, 2)]
+    circuits = [circuits[0], INTACT, *circuits, tiny.circuit(2, scale=0.4), INTACT]
+    sequences = [s for s in tiny.sequences(LENGTHS) if len(s) > 1]
+    done = []
+    found = likelihood.token_nll(model, circuits, sequences, batch_tokens, done.append)
+    assert sum(done) == len(circuits) * len(sequences)
+    for circuit, own in zip(circuits, found, strict=True):
+        with pruned(model, circuit):
+            for one, other in zip(own, token_nll(model, sequences, batch_tokens), strict=True):
+                assert one.tolist() == other.tolist()
+    levels = {tuple(np.concatenate(own)) for own in found}
+    assert len(levels) == 5  # two are there twice
+
+
+@pytest.mark.parametrize("kind", ["continuation_nll", "window_nll"])
+def test_continuations_and_windows_without_each_circuit(llama, kind):
+    circuits = [INTACT, tiny.circuit(2), tiny.circuit(0)]
+    texts = tiny.sequences([12, 20])
+    given = [[texts[0], texts[0][:4] + texts[1]]] if kind == "continuation_nll" else texts
+    settings = {} if kind == "continuation_nll" else {"window": 9, "stride": 4}
+    several = getattr(likelihood, kind)(llama, circuits, given, **settings)
+    for circuit, own in zip(circuits, several, strict=True):
+        with pruned(llama, circuit):
+            (alone,) = getattr(likelihood, kind)(llama, [INTACT], given, **settings)
+        if kind == "continuation_nll":
+            own, alone = own[0], alone[0]
+        np.testing.assert_array_equal(np.concatenate(own), np.concatenate(alone))
 
 
 def fed_shapes(model):
@@ -128,7 +176,9 @@ GROUPS = {
 
 
 @FAMILIES
-def test_continuations_equal_separate_sequences(family):
+@pytest.mark.parametrize("short", [0, 64])
+def test_continuations_equal_separate_sequences(family, short, monkeypatch):
+    monkeypatch.setattr(likelihood, "SHORT", short)
     model = tiny.model(family)
     groups = list(GROUPS.values())
     found = continuation_nll(model, groups)

@@ -23,6 +23,7 @@ from sparc3.measures import (
     preferences,
     windowed_likelihood,
 )
+from sparc3.prune import INTACT
 
 RNG = np.random.default_rng(0)
 
@@ -41,7 +42,7 @@ def naive(model: torch.nn.Module, tokens: list[int]) -> float:
 def test_likelihood_is_the_sum_over_tokens() -> None:
     model = tiny.model("llama")
     texts = sample([7, 3, 12, 2])
-    found = likelihood(model, texts, 16)
+    (found,) = likelihood(model, [INTACT], texts, 16)
     assert found.nll == pytest.approx([naive(model, t) for t in texts.tokens], rel=1e-4)
     assert found.tokens.tolist() == [6, 2, 11, 1]
     total = sum(naive(model, t) for t in texts.tokens)
@@ -52,9 +53,10 @@ def test_likelihood_is_the_sum_over_tokens() -> None:
 def test_a_text_that_fits_the_window_is_read_whole() -> None:
     model = tiny.model("llama")
     texts = sample([9, 4])
-    whole, windowed = likelihood(model, texts, 64), windowed_likelihood(model, texts, 16, 8, 64)
+    (whole,) = likelihood(model, [INTACT], texts, 64)
+    (windowed,) = windowed_likelihood(model, [INTACT], texts, 16, 8, 64)
     assert windowed.nll == pytest.approx(whole.nll, rel=1e-4)
-    long = windowed_likelihood(model, sample([40, 9]), 16, 8, 64)
+    (long,) = windowed_likelihood(model, [INTACT], sample([40, 9]), 16, 8, 64)
     assert long.tokens.tolist() == [39, 8]
 
 
@@ -63,8 +65,8 @@ def test_the_pieces_of_a_joined_text_share_out_its_likelihood(stride: int) -> No
     model = tiny.model("llama")
     pieces = sample([9, 1, 30, 17])
     whole = Texts(["a"], ["a"], [[token for piece in pieces.tokens for token in piece]])
-    found = joined_likelihood(model, pieces, 16, stride, 64)
-    expected = windowed_likelihood(model, whole, 16, stride, 64)
+    (found,) = joined_likelihood(model, [INTACT], pieces, 16, stride, 64)
+    (expected,) = windowed_likelihood(model, [INTACT], whole, 16, stride, 64)
     assert found.nll.sum() == pytest.approx(expected.nll.sum())
     assert found.tokens.sum() == expected.tokens.sum()
     if stride == 8:
@@ -92,7 +94,8 @@ def test_preferences_are_means_per_token_and_nan_without_an_unrelated_text() -> 
     model = tiny.model("llama")
     three = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 6, 7, 8]]
     two = [[9, 8, 7], [9, 8, 6]]
-    found = preferences(model, Items(["a", "b"], ["g", "g"], [three, two]), 64)
+    both = Items(["a", "b"], ["g", "g"], [three, two])
+    (found,) = preferences(model, [INTACT], both, 64)
     for row, sentences in zip(found, (three, two), strict=True):
         for value, tokens in zip(row, sentences, strict=False):
             assert value == pytest.approx(-naive(model, tokens) / (len(tokens) - 1), rel=1e-4)

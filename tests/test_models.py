@@ -153,3 +153,16 @@ def test_the_embedded_model_reads_texts_as_they_are(fetched: Path):
     texts = ["The three-age system", "1"]
     assert models.encode(tokenizer, texts) == tokenizer(texts).input_ids
     assert [tokenizer.decode(ids) for ids in tokenizer(texts).input_ids] == texts
+
+
+@pytest.mark.parametrize("rows", [1, 37, 512])
+def test_float32_products_are_of_float32(rows):
+    """Whatever kernel `load` prefers: bfloat16 or TF32 would err 100 times as much."""
+    models.prefer_onednn()
+    torch.manual_seed(0)
+    x, w = torch.randn(rows, 576), torch.randn(1536, 576)
+    exact = x.double() @ w.double().T
+    error = (torch.nn.functional.linear(x, w).double() - exact).abs().max().item()
+    assert error < 576 * 2**-24 * exact.abs().max().item()
+    rounded = torch.nn.functional.linear(x.bfloat16(), w.bfloat16()).double()
+    assert (rounded - exact).abs().max().item() > 20 * error

@@ -65,7 +65,6 @@ def test_the_default_is_a_profile() -> None:
         (changed("sweep", "num_neurons", [10, 0]), "sweep.num_neurons[1] is 0; expected a whole"),
         (changed("sweep", "protect", [1.5]), "sweep.protect[0] is 1.5; expected a number from 0"),
         (changed("sweep", "protect", [float("nan")]), "sweep.protect[0] is nan; expected"),
-        (changed("sweep", "ceiling", float("nan")), "sweep.ceiling is nan; expected a number"),
         (changed("gate", "threshold", float("inf")), "gate.threshold is inf; expected a number"),
         (changed("select", "num_neurons", 0), "at least 1 or null"),
         (changed("attribute", "shard_prompts", 0), "attribute.shard_prompts is 0; expected"),

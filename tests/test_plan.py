@@ -22,6 +22,7 @@ from sparc3 import params as parameters
 from sparc3.__main__ import main
 from sparc3.errors import InputError
 from sparc3.lrp import attnlrp
+from sparc3.prune import INTACT
 
 FAMILIES = list(tiny.CONFIGS)
 LLAMA_3_8B: dict[str, Any] = {
@@ -113,7 +114,7 @@ def test_operations_of_attribution(family: str, names: list[str], target: scores
 def test_operations_of_likelihood(family: str) -> None:
     model = tiny.model(family)
     lengths = [9, 9, 9]
-    found = counted(lambda: likelihood.token_nll(model, tiny.sequences(lengths)))
+    found = counted(lambda: likelihood.token_nll(model, [INTACT], tiny.sequences(lengths)))
     assert found == pytest.approx(cost.likelihood(cost.shape(model.config), lengths), rel=0.003)
 
 
@@ -125,7 +126,13 @@ def test_operations_of_generation() -> None:
     settings = {"temperature": 1.0, "top_p": 0.9, "seed": 0}
     found = counted(
         lambda: generate.complete(
-            model, tiny.sequences(lengths), ["a", "b"], completions, new_tokens, **settings
+            model,
+            [INTACT],
+            tiny.sequences(lengths),
+            ["a", "b"],
+            completions,
+            new_tokens,
+            **settings,
         )
     )
     expected = cost.generation(cost.shape(model.config), lengths, completions, new_tokens)
@@ -144,7 +151,8 @@ def test_windows_are_those_of_perplexity(length: int, window: int, stride: int) 
     models.body(model).register_forward_pre_hook(
         lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    likelihood.window_nll(model, tiny.sequences([length]), window, stride, batch_tokens=1)
+    texts = tiny.sequences([length])
+    likelihood.window_nll(model, [INTACT], texts, window, stride, batch_tokens=1)
     assert sorted(plan.window_lengths(length, window, stride)) == sorted(read)
 
 

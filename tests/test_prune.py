@@ -10,7 +10,16 @@ import torch
 
 from sparc3 import models
 from sparc3.errors import InputError
-from sparc3.prune import Circuit, prune_weights, pruned, read_circuit, write_circuit
+from sparc3.prune import (
+    INTACT,
+    Circuit,
+    prune_weights,
+    pruned,
+    pruned_rows,
+    read_circuit,
+    without_each,
+    write_circuit,
+)
 
 IDS = torch.tensor(tiny.sequences([12, 12]))
 
@@ -97,6 +106,70 @@ def test_weights_come_back_to_the_bit(family, dtype):
     with pytest.raises(RuntimeError, match="within"):
         fails()
     assert not changed(before, bits(model))
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_rows_without_a_circuit_of_their_own_equal_ablation(family):
+    model = tiny.model(family)
+    circuits = [DAMPEN, INTACT, PRUNE]
+    places = [2, 0, 1, 2]
+    ids = torch.tensor(tiny.sequences([12] * 4))
+    whole = model(IDS).logits
+    with pruned_rows(model, circuits) as tell:
+        tell(places)
+        found = model(ids).logits
+        tell(places[:3])  # rows leave a batch, and come into it
+        fewer = model(ids[:3]).logits
+    for place, row, logits in zip(places, ids, found, strict=True):
+        with pruned(model, circuits[place]):
+            torch.testing.assert_close(logits, model(row[None]).logits[0], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(fewer, found[:3], atol=2e-5, rtol=1e-5)
+    assert torch.equal(model(IDS).logits, whole)
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_layers_below_every_circuit_run_once(family):
+    model = tiny.model(family)
+    runs = [0] * tiny.LAYERS
+    for layer, mlp in enumerate(models.mlps(model)):
+
+        def count(module, args, layer=layer):
+            runs[layer] += 1
+
+        mlp.down.register_forward_pre_hook(count)
+    circuits = [tiny.circuit(1), INTACT, tiny.circuit(2), tiny.circuit(1, 2)]
+    with torch.inference_mode():
+        found = without_each(model, circuits, lambda: model(IDS).logits)
+    assert runs == [1, 3, 4]
+    for circuit, logits in zip(circuits, found, strict=True):
+        with pruned(model, circuit):
+            assert torch.equal(logits, model(IDS).logits)
+
+
+def test_a_failure_within_leaves_the_model_whole():
+    model = tiny.model("llama")
+    before, logits = bits(model), model(IDS).logits
+    first = models.layers(model)[0]
+    own = vars(first)["forward"] = lambda *args, **kwargs: type(first).forward(
+        first, *args, **kwargs
+    )
+    turns = []
+
+    def fails():
+        turns.append(model(IDS).logits)
+        if len(turns) == 2:
+            raise RuntimeError("within")
+
+    with pytest.raises(RuntimeError, match="within"):
+        without_each(model, [INTACT, tiny.circuit(2)], fails)
+    assert not changed(before, bits(model))
+    assert vars(first)["forward"] is own
+    assert torch.equal(model(IDS).logits, logits)
+    assert not any(block._forward_hooks for block in models.layers(model))
+
+
+def test_nothing_to_run_without():
+    assert without_each(tiny.model("llama"), [], lambda: 1) == []
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)

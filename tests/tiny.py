@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +17,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from sparc3.prune import Circuit
 
 torch.set_num_threads(1)  # products this small only lose by threads
 
@@ -73,3 +76,15 @@ def sequences(lengths: list[int], seed: int = 0) -> list[list[int]]:
     """Random token ids of the given lengths."""
     torch.manual_seed(seed)
     return [torch.randint(3, VOCABULARY, (length,)).tolist() for length in lengths]
+
+
+def circuit(*layers: int, scale: float = 0.0) -> Circuit:
+    """Every second neuron of each of `layers`: enough to be felt."""
+    neurons = np.arange(0, WIDTH, 2)
+    count = len(layers) * len(neurons)
+    return Circuit(
+        np.repeat(np.array(layers, np.int64), len(neurons)),
+        np.tile(neurons, len(layers)),
+        -np.linspace(1, 0.1, count),
+        np.full(count, scale),
+    )
