@@ -4,13 +4,11 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from sparc3 import models
@@ -23,7 +21,6 @@ Progress = Callable[[int], object]  # called with the number of items just finis
 
 PADDING = 0.1  # largest share of padding in a batch
 CHUNK = 256  # positions whose logits exist at the same time
-SHORT = 64  # tokens up to which a CPU's flash attention takes longer than the plain one
 
 
 def token_nll(
@@ -275,8 +272,7 @@ def _forward(model: PreTrainedModel, rows: Sequence[_Row]) -> torch.Tensor:
         mask = torch.zeros(unseen.shape, dtype=model.dtype, device=device)
         inputs["attention_mask"] = mask.masked_fill_(unseen, torch.finfo(model.dtype).min)
         inputs["position_ids"] = _padded([row.positions or [] for row in rows], 0).to(device)
-    plain = device.type == "cpu" and inputs["input_ids"].shape[1] <= SHORT
-    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+    with models.attention(inputs["input_ids"]):
         return models.body(model)(**inputs, use_cache=False).last_hidden_state
 
 

@@ -7,6 +7,7 @@ row of `sparc3.lrp.RULES`.
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -49,6 +51,9 @@ FAMILIES: dict[str, Family] = {  # by config.model_type
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+SHORT = 64  # tokens up to which a CPU's flash attention takes longer than the plain one
 
 
 class MLP(NamedTuple):
@@ -157,6 +162,12 @@ def front(tokenizer: Any) -> tuple[int, ...]:
 def body(model: PreTrainedModel) -> nn.Module:
     """The transformer: ids or embeddings to the last hidden state."""
     return model.get_submodule(family(model.config.model_type).body)
+
+
+def attention(ids: Tensor) -> AbstractContextManager[object]:
+    """Within it attention uses the kernel that is faster for a batch of token ids."""
+    plain = ids.device.type == "cpu" and ids.shape[1] <= SHORT
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -241,6 +241,7 @@ def _score_batch(
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(kind != "forward"))
             stack.enter_context(attnlrp(model) if kind == "attnlrp" else nullcontext())
+            stack.enter_context(models.attention(ids))
             stack.enter_context(_watching(model, len(prompts), real[:, :, None], found))
             # Padding is not masked, for it is never seen. Without any mask transformers would write
             # out the causal one; with ones it leaves causality to sdpa, which is faster.

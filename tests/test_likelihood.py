@@ -54,7 +54,7 @@ def llama():
 @FAMILIES
 @pytest.mark.parametrize("short", [0, 64])
 def test_token_nll_equals_the_naive_way(family, short, monkeypatch):
-    monkeypatch.setattr(likelihood, "SHORT", short)  # either attention kernel
+    monkeypatch.setattr(models, "SHORT", short)  # either attention kernel
     model = tiny.model(family)
     sequences = tiny.sequences(LENGTHS)
     assert_equal(token_nll(model, sequences), [naive_nll(model, s) for s in sequences])
@@ -178,7 +178,7 @@ GROUPS = {
 @FAMILIES
 @pytest.mark.parametrize("short", [0, 64])
 def test_continuations_equal_separate_sequences(family, short, monkeypatch):
-    monkeypatch.setattr(likelihood, "SHORT", short)
+    monkeypatch.setattr(models, "SHORT", short)
     model = tiny.model(family)
     groups = list(GROUPS.values())
     found = continuation_nll(model, groups)
