@@ -36,7 +36,7 @@ CARD = 1.0e9  # bytes of a card that the driver, its libraries and fragmentation
 START = 10.0  # seconds until a stage begins to load its model
 LOADING = 1e9  # bytes of weights per second, from a disk to the device
 SCORER = {"detoxify": 0.5e9, "classifier": 1.6e9}  # bytes on the device, up to a large encoder
-DRAWING = 0.55  # of what whole sequences reach, when completions are drawn token by token
+DRAWING = 0.7  # of what whole sequences reach, when completions are drawn token by token
 MOST_CARDS = 16
 CONFIGS = Path("profiles/configs")
 
