@@ -25,7 +25,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from benchmarks.generation import MODEL, alternating, machine
+from benchmarks.generation import MODEL, alternating, as_installed, machine
 from sparc3 import models
 from sparc3.lrp import attnlrp
 from sparc3.scores import Prompt, score
@@ -41,7 +41,7 @@ def naive(model: PreTrainedModel, prompts: Sequence[Prompt]) -> int:
     for layer in layers:
         layer.weight.requires_grad_(True)
     for prompt in prompts:
-        with attnlrp(model):
+        with as_installed(), attnlrp(model):
             model(torch.tensor(prompt.sequences)).logits[0, -1].max().backward()
         for layer, total in zip(layers, totals, strict=True):
             assert layer.weight.grad is not None
