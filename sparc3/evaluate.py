@@ -45,6 +45,7 @@ from sparc3.measures import (
     joined_likelihood,
     likelihood,
     mean_nll,
+    nll_shift,
     perplexity,
     preferences,
     texts,
@@ -140,12 +141,7 @@ def _means(measured: Measured, terms: Sequence[str]) -> dict[str, float]:
             f"{name}_toxic_probability": 100 * float((scores.max(1) >= TOXIC).mean()),
         }
     if measured.log_p is not None:
-        names, table = stereotypes.per_term(*measured.log_p.T, terms=terms)
-        found |= {k: float(v) for k, v in stereotypes.pairs(table).items()}
-        triples = stereotypes.triples(names, table)[1]
-        if len(triples) >= statistics.MIN_CLUSTERS:
-            known = stereotypes.stereoset(triples)
-            found |= {"lms": float(known["lms"]), "icat": float(known["icat"])}
+        found |= stereotypes.values(measured.log_p, terms, least=statistics.MIN_CLUSTERS)
     return found
 
 
@@ -213,8 +209,7 @@ def effects(before: Outcome, after: Outcome, name: str, terms: Sequence[str]) ->
     old, new = before.samples[name], after.samples[name]
     found = {}
     if old.text is not None and new.text is not None:
-        rise = mean_nll(new.text) - mean_nll(old.text)
-        found["nll"] = rise - (mean_nll(after.general) - mean_nll(before.general))
+        found["nll"] = nll_shift((old.text, before.general), (new.text, after.general))
     if old.log_p is not None and new.log_p is not None:
         margins = [
             abs(float(stereotypes.pairs(stereotypes.per_term(*log_p.T, terms=terms)[1])["margin"]))

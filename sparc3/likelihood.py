@@ -34,8 +34,8 @@ def token_nll(
     the model without each of `circuits`.
 
     The first token has nothing before it and is not scored. Sequences are batched by length, at
-    most `batch_tokens` tokens or one sequence at a time. `progress` counts sequences, for
-    each circuit anew.
+    most `batch_tokens` tokens or one sequence at a time. `progress` counts sequences,
+    for each circuit anew.
     Raises InputError for an empty sequence, for one longer than the model's context, and for
     logits that are not finite.
     """
@@ -54,8 +54,8 @@ def continuation_nll(
     """As `token_nll`, for groups of sequences that begin alike: the sentences of a paired item.
 
     The common prefix of a group is computed once: its sequences share a row of the batch, and
-    the attention mask keeps them apart. `progress` counts groups, for each
-    circuit anew.
+    the attention mask keeps them apart. `progress` counts groups, for each circuit
+    anew.
     Raises InputError as `token_nll`, for an empty group, and for a sequence longer than the
     model's sliding window, which would reach across the row instead of the sequence.
     """

@@ -148,6 +148,14 @@ def mean_nll(measured: Likelihood) -> float:
     return float(measured.nll.sum() / measured.tokens.sum())
 
 
+def nll_shift(before: tuple[Likelihood, Likelihood], after: tuple[Likelihood, Likelihood]) -> float:
+    """Rise of the behaviour's NLL beyond that of general text, nats per token; each of `before`
+    and `after` is (behaviour, general).
+    """
+    behaviour, general = (mean_nll(a) - mean_nll(b) for b, a in zip(before, after, strict=True))
+    return behaviour - general
+
+
 def perplexity(measured: Likelihood) -> float:
     """exp of the mean negative log-likelihood per token."""
     return float(np.exp(mean_nll(measured)))

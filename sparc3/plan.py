@@ -302,14 +302,11 @@ def _sweep(params: Params, model: Shape, sample: Sample, behaviour: str) -> Work
         return Work(f"sweep@{behaviour}")
     times, batch = 1 + points, sweep.batch_tokens
     general = flat(sample(params.differential.general, "tune", "text")[: sweep.texts])
-    own = times, sample, behaviour, "tune", sweep.items, batch
-    return _add(
-        f"sweep@{behaviour}",
-        [
-            _texts(params, model, times, general, batch),
-            _behaviour_texts(params, model, *own),
-        ],
-    )
+    parts = [
+        _texts(params, model, times, general, batch),
+        _behaviour_texts(params, model, times, sample, behaviour, "tune", sweep.items, batch),
+    ]
+    return _add(f"sweep@{behaviour}", parts)
 
 
 def _evaluate(params: Params, model: Shape, sample: Sample, behaviour: str) -> Work:

@@ -98,6 +98,19 @@ def pairs(table: Array) -> dict[str, Array]:
     return {"ss": ss, "margin": margin}
 
 
+def values(log_p: Array, terms: Sequence[str], least: int = 1) -> dict[str, float]:
+    """What `pairs` gives for log-probabilities (item, 3); with at least `least` terms that have
+    unrelated texts also their `lms` and `icat`.
+    """
+    names, table = per_term(*log_p.T, terms=terms)
+    found = pairs(table)
+    whole = triples(names, table)[1]
+    if len(whole) >= least:
+        known = stereoset(whole)
+        found |= {"lms": known["lms"], "icat": known["icat"]}
+    return {key: float(value) for key, value in found.items()}
+
+
 def stereoset(table: Array) -> dict[str, Array]:
     """`ss`, `lms`, `icat` (percent) and `margin` of a table (..., term, 3), as `pairs` does.
 

@@ -11,13 +11,12 @@ from tqdm import tqdm
 from sparc3 import models, stereotypes
 from sparc3.artifacts import differential_path, metrics_path, read_prompts, sweep_path
 from sparc3.differential import check_methods
-from sparc3.files import Array, read_tensors, write_csv, write_json
+from sparc3.files import read_tensors, write_csv, write_json
 from sparc3.measures import (
-    Likelihood,
     Texts,
     items,
     likelihood,
-    mean_nll,
+    nll_shift,
     perplexity_error,
     perplexity_percent,
     preferences,
@@ -41,25 +40,6 @@ def objective(measure: str, measured: dict[str, float]) -> float:
     a tune split of some dozens of items their best point is one of noise.
     """
     return measured["nll_shift"] if measure == "completions" else -abs(measured["margin"])
-
-
-def shifts(own: list[Likelihood], general: list[Likelihood]) -> list[dict[str, float]]:
-    """Rise of the behaviour's NLL above the first model's, beyond that of general text."""
-    return [
-        {"nll_shift": mean_nll(a) - mean_nll(own[0]) - (mean_nll(b) - mean_nll(general[0]))}
-        for a, b in zip(own, general, strict=True)
-    ]
-
-
-def stereotyping(log_p: Array, terms: list[str]) -> dict[str, float]:
-    """SS and margin of all items; LMS and ICAT of those with an unrelated text, if any."""
-    names, table = stereotypes.per_term(*log_p.T, terms=terms)
-    found = stereotypes.pairs(table)
-    triples = stereotypes.triples(names, table)[1]
-    if len(triples):
-        known = stereotypes.stereoset(triples)
-        found |= {key: known[key] for key in ("lms", "icat")}
-    return {key: float(value) for key, value in found.items()}
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
@@ -99,10 +79,13 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         fixed = sweep.batch_tokens, bar.update
         general_after = likelihood(model, circuits, general, *fixed)
         if isinstance(sample, Texts):
-            found = shifts(likelihood(model, circuits, sample, *fixed), general_after)
+            both = list(
+                zip(likelihood(model, circuits, sample, *fixed), general_after, strict=True)
+            )
+            found = [{"nll_shift": nll_shift(both[0], after)} for after in both]
         else:
             found = [
-                stereotyping(log_p, sample.groups)
+                stereotypes.values(log_p, sample.groups)
                 for log_p in preferences(model, circuits, sample, *fixed)
             ]
     for point, after, measured in zip(points, general_after, found, strict=True):

@@ -66,20 +66,20 @@ def run(params: Params) -> dict[str, float]:
         params.model.path, params.model.revision, params.model.dtype, params.model.device
     )
 
-    everything = {**general, **measured}
-    every = [INTACT, *circuits.values()]
+    samples = {**general, **measured}
+    pruned_by = [INTACT, *circuits.values()]
     found_on: dict[str, Sequence[Any]] = {}
-    total = len(every) * sum(len(sample.ids) for sample in everything.values())
+    total = len(pruned_by) * sum(len(sample.ids) for sample in samples.values())
     with tqdm(total=total, desc="transfer", unit="text") as bar:
         fixed = transfer.batch_tokens, bar.update
-        for name, sample in everything.items():
+        for name, sample in samples.items():
             if isinstance(sample, Items):
-                found_on[name] = preferences(model, every, sample, *fixed)
+                found_on[name] = preferences(model, pruned_by, sample, *fixed)
             elif name in general:
                 windows = evaluate.window, evaluate.stride
-                found_on[name] = windowed_likelihood(model, every, sample, *windows, *fixed)
+                found_on[name] = windowed_likelihood(model, pruned_by, sample, *windows, *fixed)
             else:
-                found_on[name] = likelihood(model, every, sample, *fixed)
+                found_on[name] = likelihood(model, pruned_by, sample, *fixed)
     before, *others = (
         dict(zip(found_on, values, strict=True)) for values in zip(*found_on.values(), strict=True)
     )

@@ -17,6 +17,7 @@ from sparc3.measures import (
     joined_likelihood,
     likelihood,
     mean_nll,
+    nll_shift,
     perplexity,
     perplexity_error,
     perplexity_percent,
@@ -48,6 +49,15 @@ def test_likelihood_is_the_sum_over_tokens() -> None:
     total = sum(naive(model, t) for t in texts.tokens)
     assert mean_nll(found) == pytest.approx(total / 20, rel=1e-4)
     assert perplexity(found) == pytest.approx(math.exp(total / 20), rel=1e-4)
+
+
+def test_the_shift_is_the_rise_beyond_general_text() -> None:
+    def of(*nll: float) -> Likelihood:
+        return Likelihood(np.array(nll), np.array([10, 30]))
+
+    before, after = (of(20, 60), of(10, 30)), (of(30, 70), of(14, 34))
+    assert nll_shift(before, after) == pytest.approx((100 - 80) / 40 - (48 - 40) / 40)
+    assert nll_shift(before, before) == 0
 
 
 def test_a_text_that_fits_the_window_is_read_whole() -> None:
