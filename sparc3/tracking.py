@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 from sparc3.errors import InputError
 from sparc3.files import replacing
@@ -75,8 +75,9 @@ def tracking_uri() -> str:
 
 def public_uri() -> str:
     """`tracking_uri()` without a user name and password: fit for messages."""
-    parts = urlsplit(tracking_uri())
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    uri = tracking_uri()
+    user, at, _ = urlsplit(uri).netloc.rpartition("@")
+    return uri.replace(f"{user}{at}", "", 1)  # urlunsplit would drop slashes of sqlite:////
 
 
 def hand_down(environment: Mapping[str, str]) -> dict[str, str]:

@@ -163,6 +163,9 @@ def test_the_users_server_is_used_and_its_password_not_shown(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@runs.example:8443/mlflow")
     assert tracking.tracking_uri() == "https://me:secret@runs.example:8443/mlflow"
     assert tracking.public_uri() == "https://runs.example:8443/mlflow"
+    for plain in ("sqlite:////srv/runs/mlflow.db", "http://127.0.0.1:5000"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", plain)
+        assert tracking.public_uri() == plain
 
 
 def test_a_users_database_gets_the_experiment_and_keeps_its_artifacts(here, tmp_path, monkeypatch):
