@@ -1,6 +1,6 @@
 # make repro    environment, model and data, the whole pipeline, the result table
 # make test     environment, tests
-# make lint     ruff and pyright
+# make lint     ruff, pyright and the rooms' contract
 # make ui       the runs in MLflow's UI on 127.0.0.1 (PORT=5000)
 # make bench    the project's own timings
 # make readme   the result table into README.md
@@ -69,6 +69,7 @@ test: env
 lint: env
 	$(IN_ENV) ruff check .
 	$(IN_ENV) ruff format --check .
+	$(IN_ENV) lint-imports --no-cache
 	$(IN_ENV) PYRIGHT_PYTHON_IGNORE_WARNINGS=1 pyright --pythonpath $(VENV)/bin/python
 
 ui: env

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sparc3 import tracking
-from sparc3.files import write_text
+from sparc3.base import runs
+from sparc3.base.files import write_text
 
 BENCHMARKS = ("attribution", "generation", "likelihood", "growth")
 RESULTS = Path("benchmarks/results.md")
@@ -29,7 +29,7 @@ def output(name: str) -> str:
 
 
 def main() -> None:
-    with tracking.stage_run("bench", {}, {"benchmarks": list(BENCHMARKS)}) as run:
+    with runs.stage_run("bench", {}, {"benchmarks": list(BENCHMARKS)}) as run:
         sections = [f"## {name}\n\n```\n{output(name).strip()}\n```\n" for name in BENCHMARKS]
         write_text(RESULTS, "# Timings\n\n" + "\n".join(sections))
         run.log_artifact(RESULTS)

@@ -26,9 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from benchmarks.generation import MODEL, alternating, as_installed, machine
-from sparc3 import models
-from sparc3.lrp import attnlrp
-from sparc3.scores import Prompt, score
+from sparc3.model import families, loading
+from sparc3.relevance.lrp import attnlrp
+from sparc3.relevance.scores import Prompt, score
 
 REPEATS = 5
 SETTINGS = {256: 4, 16: 32}  # tokens per prompt: prompts per batch
@@ -36,7 +36,7 @@ NAIVE_PROMPTS = {256: 1, 16: 2}  # it is slow
 
 
 def naive(model: PreTrainedModel, prompts: Sequence[Prompt]) -> int:
-    layers = [m for m in models.body(model).modules() if isinstance(m, nn.Linear)]
+    layers = [m for m in families.body(model).modules() if isinstance(m, nn.Linear)]
     totals = [torch.zeros_like(layer.weight) for layer in layers]
     for layer in layers:
         layer.weight.requires_grad_(True)
@@ -55,10 +55,10 @@ def naive(model: PreTrainedModel, prompts: Sequence[Prompt]) -> int:
 def floor(model: PreTrainedModel, prompts: Sequence[Prompt]) -> int:
     ids = torch.tensor([prompt.sequences[0] for prompt in prompts])
     embedded = model.get_input_embeddings()(ids).requires_grad_()
-    states = models.body(model)(
+    states = families.body(model)(
         inputs_embeds=embedded, attention_mask=torch.ones_like(ids), use_cache=False
     )
-    models.logits(model, states.last_hidden_state[:, -1]).amax(-1).sum().backward()
+    families.logits(model, states.last_hidden_state[:, -1]).amax(-1).sum().backward()
     return len(prompts)
 
 
@@ -118,7 +118,7 @@ def product_rate(rows: int, inner: int, columns: int, repeats: int = 20) -> floa
 
 def floor_work(model: PreTrainedModel, tokens: int) -> float:
     """GFLOP per prompt in linear layers: forward, and backward to their inputs."""
-    linear = [m for m in models.body(model).modules() if isinstance(m, nn.Linear)]
+    linear = [m for m in families.body(model).modules() if isinstance(m, nn.Linear)]
     weights = sum(m.weight.numel() for m in linear)
     head = model.get_parameter("lm_head.weight").numel()
     return 4 * (weights * tokens + head) / 1e9
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--alone", nargs=2, metavar=("WAY", "TOKENS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    model = models.load(arguments.model)
+    model = loading.load(arguments.model)
 
     if arguments.alone:
         way, tokens = arguments.alone[0], int(arguments.alone[1])
@@ -181,7 +181,7 @@ def main() -> None:
         rates = throughput(model, tokens, arguments.repeats)
         memory = {name: peak_memory(arguments.model, name, tokens) for name in WAYS}
         print("\n".join(["", *report(tokens, rates, memory)]))
-        up = models.incoming(models.mlps(model)[0].up)
+        up = families.incoming(families.mlps(model)[0].up)
         own = product_rate(batch * tokens, up.shape[1], up.shape[0])
         done = rates["floor"] * floor_work(model, tokens)
         shares = ", ".join(f"{k} {v:.0%}" for k, v in account(model, tokens).items())

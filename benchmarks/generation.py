@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from sparc3 import models
-from sparc3.files import read_jsonl
-from sparc3.generate import complete
-from sparc3.prune import INTACT
+from sparc3.base.files import read_jsonl
+from sparc3.circuits.circuit import INTACT
+from sparc3.measure.generate import complete
+from sparc3.model import families, loading
 
 MODEL = "models/smollm2-135m"
 PROMPTS = Path("data/real-toxicity-prompts.jsonl")
@@ -52,7 +52,7 @@ def alternating(
 @contextmanager
 def as_installed() -> Iterator[None]:
     """Float32 products as PyTorch makes them unless told otherwise: for the ways that are not ours
-    (`models.load` prefers oneDNN's).
+    (`loading.load` prefers oneDNN's).
     """
     matmul = cast(Any, torch.backends.mkldnn).matmul
     preferred, matmul.fp32_precision = matmul.fp32_precision, "none"
@@ -83,7 +83,7 @@ def machine() -> str:
 
 def limit(model: PreTrainedModel) -> Callable[[], int]:
     """Tokens per second if decoding were the model's matrix products and nothing else."""
-    weights: list[Tensor] = [models.outgoing(mlp.down) for mlp in models.mlps(model)]
+    weights: list[Tensor] = [families.outgoing(mlp.down) for mlp in families.mlps(model)]
     inputs = torch.randn(BATCH, weights[0].shape[1], dtype=model.dtype, device=model.device)
     share = sum(w.numel() for w in weights) / sum(p.numel() for p in model.parameters())
 
@@ -98,7 +98,7 @@ def limit(model: PreTrainedModel) -> Callable[[], int]:
 
 def ways(model: PreTrainedModel, prompts: list[list[int]]) -> dict[str, Callable[[], int]]:
     """Each returns the number of tokens it drew."""
-    device = models.input_device(model)
+    device = loading.input_device(model)
     generate: Any = model.generate
     model.generation_config = GenerationConfig(pad_token_id=0)  # no end: equal work for all
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default=MODEL)
     path = parser.parse_args().model
-    model, tokenizer = models.load(path), models.tokenizer(path)
+    model, tokenizer = loading.load(path), loading.tokenizer(path)
     texts = [row["text"] for row in read_jsonl(PROMPTS)]
     encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     prompts = [tokens for tokens in encoded if 5 <= len(tokens) <= 20][:COUNT]

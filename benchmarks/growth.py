@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.attribution import own_peak
 from benchmarks.generation import alternating, machine
-from sparc3.scores import Prompt, score
+from sparc3.relevance.scores import Prompt, score
 
 REPEATS = 5
 DOUBLINGS = 4  # points

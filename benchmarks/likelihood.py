@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.generation import MODEL, REPEATS, alternating, machine, table
-from sparc3 import models
-from sparc3.files import read_jsonl
-from sparc3.likelihood import continuation_nll, token_nll, window_nll
-from sparc3.prune import INTACT
+from sparc3.base.files import read_jsonl
+from sparc3.circuits.circuit import INTACT
+from sparc3.measure.likelihood import continuation_nll, token_nll, window_nll
+from sparc3.model import families, loading
 
 TEXTS = Path("data/boolq.jsonl")
 ITEMS = Path("data/stereoset.jsonl")
@@ -33,7 +33,7 @@ Way = Callable[[], int]
 def recorded(model: PreTrainedModel) -> Iterator[list[dict[str, Any]]]:
     """The inputs of every forward pass of the model's body within the block."""
     inputs: list[dict[str, Any]] = []
-    hook = models.body(model).register_forward_pre_hook(
+    hook = families.body(model).register_forward_pre_hook(
         lambda module, args, kwargs: inputs.append(kwargs), with_kwargs=True
     )
     yield inputs
@@ -58,7 +58,7 @@ def against_forward(
         return tokens
 
     ways: dict[str, Way] = {
-        "decoder": lambda: replay(models.body(model)),
+        "decoder": lambda: replay(families.body(model)),
         "forward": lambda: replay(model),
     }
     return ways | {name: lambda score=score: scored(score) for name, score in scorers.items()}
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default=MODEL)
     path = parser.parse_args().model
-    model, tokenizer = models.load(path), models.tokenizer(path)
+    model, tokenizer = loading.load(path), loading.tokenizer(path)
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)

@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 import sparc3
-from sparc3 import parallel, tracking
-from sparc3.artifacts import logged_files, metrics_path, model_digest
-from sparc3.errors import InputError
-from sparc3.files import digest, digest_text, markdown
-from sparc3.params import Params, load
+from sparc3.base import comparison, parallel, runs
+from sparc3.base.artifacts import logged_files, metrics_path, model_digest
+from sparc3.base.errors import InputError
+from sparc3.base.files import digest, digest_text, markdown
+from sparc3.base.params import Params, load
+from sparc3.commands import ui
 
 # Stage word = module = dvc.yaml stage = MLproject entry point = params section; with its axis.
 STAGES: dict[str, str | None] = {
@@ -100,7 +101,7 @@ def digests(params: Params, stage: str) -> dict[str, str]:
 def run_stage(params: Params, stage: str, axes: dict[str, str], **options: bool) -> None:
     """One stage inside its MLflow run: scalars, files and digests are logged, tensors never."""
     gc.disable()  # it would search what is imported, a million objects, again and again
-    module = importlib.import_module(f"sparc3.{stage}")
+    module = importlib.import_module(f"sparc3.stages.{stage}")
     gc.freeze()
     gc.enable()
     here = parallel.place()
@@ -109,7 +110,7 @@ def run_stage(params: Params, stage: str, axes: dict[str, str], **options: bool)
     if here.rank > 0:  # rank 0 has the run
         module.run(params, **axes)
         return
-    with tracking.stage_run(
+    with runs.stage_run(
         stage, axes, parameters(params, stage, axes), digests(params, stage)
     ) as run:
         metrics = module.run(params, **axes, **options)
@@ -125,22 +126,22 @@ def run_stage(params: Params, stage: str, axes: dict[str, str], **options: bool)
             run.set_product(digest(metrics_path(stage, axis)))
 
 
-def compare(params: Params, run: tracking.Run) -> None:
+def compare(params: Params, run: runs.Run) -> None:
     """Log the comparison: a parent run for this state of the pipeline, a row for every cell."""
-    from sparc3.report import cells
+    from sparc3.reporting.tables import cells
 
     table = cells(params)
     rows = [
-        tracking.Row(
+        comparison.Row(
             behaviour=row["behaviour"],
             method=row["method"],
             metrics={
-                **tracking.interval("differential", row["differential"]),
+                **runs.interval("differential", row["differential"]),
                 "num_neurons": row["num_neurons"],
                 **{
                     name: value
                     for key, difference in row["differences"].items()
-                    for name, value in tracking.interval(key, difference).items()
+                    for name, value in runs.interval(key, difference).items()
                 },
             },
             artifacts=[row["circuit"]],
@@ -157,12 +158,12 @@ def compare(params: Params, run: tracking.Run) -> None:
     }
     everything = dataclasses.asdict(params)
     state = digest_text(json.dumps([everything, files], sort_keys=True))
-    tracking.pipeline_run(run, state, everything, rows, files, logged_files("report", None))
+    comparison.pipeline_run(run, state, everything, rows, files, logged_files("report", None))
 
 
 def run_pipeline(params: Params) -> int:
     """fetch, then dvc repro, whose stages nest under the run that `mlflow run` opened."""
-    environment = tracking.hand_down(os.environ)
+    environment = runs.hand_down(os.environ)
     for command in ([sys.executable, "-m", "sparc3", "fetch"], ["dvc", "repro"]):
         done = subprocess.run(command, env=environment, check=False)
         if done.returncode:
@@ -172,24 +173,24 @@ def run_pipeline(params: Params) -> int:
 
 def export_model(params: Params, arguments: argparse.Namespace) -> None:
     """The model without a circuit, as a folder that transformers loads."""
-    from sparc3 import export  # here, as below: a light stage should not wait for torch
+    from sparc3.commands import export  # here, as below: a light stage should not wait for torch
 
     export.run(params, arguments.behaviour, arguments.method, Path(arguments.folder))
 
 
 def print_plan(params: Params, arguments: argparse.Namespace) -> None:
     """What a profile costs, before its model is there."""
-    from sparc3 import plan
+    from sparc3.commands import plan
 
     plan.run(params, arguments.profile, arguments.device, arguments.cards)
 
 
 def submit_stage(params: Params, arguments: argparse.Namespace) -> None:
     """A stage as a Slurm job."""
-    from sparc3 import cluster
+    from sparc3.commands import submit
 
     axes = axis_of(params, arguments.stage, arguments)
-    job = cluster.submit(params, arguments.stage, axes)
+    job = submit.submit(params, arguments.stage, axes)
     print(f"job {job}: follow it with squeue, and in outputs/slurm")
 
 
@@ -197,18 +198,18 @@ def write_readme(params: Params, arguments: argparse.Namespace) -> None:
     """README's blocks of numbers: the result table, what the latest runs of the stages cost, and
     what the experiment on LLaMA-3-8B is expected to.
     """
-    from sparc3 import plan, report
+    from sparc3.commands import plan, readme
 
-    costs = tracking.latest_metrics(("seconds", "peak_megabytes"))
+    costs = comparison.latest_metrics(("seconds", "peak_megabytes"))
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
-    report.write_readme(
-        {"costs": report.cost_table(list(STAGES), costs), "plan": markdown(header, rows)}
+    readme.write_readme(
+        {"costs": readme.cost_table(list(STAGES), costs), "plan": markdown(header, rows)}
     )
 
 
 def serve_ui(params: Params, arguments: argparse.Namespace) -> None:
     """The tracking UI, until Ctrl-C."""
-    tracking.serve(arguments.port)
+    ui.serve(arguments.port)
 
 
 # What is no stage and leaves no run in MLflow.

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from sparc3.files import write_csv, write_jsonl
+from sparc3.base.files import write_csv, write_jsonl
 
 WORDS = [
     "the",

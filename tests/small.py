@@ -10,7 +10,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sparc3.files import read_tensors, write_jsonl
+from sparc3.base.files import read_tensors, write_jsonl
 
 SETS = {"general": 7, "talk": 5}  # prompts of the attribute split
 WORDS = tiny.VOCABULARY

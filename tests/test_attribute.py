@@ -9,13 +9,14 @@ import small
 import torch
 import yaml
 
-from sparc3 import attribute, models
-from sparc3 import params as parameters
-from sparc3.artifacts import read_prompts, read_scores
-from sparc3.attribute import by_target
-from sparc3.errors import InputError
-from sparc3.files import read_jsonl, write_jsonl
-from sparc3.scores import Prompt, score
+from sparc3.base import params as parameters
+from sparc3.base.artifacts import read_prompts, read_scores
+from sparc3.base.errors import InputError
+from sparc3.base.files import read_jsonl, write_jsonl
+from sparc3.model import loading
+from sparc3.relevance.scores import Prompt, score
+from sparc3.stages import attribute
+from sparc3.stages.attribute import by_target
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_each_name_holds_the_score_of_its_target(project: Path) -> None:
     write_jsonl(path, [{**r, "pair": [r["text"], "w5 w6 w7 w8"]} for r in read_jsonl(path)])
     names = ["lrp", "lrp@max-logit", "lrp-abs@likelihood", "activation"]
     attribute.run(with_set(project, names, target="pair"), "talk")
-    model, tokenizer = models.load("model"), models.tokenizer("model")
+    model, tokenizer = loading.load("model"), loading.tokenizer("model")
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids

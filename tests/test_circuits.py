@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.stats import hypergeom, spearmanr
 
-from sparc3 import circuits
-from sparc3.circuits import Scores
-from sparc3.errors import InputError
+from sparc3.base.errors import InputError
+from sparc3.circuits import correlation, nulls, overlap
+from sparc3.circuits.correlation import Scores
 
 Array = np.ndarray
 NEURONS = 458_752  # LLaMA-3-8B: 32 layers x 14,336
@@ -47,7 +47,7 @@ def random_sets(rng: np.random.Generator, total: int, sizes: tuple[int, ...]) ->
 
 def test_regions_are_what_python_sets_say() -> None:
     sets = random_sets(np.random.default_rng(1), 40, (20, 15, 9, 0))
-    found = circuits.regions(sets, 40)
+    found = overlap.regions(sets, 40)
     assert len(found) == 2**4 - 1
     for names, ids in found.items():
         naive = set.intersection(*(set(sets[name].tolist()) for name in names))
@@ -60,10 +60,10 @@ def test_regions_are_what_python_sets_say() -> None:
 
 def test_published_regions_and_pairs() -> None:
     sets = published()
-    sizes = {names: ids.size for names, ids in circuits.regions(sets, NEURONS).items()}
+    sizes = {names: ids.size for names, ids in overlap.regions(sets, NEURONS).items()}
     assert sizes["gender", "race"] == 10
     assert sizes["toxicity", "gender", "race"] == 5
-    found = {row.names: row for row in circuits.overlaps(sets, 32, 14_336)}
+    found = {row.names: row for row in overlap.overlaps(sets, 32, 14_336)}
     assert found["toxicity", "gender"].observed == 11
     assert found["toxicity", "race"].observed == 6
     assert found["gender", "race"].observed == 15
@@ -77,9 +77,9 @@ def test_jaccard_of_n_sets() -> None:
         plain = [set(ids.tolist()) for ids in sets]
         union = set.union(*plain)
         naive = len(set.intersection(*plain)) / len(union) if union else 0.0
-        assert circuits.jaccard(*sets) == naive
+        assert overlap.jaccard(*sets) == naive
     same = np.array([3, 1, 2])
-    assert circuits.jaccard(same, same[::-1], same) == 1.0
+    assert overlap.jaccard(same, same[::-1], same) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_jaccard_of_n_sets() -> None:
 )
 def test_ids_that_are_no_circuit_are_refused(ids: list, words: str) -> None:
     with pytest.raises(InputError, match=f"'odd'.*{words}"):
-        circuits.regions({"odd": np.array(ids)}, 10)
+        overlap.regions({"odd": np.array(ids)}, 10)
 
 
 # Chance
@@ -107,55 +107,55 @@ def test_distribution_is_that_of_an_enumeration(sizes: tuple[int, ...]) -> None:
     total = 5
     draws = [[set(c) for c in combinations(range(total), size)] for size in sizes]
     seen = [len(set.intersection(*drawn)) for drawn in product(*draws)]
-    law = np.exp(circuits.log_distribution(sizes, total))
+    law = np.exp(overlap.log_distribution(sizes, total))
     assert law.size == min(sizes) + 1
     np.testing.assert_allclose(law, np.bincount(seen, minlength=law.size) / len(seen), atol=1e-12)
     for observed in range(total + 2):
         share = np.mean(np.array(seen) >= observed)
-        assert circuits.overlap_p(observed, sizes, total) == pytest.approx(share, abs=1e-12)
-    assert circuits.expected(sizes, total) == pytest.approx(np.mean(seen))
+        assert overlap.overlap_p(observed, sizes, total) == pytest.approx(share, abs=1e-12)
+    assert overlap.expected(sizes, total) == pytest.approx(np.mean(seen))
 
 
 @pytest.mark.parametrize(
     ("total", "first", "second"), [(NEURONS, 100, 100), (46_080, 60, 400), (50, 30, 40), (9, 9, 4)]
 )
 def test_two_sets_agree_with_scipy(total: int, first: int, second: int) -> None:
-    law = circuits.log_distribution((first, second), total)
+    law = overlap.log_distribution((first, second), total)
     sizes = np.arange(law.size)
     np.testing.assert_allclose(
         np.exp(law), hypergeom.pmf(sizes, total, first, second), rtol=1e-7, atol=1e-300
     )
     for observed in {0, 1, min(first, second) // 2, min(first, second)}:
-        assert circuits.overlap_p(observed, (first, second), total) == pytest.approx(
+        assert overlap.overlap_p(observed, (first, second), total) == pytest.approx(
             hypergeom.sf(observed - 1, total, first, second), rel=1e-7
         )
 
 
 def test_order_of_sets_is_of_no_account_and_the_mean_is_the_expectation() -> None:
-    laws = [circuits.log_distribution(order, 300) for order in ((20, 90, 60), (90, 60, 20))]
+    laws = [overlap.log_distribution(order, 300) for order in ((20, 90, 60), (90, 60, 20))]
     np.testing.assert_allclose(laws[0], laws[1], rtol=1e-9)
     mean = np.exp(laws[0]) @ np.arange(21)
-    assert mean == pytest.approx(circuits.expected((20, 90, 60), 300))
+    assert mean == pytest.approx(overlap.expected((20, 90, 60), 300))
 
 
 def test_published_enrichment_and_exact_p() -> None:
     sizes = (100, 100, 100)
-    assert round(circuits.enrichment(5, sizes, NEURONS)) == 1_052_267
-    assert circuits.expected(sizes, NEURONS) == pytest.approx(4.75e-6, rel=1e-3)
+    assert round(overlap.enrichment(5, sizes, NEURONS)) == 1_052_267
+    assert overlap.expected(sizes, NEURONS) == pytest.approx(4.75e-6, rel=1e-3)
     exact = Fraction(0)
     ways = comb(NEURONS, 100)
     for pair in range(101):
         of_pair = Fraction(comb(100, pair) * comb(NEURONS - 100, 100 - pair), ways)
         tail = sum(comb(pair, t) * comb(NEURONS - pair, 100 - t) for t in range(5, pair + 1))
         exact += of_pair * Fraction(tail, ways)
-    p = circuits.overlap_p(5, sizes, NEURONS)
+    p = overlap.overlap_p(5, sizes, NEURONS)
     assert p == pytest.approx(float(exact), rel=1e-7)
     assert f"{p:.1e}" == "1.5e-29"
 
 
 def test_p_that_underflows_keeps_its_logarithm() -> None:
     ids = np.arange(0, NEURONS, NEURONS // 100)[:100]
-    row = circuits.overlaps({"a": ids, "b": ids, "c": ids}, 32, 14_336)[-1]
+    row = overlap.overlaps({"a": ids, "b": ids, "c": ids}, 32, 14_336)[-1]
     assert row.log10_p == pytest.approx(-2 * log10(comb(NEURONS, 100)), rel=1e-9)
     assert row.p == 0.0
     assert row.jaccard == 1.0
@@ -163,23 +163,23 @@ def test_p_that_underflows_keeps_its_logarithm() -> None:
 
 def test_empty_circuits_give_defined_results() -> None:
     sets = {"a": np.array([], int), "b": np.array([]), "c": np.array([3])}
-    for row in circuits.overlaps(sets, 2, 5):
+    for row in overlap.overlaps(sets, 2, 5):
         assert (row.observed, row.jaccard, row.enrichment, row.p) == (0, 0.0, 1.0, 1.0)
         assert (row.layered_enrichment, row.layered_p) == (1.0, 1.0)
-    assert circuits.late_share(circuits.layer_counts(sets["a"], 2, 5), 1) == 0.0
+    assert overlap.late_share(overlap.layer_counts(sets["a"], 2, 5), 1) == 0.0
 
 
 def test_sizes_beyond_the_model_are_refused() -> None:
     with pytest.raises(InputError, match="between 0 and 10"):
-        circuits.overlap_p(1, (3, 11), 10)
+        overlap.overlap_p(1, (3, 11), 10)
 
 
 # Within layers
 
 
 def test_one_layer_is_the_uniform_null() -> None:
-    layered = circuits.layered_log_distribution(np.array([[6, 9, 5]]), 30)
-    np.testing.assert_allclose(layered, circuits.log_distribution((6, 9, 5), 30))
+    layered = overlap.layered_log_distribution(np.array([[6, 9, 5]]), 30)
+    np.testing.assert_allclose(layered, overlap.log_distribution((6, 9, 5), 30))
 
 
 def test_layered_law_is_what_permutations_within_layers_give() -> None:
@@ -193,7 +193,7 @@ def test_layered_law_is_what_permutations_within_layers_give() -> None:
             order = rng.random((draws, width)).argsort(axis=1).argsort(axis=1)
             inside &= order < size
         seen += inside.sum(axis=1)
-    law = np.exp(circuits.layered_log_distribution(counts, width))
+    law = np.exp(overlap.layered_log_distribution(counts, width))
     simulated = np.bincount(seen, minlength=law.size) / draws
     assert law.sum() == pytest.approx(1)
     np.testing.assert_allclose(simulated, law, atol=5 * np.sqrt(0.25 / draws))
@@ -203,7 +203,7 @@ def test_layered_law_is_what_permutations_within_layers_give() -> None:
 def test_layered_null_explains_a_shared_layer() -> None:
     rng = np.random.default_rng(4)
     sets = {name: 20 * 50 + rng.choice(50, 20, replace=False) for name in "ab"}
-    (row,) = circuits.overlaps(sets, 30, 50)
+    (row,) = overlap.overlaps(sets, 30, 50)
     assert row.observed == len(set(sets["a"].tolist()) & set(sets["b"].tolist()))
     assert row.layered_expected == pytest.approx(20 * 20 / 50)
     assert row.p < 1e-6
@@ -213,20 +213,20 @@ def test_layered_null_explains_a_shared_layer() -> None:
 
 def test_layer_distribution() -> None:
     ids = np.array([0, 4, 5, 14, 12, 13])
-    counts = circuits.layer_counts(ids, 3, 5)
+    counts = overlap.layer_counts(ids, 3, 5)
     assert counts.tolist() == [2, 1, 3]
-    assert circuits.late_share(counts, 1) == 0.5
-    assert circuits.late_share(counts, 3) == 1.0
-    assert circuits.late_layers(32) == 10
-    assert circuits.late_layers(30) == 9
-    assert circuits.late_layers(2) == 1
+    assert overlap.late_share(counts, 1) == 0.5
+    assert overlap.late_share(counts, 3) == 1.0
+    assert overlap.late_layers(32) == 10
+    assert overlap.late_layers(30) == 9
+    assert overlap.late_layers(2) == 1
 
 
 # The triple, given the pairs
 
 
 def test_published_triple_given_pairs() -> None:
-    found = circuits.triple_given_pairs(5, (11, 6, 15), (100, 100, 100), NEURONS)
+    found = overlap.triple_given_pairs(5, (11, 6, 15), (100, 100, 100), NEURONS)
     assert round(found.p, 3) == 0.011
     assert found.expected == pytest.approx(11 * 15 / 100)
     assert 5 / found.expected == pytest.approx(3, abs=0.05)
@@ -246,7 +246,7 @@ def test_joint_law_is_that_of_enumerated_draws() -> None:
     assert len(seen) > 10
     for (ab, ac, bc), triples in seen.items():
         for triple in set(triples):
-            found = circuits.triple_given_pairs(triple, (ab, ac, bc), sizes, total)
+            found = overlap.triple_given_pairs(triple, (ab, ac, bc), sizes, total)
             assert found.joint_p == pytest.approx(np.mean(np.array(triples) >= triple))
             assert found.joint_expected == pytest.approx(np.mean(triples))
 
@@ -258,17 +258,17 @@ def test_through_one_set_is_right_where_the_others_meet_only_there() -> None:
     first = rng.random((draws, size)).argsort(axis=1).argsort(axis=1) < ab
     second = rng.random((draws, size)).argsort(axis=1).argsort(axis=1) < ac
     triples = (first & second).sum(axis=1)
-    found = circuits.triple_given_pairs(3, (ab, ac, 3), (12, 8, 9), 100)
+    found = overlap.triple_given_pairs(3, (ab, ac, 3), (12, 8, 9), 100)
     assert found.through[0] == pytest.approx(np.mean(triples >= 3), abs=0.015)
     assert found.through_expected[0] == pytest.approx(triples.mean(), rel=0.02)
     assert found.p == max(found.through)
 
 
 def test_triple_of_empty_circuits_and_impossible_counts() -> None:
-    found = circuits.triple_given_pairs(0, (0, 0, 0), (0, 5, 0), 10)
+    found = overlap.triple_given_pairs(0, (0, 0, 0), (0, 5, 0), 10)
     assert (found.p, found.joint_p, found.expected, found.joint_expected) == (1.0, 1.0, 0.0, 0.0)
     with pytest.raises(InputError, match="a triple of 3"):
-        circuits.triple_given_pairs(3, (2, 4, 4), (9, 9, 9), 100)
+        overlap.triple_given_pairs(3, (2, 4, 4), (9, 9, 9), 100)
 
 
 # Differentials
@@ -280,7 +280,7 @@ def test_correlations_agree_with_numpy_and_scipy() -> None:
     rows[1] += rows[0]
     rows[2] = np.round(rows[1] ** 3)  # ties
     named = dict(zip("abc", rows, strict=True))
-    plain, ranked = circuits.correlations(named)
+    plain, ranked = correlation.correlations(named)
     np.testing.assert_allclose(plain, np.corrcoef(rows))
     for i, j in product(range(3), repeat=2):
         assert ranked[i, j] == pytest.approx(spearmanr(rows[i], rows[j])[0])
@@ -288,18 +288,18 @@ def test_correlations_agree_with_numpy_and_scipy() -> None:
 
 def test_constant_and_non_finite_differentials() -> None:
     rising = np.arange(50.0)
-    for matrix in circuits.correlations({"a": np.full(50, 0.1), "b": rising, "c": -rising}):
+    for matrix in correlation.correlations({"a": np.full(50, 0.1), "b": rising, "c": -rising}):
         np.testing.assert_allclose(matrix, [[1, 0, 0], [0, 1, -1], [0, -1, 1]])
     with pytest.raises(InputError, match=r"'b'.*1 not finite"):
-        circuits.correlations({"a": rising[:2], "b": np.array([1.0, np.nan])})
+        correlation.correlations({"a": rising[:2], "b": np.array([1.0, np.nan])})
     with pytest.raises(InputError, match=r"'b'.*expected 50"):
-        circuits.quadrants({"a": rising, "b": rising[:9]})
+        correlation.quadrants({"a": rising, "b": rising[:9]})
 
 
 def test_quadrants_of_every_pair() -> None:
     rng = np.random.default_rng(7)
     rows = dict(zip("abc", rng.integers(-2, 3, (3, 200)).astype(float), strict=True))
-    found = circuits.quadrants(rows)
+    found = correlation.quadrants(rows)
     assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
     for (one, two), cells in found.items():
         naive = {"both": 0, "first": 0, "second": 0, "neither": 0}
@@ -335,7 +335,7 @@ def world(seed: int, rho: float, noise: float, groups: int, each: int = 1) -> tu
 
 def test_observed_and_corrected_correlation_written_out() -> None:
     scores, _ = world(0, 0.4, 1.5, groups=6, each=2)
-    found = circuits.bootstrap_correlations(scores, CONTRASTS, draws=20)
+    found = correlation.bootstrap_correlations(scores, CONTRASTS, draws=20)
     mean = {name: given.values.mean(axis=0) for name, given in scores.items()}
     rows = [mean["g"] - mean["a"], mean["g"] - mean["b"]]
     row = found["correlations"]["a", "b"]
@@ -369,7 +369,7 @@ def test_intervals_hold_the_true_correlation_where_the_observed_one_is_off(
     experiments = 200
     for seed in range(experiments):
         scores, true = world(seed, rho, 2.0, groups=12, each=each)
-        found = circuits.bootstrap_correlations(scores, CONTRASTS, draws=200, seed=seed)
+        found = correlation.bootstrap_correlations(scores, CONTRASTS, draws=200, seed=seed)
         row = found["correlations"]["a", "b"]
         inside += row["low"] <= true <= row["high"]
         errors.append(row["value"] - true)
@@ -395,7 +395,7 @@ def test_difference_of_dependent_correlations() -> None:
         # The truth, but for 1 / neurons: a correlates alike with b and with c, and less b with c.
         means = {"g": g, "a": g - common, "b": g - common - first, "c": g - common - second}
         scores = {name: drawn(rng, mean, 10, 1.0, name) for name, mean in means.items()}
-        found = circuits.bootstrap_correlations(scores, contrasts, draws=200, seed=seed)
+        found = correlation.bootstrap_correlations(scores, contrasts, draws=200, seed=seed)
         rejected += found["differences"][("a", "b"), ("a", "c")]["p"] < 0.05
     assert 0 < rejected / experiments <= 0.08
     unequal = found["differences"][("a", "b"), ("b", "c")]
@@ -407,8 +407,8 @@ def test_difference_of_dependent_correlations() -> None:
 def test_one_reference_under_two_names_is_one_reference() -> None:
     scores, _ = world(1, 0.5, 1.0, groups=8)
     twice = {**scores, "g2": scores["g"]}
-    one = circuits.bootstrap_correlations(scores, CONTRASTS, draws=50)
-    two = circuits.bootstrap_correlations(twice, {"a": ("g", "a"), "b": ("g2", "b")}, draws=50)
+    one = correlation.bootstrap_correlations(scores, CONTRASTS, draws=50)
+    two = correlation.bootstrap_correlations(twice, {"a": ("g", "a"), "b": ("g2", "b")}, draws=50)
     for key, value in one["correlations"]["a", "b"].items():
         assert two["correlations"]["a", "b"][key] == pytest.approx(value)
 
@@ -417,7 +417,9 @@ def test_nothing_but_noise_is_said_to_be_unknown() -> None:
     same = np.tile(np.arange(30.0), (6, 1))
     keys = np.array([str(i) for i in range(6)])
     scores = {name: Scores(same, np.char.add(name, keys)) for name in "gabc"}
-    found = circuits.bootstrap_correlations(scores, {name: ("g", name) for name in "abc"}, draws=20)
+    found = correlation.bootstrap_correlations(
+        scores, {name: ("g", name) for name in "abc"}, draws=20
+    )
     row = found["correlations"]["a", "b"]
     assert row == {"value": 0.0, "low": -1.0, "high": 1.0, "observed": 0.0}
     assert found["differences"][("a", "b"), ("a", "c")]["p"] == 1.0
@@ -431,8 +433,8 @@ def test_memory_maps_and_blocks(tmp_path: Path) -> None:
         values = np.tile(given.values, 10).astype(np.float32)  # 5,000 neurons: more than a block
         np.save(tmp_path / f"{name}.npy", values)
         wide[name] = Scores(np.load(tmp_path / f"{name}.npy", mmap_mode="r"), given.groups)
-    narrow = circuits.bootstrap_correlations(scores, CONTRASTS, draws=30)
-    mapped = circuits.bootstrap_correlations(wide, CONTRASTS, draws=30)
+    narrow = correlation.bootstrap_correlations(scores, CONTRASTS, draws=30)
+    mapped = correlation.bootstrap_correlations(wide, CONTRASTS, draws=30)
     for key, value in narrow["correlations"]["a", "b"].items():
         assert mapped["correlations"]["a", "b"][key] == pytest.approx(value, abs=1e-5)
 
@@ -449,9 +451,9 @@ def test_scores_that_cannot_be_used_are_refused() -> None:
         ({"a": Scores(scores["a"].values, scores["a"].groups[1:])}, "key per prompt"),
     ]:
         with pytest.raises(InputError, match=words):
-            circuits.bootstrap_correlations({**scores, **replaced}, CONTRASTS, draws=5)
+            correlation.bootstrap_correlations({**scores, **replaced}, CONTRASTS, draws=5)
     with pytest.raises(InputError, match="'other': no scores"):
-        circuits.bootstrap_correlations(scores, {"a": ("other", "a")}, draws=5)
+        correlation.bootstrap_correlations(scores, {"a": ("other", "a")}, draws=5)
 
 
 # Splits
@@ -470,7 +472,7 @@ def test_split_keeps_groups_whole_and_sets_consistent() -> None:
     keys = np.repeat([f"k{i}" for i in range(9)], rng.integers(1, 5, 9))
     other = np.array([f"k{i}" for i in range(4, 15)])
     scores = {"x": Scores(np.zeros((keys.size, 1)), keys), "y": Scores(np.zeros((11, 1)), other)}
-    rows = circuits.split(scores, 3, rng)
+    rows = nulls.split(scores, 3, rng)
     owner: dict[str, int] = {}
     for name, given in scores.items():
         assert sorted(np.concatenate(rows[name]).tolist()) == list(range(len(given.groups)))
@@ -480,12 +482,12 @@ def test_split_keeps_groups_whole_and_sets_consistent() -> None:
             for key in given.groups[members].tolist():
                 assert owner.setdefault(key, part) == part
     with pytest.raises(InputError, match=r"'x': 2 groups.*3 disjoint"):
-        circuits.split({"x": Scores(np.zeros((4, 1)), np.array(list("aabb")))}, 3, rng)
+        nulls.split({"x": Scores(np.zeros((4, 1)), np.array(list("aabb")))}, 3, rng)
 
 
 def test_halves_of_a_behaviour_without_noise_agree_wholly() -> None:
     scores, true = world(4, 0.3, 0.0, groups=6)
-    found = circuits.split_halves(scores, CONTRASTS, mean_difference, most_negative, 20, repeats=3)
+    found = nulls.split_halves(scores, CONTRASTS, mean_difference, most_negative, 20, repeats=3)
     ceiling = found["a", "a"]
     assert ceiling["overlap"] == {"value": 20.0, "low": 20.0, "high": 20.0}
     assert ceiling["jaccard"]["value"] == pytest.approx(1)
@@ -496,7 +498,7 @@ def test_halves_of_a_behaviour_without_noise_agree_wholly() -> None:
 def test_halves_of_pure_noise_agree_by_chance_only() -> None:
     rng = np.random.default_rng(9)
     scores = {name: drawn(rng, np.zeros(2000), 12, 1.0, name) for name in "gab"}
-    found = circuits.split_halves(scores, CONTRASTS, mean_difference, most_negative, 200, repeats=5)
+    found = nulls.split_halves(scores, CONTRASTS, mean_difference, most_negative, 200, repeats=5)
     for row in found.values():
         assert abs(row["correlation"]["value"]) < 0.1
         assert row["overlap"]["value"] == pytest.approx(200 * 200 / 2000, abs=12)
@@ -507,7 +509,7 @@ def test_sharing_a_reference_correlates_unrelated_behaviours() -> None:
     groups = {"g": 12, "a": 12, "b": 24, "c": 12}
     scores = {name: drawn(rng, np.zeros(3000), n, 1.0, name) for name, n in groups.items()}
     contrasts = {name: ("g", name) for name in "abc"}
-    found = circuits.disjoint_references(
+    found = nulls.disjoint_references(
         scores, contrasts, mean_difference, most_negative, 150, repeats=2
     )
     # Variance of a mean is 1 / prompts; each behaviour has 4 of the 12 reference prompts.
@@ -522,7 +524,7 @@ def test_sharing_a_reference_correlates_unrelated_behaviours() -> None:
 def test_pseudo_behaviour_shows_what_a_common_reference_makes() -> None:
     rng = np.random.default_rng(11)
     scores = {name: drawn(rng, np.zeros(3000), 12, 1.0, name) for name in "ga"}
-    found = circuits.pseudo_behaviour(
+    found = nulls.pseudo_behaviour(
         scores, {"a": ("g", "a")}, mean_difference, most_negative, 150, repeats=4
     )
     predicted = (1 / 4) / np.sqrt((1 / 4 + 1 / 4) * (1 / 4 + 1 / 12))
@@ -533,5 +535,6 @@ def test_pseudo_behaviour_shows_what_a_common_reference_makes() -> None:
 
 def test_light_start() -> None:
     heavy = "{'torch', 'transformers', 'mlflow', 'scipy.stats'}"
-    code = f"import sys, sparc3.circuits; assert not {heavy} & set(sys.modules)"
+    modules = "sparc3.circuits.overlap, sparc3.circuits.correlation, sparc3.circuits.nulls"
+    code = f"import sys, {modules}; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

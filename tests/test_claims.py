@@ -8,9 +8,9 @@ from math import comb, erfc, sqrt
 
 import pytest
 
-from sparc3 import circuits
-from sparc3.claims import FORMULAS, PUBLISHED, Claim, claims
-from sparc3.errors import InputError
+from sparc3.base.errors import InputError
+from sparc3.circuits import overlap
+from sparc3.reporting.published import FORMULAS, PUBLISHED, Claim, claims
 
 ROWS = {row["id"]: row for row in json.loads(PUBLISHED.read_text())}
 LLAMA = {
@@ -137,7 +137,7 @@ def test_published_arithmetic_holds_but_for_the_p_of_the_triple() -> None:
     assert wrong[0].verdict == "not reproduced"
     assert f"{wrong[0].value:.1e}" == "1.5e-29"
     # What was printed as its p is the mean of the overlap.
-    assert circuits.expected((100, 100, 100), 458_752) == pytest.approx(
+    assert overlap.expected((100, 100, 100), 458_752) == pytest.approx(
         published("p-triple-arithmetic"), abs=ROWS["p-triple-arithmetic"]["rounding"]
     )
 
@@ -183,7 +183,7 @@ def test_evidence_behind_the_published_reductions() -> None:
         improved = round(published(f"improved-{behaviour}") * prompts / 100)
         tail = sum(comb(prompts, k) for k in range(improved, prompts + 1)) / 2**prompts
         assert round(2 * tail, 2) == p
-    given = circuits.triple_given_pairs(5, (11, 6, 15), (100, 100, 100), 458_752)
+    given = overlap.triple_given_pairs(5, (11, 6, 15), (100, 100, 100), 458_752)
     assert round(given.p, 3) == 0.011
 
 
@@ -283,5 +283,5 @@ def test_the_table_is_json() -> None:
 
 def test_light_start() -> None:
     heavy = "{'torch', 'transformers', 'mlflow', 'scipy.stats'}"
-    code = f"import sys, sparc3.claims; assert not {heavy} & set(sys.modules)"
+    code = f"import sys, sparc3.reporting.published; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

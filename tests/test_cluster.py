@@ -17,12 +17,13 @@ import pytest
 import small
 import torch
 
-from sparc3 import attribute, cluster
-from sparc3 import params as parameters
 from sparc3.__main__ import main
-from sparc3.artifacts import scores_folder
-from sparc3.errors import InputError
-from sparc3.params import Cluster, Params
+from sparc3.base import params as parameters
+from sparc3.base.artifacts import scores_folder
+from sparc3.base.errors import InputError
+from sparc3.base.params import Cluster, Params
+from sparc3.commands import submit
+from sparc3.stages import attribute
 
 ROOT = Path(__file__).parent.parent
 BOUND = 300  # seconds after which a job counts as hung, on a machine with much else to do
@@ -50,7 +51,7 @@ def asked(script: str) -> dict[str, str]:
 
 def test_attribution_has_a_process_for_each_task(project: Path) -> None:
     params = with_cluster(partition="long", nodes=3, tasks=2, cpus=4, options=("--qos=high",))
-    script = cluster.script(params, "attribute", {"prompt_set": "general"})
+    script = submit.script(params, "attribute", {"prompt_set": "general"})
     found = asked(script)
     assert found["nodes"] == "3"
     assert found["ntasks-per-node"] == "2"
@@ -64,7 +65,7 @@ def test_attribution_has_a_process_for_each_task(project: Path) -> None:
 
 
 def test_other_stages_have_one_process(project: Path) -> None:
-    script = cluster.script(with_cluster(nodes=3, tasks=2), "gate", {"behaviour": "talk"})
+    script = submit.script(with_cluster(nodes=3, tasks=2), "gate", {"behaviour": "talk"})
     assert (asked(script)["nodes"], asked(script)["ntasks-per-node"]) == ("1", "1")
     assert "WORLD_SIZE" not in script
     assert "-m sparc3 gate --behaviour talk\n" in script
@@ -86,7 +87,7 @@ def test_cards_that_a_stage_asks_for(
     params = with_cluster(gpus=4, tasks=tasks)
     params = replace(params, model=replace(params.model, device=device))
     axes = {"prompt_set": "general"} if stage == "attribute" else {}
-    assert asked(cluster.script(params, stage, axes)).get("gpus-per-node") == cards
+    assert asked(submit.script(params, stage, axes)).get("gpus-per-node") == cards
 
 
 @pytest.mark.parametrize(
@@ -96,25 +97,25 @@ def test_tasks_and_cards_must_match(project: Path, device: str, tasks: int, gpus
     params = with_cluster(tasks=tasks, gpus=gpus)
     params = replace(params, model=replace(params.model, device=device))
     with pytest.raises(InputError, match=f"cluster.tasks is {tasks} with {gpus} gpus"):
-        cluster.script(params, "transfer", {})
+        submit.script(params, "transfer", {})
 
 
 def test_memory_and_time_come_from_the_plan(project: Path) -> None:
     params = with_cluster(memory=None, minutes=None, tasks=2)
     one, two = (
-        asked(cluster.script(params, *stage))
+        asked(submit.script(params, *stage))
         for stage in (("transfer", {}), ("attribute", {"prompt_set": "general"}))
     )
     assert (int(one["mem"][:-1]), int(two["mem"][:-1])) == (
         2,
         3,
     )  # 0.9 GB a process, a quarter on top
-    assert int(one["time"]) >= cluster.SPARE
+    assert int(one["time"]) >= submit.SPARE
     bigger = replace(params, evaluate=replace(params.evaluate, completions=10**7))
-    longer = asked(cluster.script(bigger, "evaluate", {"behaviour": "talk"}))
+    longer = asked(submit.script(bigger, "evaluate", {"behaviour": "talk"}))
     assert int(longer["time"]) > int(one["time"])
     with pytest.raises(InputError, match=r"cluster\.device 'V100' is not known"):
-        cluster.script(with_cluster(device="V100", memory=None), "transfer", {})
+        submit.script(with_cluster(device="V100", memory=None), "transfer", {})
 
 
 def test_what_cannot_be_submitted_is_said(
@@ -261,7 +262,7 @@ def test_two_tasks_give_the_scores_of_one_process(
 
 def test_a_job_whose_params_have_changed_does_not_run(slurm: Path, project: Path) -> None:
     params = with_cluster(options=("--hold",))
-    job = cluster.submit(params, "transfer", {})
+    job = submit.submit(params, "transfer", {})
     path = project / "params.yaml"
     path.write_text(path.read_text() + "# another time\n")
     subprocess.run(["scontrol", "release", job], check=True)
@@ -272,4 +273,4 @@ def test_a_job_whose_params_have_changed_does_not_run(slurm: Path, project: Path
 
 def test_what_slurm_refuses_is_said(slurm: Path, project: Path) -> None:
     with pytest.raises(InputError, match=r"sbatch refuses it: .*partition"):
-        cluster.submit(with_cluster(partition="none"), "transfer", {})
+        submit.submit(with_cluster(partition="none"), "transfer", {})

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind
 
-from sparc3.contrasts import (
+from sparc3.base.errors import InputError
+from sparc3.relevance.contrasts import (
     CONTRASTS,
     auroc,
     mean_difference,
@@ -12,7 +13,6 @@ from sparc3.contrasts import (
     reversed_difference,
     t,
 )
-from sparc3.errors import InputError
 
 
 def scores(prompts: int, seed: int, ties: bool = False) -> np.ndarray:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from test_fetch import LLAMA, add_tokenizer, write_gguf
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from sparc3 import models
-from sparc3.convert import convert
-from sparc3.errors import InputError
+from sparc3.base.errors import InputError
+from sparc3.model import loading
+from sparc3.model.gguf import convert
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,7 +64,7 @@ def test_shards_hold_every_tensor_once_and_load_as_one_model(
             for size, tensors in zip(sizes, held.values(), strict=True)
         )
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    loaded = models.load(str(tmp_path), dtype="bfloat16")
+    loaded = loading.load(str(tmp_path), dtype="bfloat16")
     expected = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.bfloat16
     )
@@ -147,7 +147,7 @@ def test_a_large_model_takes_little_more_memory_than_its_weights(tmp_path: Path)
     parameters = write_large(file)
     assert parameters > 1.5e9
     converting = peak(
-        "from sparc3.convert import convert\n"
+        "from sparc3.model.gguf import convert\n"
         "convert(Path(sys.argv[1]), Path(sys.argv[2]), 'bfloat16')",
         file,
         folder,
@@ -157,7 +157,7 @@ def test_a_large_model_takes_little_more_memory_than_its_weights(tmp_path: Path)
     assert len(list(folder.glob("*.safetensors"))) > 1
     loading = peak(
         "from sparc3 import models\n"
-        "model = models.load(sys.argv[1], dtype='bfloat16')\n"
+        "model = loading.load(sys.argv[1], dtype='bfloat16')\n"
         f"assert sum(p.numel() for p in model.parameters()) == {parameters}",
         folder,
     )

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import tiny
 
-from sparc3.elicit import highest, keep_highest
-from sparc3.errors import InputError
-from sparc3.generate import complete
-from sparc3.params import Keep
-from sparc3.prune import INTACT
+from sparc3.base.errors import InputError
+from sparc3.base.params import Keep
+from sparc3.circuits.circuit import INTACT
+from sparc3.measure.generate import complete
+from sparc3.prompts.second_pass import highest, keep_highest
 
 
 class Words:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sparc3.files import read_csv, read_jsonl, read_tensors
+from sparc3.base.files import read_csv, read_jsonl, read_tensors
 
 SMALL: dict[str, Any] = {
     "prompt_sets": {

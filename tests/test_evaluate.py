@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
-from sparc3 import stereotypes
-from sparc3.differences import (
+from sparc3.base.errors import InputError
+from sparc3.circuits.circuit import refuse_leak
+from sparc3.measure import stereotypes
+from sparc3.measure.differences import (
     completion_differences,
     completion_table,
     improved,
@@ -10,11 +12,9 @@ from sparc3.differences import (
     perplexity_difference,
     shift_difference,
 )
-from sparc3.errors import InputError
-from sparc3.evaluate import Measured, Outcome, against, among, writing
-from sparc3.generate import quality
-from sparc3.measures import Likelihood, perplexity, perplexity_percent
-from sparc3.prune import refuse_leak
+from sparc3.measure.generate import quality
+from sparc3.measure.measures import Likelihood, perplexity, perplexity_percent
+from sparc3.stages.evaluate import Measured, Outcome, against, among, writing
 
 RNG = np.random.default_rng(0)
 FEW = 400  # resamples: the values are exact whatever their number

@@ -14,11 +14,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from sparc3 import export, models
-from sparc3.artifacts import circuit_path, metrics_path
-from sparc3.errors import InputError
-from sparc3.params import Model, Params, load
-from sparc3.prune import Circuit, prune_weights, pruned, read_circuit, write_circuit
+from sparc3.base.artifacts import circuit_path, metrics_path
+from sparc3.base.errors import InputError
+from sparc3.base.params import Model, Params, load
+from sparc3.circuits.ablate import prune_weights, pruned
+from sparc3.circuits.circuit import Circuit, read_circuit, write_circuit
+from sparc3.commands import export
+from sparc3.model import loading
 
 IDS = torch.tensor(tiny.sequences([12, 12]))
 ROOT = Path(__file__).parent.parent
@@ -71,12 +73,12 @@ def test_plain_transformers_gives_the_logits_of_the_model_in_memory(project, fam
     params = project(family, dtype)
     counts = export.run(params, "toxicity", "lrp", Path("out/model"))
     assert counts == {"removed": 3, "dampened": 1}
-    model = models.load("models/tiny", dtype=dtype)
+    model = loading.load("models/tiny", dtype=dtype)
     with pruned(model, CIRCUIT):
         by_column = model(IDS).logits
     assert (by_column - model(IDS).logits).abs().max() > 1e-2
     again = AutoModelForCausalLM.from_pretrained("out/model", dtype="auto").eval()
-    assert again.dtype == models.DTYPES[dtype]
+    assert again.dtype == loading.DTYPES[dtype]
     torch.testing.assert_close(again(IDS).logits, by_column)
     prune_weights(model, CIRCUIT)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
@@ -98,7 +100,7 @@ def test_folder_holds_weights_tokenizer_card_and_circuit(project):
         CIRCUIT.rows(), key=lambda row: row[2]
     )
     text = AutoTokenizer.from_pretrained("out")("a good day")["input_ids"]
-    assert text == models.tokenizer("models/tiny")("a good day")["input_ids"]
+    assert text == loading.tokenizer("models/tiny")("a good day")["input_ids"]
     modes = {p.stat().st_mode & 0o777 for p in Path("out").rglob("*") if p.is_file()}
     assert modes == {0o644}
     assert {p.name for p in Path().iterdir()} == {"models", "outputs", "out"}  # nothing left over

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import small
 
-from sparc3 import gate
-from sparc3 import params as parameters
-from sparc3.artifacts import metrics_path, read_prompts
-from sparc3.errors import InputError
-from sparc3.files import read_json, write_tensors
-from sparc3.gate import Totals, differential_interval, differential_percent
+from sparc3.base import params as parameters
+from sparc3.base.artifacts import metrics_path, read_prompts
+from sparc3.base.errors import InputError
+from sparc3.base.files import read_json, write_tensors
+from sparc3.stages import gate
+from sparc3.stages.gate import Totals, differential_interval, differential_percent
 
 
 def test_gate_is_the_difference_of_totals_in_percent() -> None:

@@ -12,10 +12,12 @@ import torch
 from scipy import stats
 from transformers import TopPLogitsWarper
 
-from sparc3 import generate, models
-from sparc3.errors import InputError
-from sparc3.generate import draw, quality
-from sparc3.prune import INTACT, pruned
+from sparc3.base.errors import InputError
+from sparc3.circuits.ablate import pruned
+from sparc3.circuits.circuit import INTACT
+from sparc3.measure import generate
+from sparc3.measure.generate import draw, quality
+from sparc3.model import families
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 SETTINGS = {"new_tokens": 8, "temperature": 0.8, "top_p": 0.9, "seed": 0}
@@ -120,7 +122,7 @@ def test_streams_are_of_seed_key_completion_and_position(llama):
 
 def test_a_prompt_is_read_once_for_all_its_completions(llama):
     shapes = []
-    models.body(llama).register_forward_pre_hook(
+    families.body(llama).register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
         with_kwargs=True,
     )

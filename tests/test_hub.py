@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from sparc3.fetch import pin_text
+from sparc3.stages.fetch import pin_text
 
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -77,7 +77,7 @@ def fetch(
     return python(
         hub,
         folder,
-        "from pathlib import Path; from sparc3.fetch import hub_model\n"
+        "from pathlib import Path; from sparc3.stages.fetch import hub_model\n"
         f"hub_model({repository!r}, {COMMIT!r}, Path('model'))",
         token,
     )

@@ -8,10 +8,12 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from sparc3 import likelihood, models
-from sparc3.errors import InputError
-from sparc3.likelihood import sentence_scores
-from sparc3.prune import INTACT, pruned
+from sparc3.base.errors import InputError
+from sparc3.circuits.ablate import pruned
+from sparc3.circuits.circuit import INTACT
+from sparc3.measure import likelihood
+from sparc3.measure.likelihood import sentence_scores
+from sparc3.model import families, loading
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 LENGTHS = [9, 1, 2, 33, 7, 8, 8, 3, 20, 12, 11]
@@ -54,7 +56,7 @@ def llama():
 @FAMILIES
 @pytest.mark.parametrize("short", [0, 64])
 def test_token_nll_equals_the_naive_way(family, short, monkeypatch):
-    monkeypatch.setattr(models, "SHORT", short)  # either attention kernel
+    monkeypatch.setattr(loading, "SHORT", short)  # either attention kernel
     model = tiny.model(family)
     sequences = tiny.sequences(LENGTHS)
     assert_equal(token_nll(model, sequences), [naive_nll(model, s) for s in sequences])
@@ -135,7 +137,7 @@ def test_continuations_and_windows_without_each_circuit(llama, kind):
 def fed_shapes(model):
     """The shape of every batch of token ids that the model reads from now on."""
     shapes = []
-    models.body(model).register_forward_pre_hook(
+    families.body(model).register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
         with_kwargs=True,
     )
@@ -178,7 +180,7 @@ GROUPS = {
 @FAMILIES
 @pytest.mark.parametrize("short", [0, 64])
 def test_continuations_equal_separate_sequences(family, short, monkeypatch):
-    monkeypatch.setattr(models, "SHORT", short)
+    monkeypatch.setattr(loading, "SHORT", short)
     model = tiny.model(family)
     groups = list(GROUPS.values())
     found = continuation_nll(model, groups)

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
-from sparc3 import lrp, models
-from sparc3.errors import InputError
-from sparc3.lrp import attnlrp
+from sparc3.base.errors import InputError
+from sparc3.model import families
+from sparc3.relevance import lrp
+from sparc3.relevance.lrp import attnlrp
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 
@@ -41,7 +42,7 @@ def neuron_gradient(model, ids):
     kept = []
     handles = [
         mlp.down.register_forward_pre_hook(lambda _, args: kept.append(args[0]) or None)
-        for mlp in models.mlps(model)
+        for mlp in families.mlps(model)
     ]
     embedded = embeddings(model, ids)
     y = model(inputs_embeds=embedded).logits[0, -1].max()
@@ -229,7 +230,7 @@ def test_relevance_is_conserved_but_for_biases_and_softmax(family):
 def assert_balance(model, ids):
     """y = R(input of the first layer) + R(biases) + what attention keeps."""
     biases = [p.requires_grad_() for name, p in model.named_parameters() if name.endswith("bias")]
-    first = model.get_submodule(models.family(model.config.model_type).layers)[0]
+    first = model.get_submodule(families.family(model.config.model_type).layers)[0]
     inputs: list[Tensor] = []
 
     def start(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -344,13 +345,13 @@ def test_mlp_neurons_hold_the_mlps_share(family):
         seen["h"].append(args[0])
         seen["output"].append(output)
 
-    for mlp in models.mlps(model):
+    for mlp in families.mlps(model):
         mlp.down.register_forward_hook(see)
     with attnlrp(model):
         y = model(inputs_embeds=embeddings(model, torch.tensor(tiny.sequences([9])))).logits
     of_h = torch.autograd.grad(y[0, -1].max(), seen["h"], retain_graph=True)
     of_output = torch.autograd.grad(y[0, -1].max(), seen["output"])
-    for layer, mlp in enumerate(models.mlps(model)):
+    for layer, mlp in enumerate(families.mlps(model)):
         bias = dict(mlp.down.named_parameters()).get("bias", torch.zeros(()))
         share = ((seen["output"][layer] - bias) * of_output[layer]).sum(-1)
         torch.testing.assert_close((seen["h"][layer] * of_h[layer]).sum(-1), share)

@@ -9,37 +9,37 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-from sparc3 import models
-from sparc3.errors import InputError
+from sparc3.base.errors import InputError
+from sparc3.model import families, loading
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 
 
 def test_tiny_models_cover_the_table():
-    assert set(tiny.CONFIGS) == set(models.FAMILIES)
+    assert set(tiny.CONFIGS) == set(families.FAMILIES)
 
 
 @FAMILIES
 def test_shapes(family):
     model = tiny.model(family)
-    assert models.num_layers(model) == tiny.LAYERS
-    assert models.width(model) == tiny.WIDTH
-    for mlp in models.mlps(model):
-        assert models.incoming(mlp.up).shape == (tiny.WIDTH, tiny.HIDDEN)
-        assert models.outgoing(mlp.down).shape == (tiny.HIDDEN, tiny.WIDTH)
+    assert families.num_layers(model) == tiny.LAYERS
+    assert families.width(model) == tiny.WIDTH
+    for mlp in families.mlps(model):
+        assert families.incoming(mlp.up).shape == (tiny.WIDTH, tiny.HIDDEN)
+        assert families.outgoing(mlp.down).shape == (tiny.HIDDEN, tiny.WIDTH)
         assert (mlp.gate is None) == (family in ("opt", "gpt2"))
         if mlp.gate is not None:
-            assert models.incoming(mlp.gate).shape == (tiny.WIDTH, tiny.HIDDEN)
+            assert families.incoming(mlp.gate).shape == (tiny.WIDTH, tiny.HIDDEN)
 
 
 @FAMILIES
 def test_weight_views_are_what_the_modules_compute(family):
-    for mlp in models.mlps(tiny.model(family)):
+    for mlp in families.mlps(tiny.model(family)):
         x, h = torch.randn(5, tiny.HIDDEN), torch.randn(5, tiny.WIDTH)
         zero = mlp.up(torch.zeros_like(x))  # the bias, where there is one
-        torch.testing.assert_close(mlp.up(x) - zero, x @ models.incoming(mlp.up).T)
+        torch.testing.assert_close(mlp.up(x) - zero, x @ families.incoming(mlp.up).T)
         zero = mlp.down(torch.zeros_like(h))
-        torch.testing.assert_close(mlp.down(h) - zero, h @ models.outgoing(mlp.down).T)
+        torch.testing.assert_close(mlp.down(h) - zero, h @ families.outgoing(mlp.down).T)
 
 
 @FAMILIES
@@ -49,7 +49,7 @@ def test_removing_neurons_is_zeroing_their_coordinates(family):
     layer, neurons = 1, [2, 5, 11]
 
     ablated = tiny.model(family)
-    down = models.mlps(ablated)[layer].down
+    down = families.mlps(ablated)[layer].down
 
     def zero(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         keep = torch.ones(tiny.WIDTH)
@@ -60,11 +60,11 @@ def test_removing_neurons_is_zeroing_their_coordinates(family):
 
     column, everything = tiny.model(family), tiny.model(family)
     for model in (column, everything):
-        models.outgoing(models.mlps(model)[layer].down)[:, neurons] = 0
-    mlp = models.mlps(everything)[layer]
+        families.outgoing(families.mlps(model)[layer].down)[:, neurons] = 0
+    mlp = families.mlps(everything)[layer]
     for projection in (mlp.up, mlp.gate):
         if projection is not None:
-            models.incoming(projection)[neurons] = 0
+            families.incoming(projection)[neurons] = 0
             bias = dict(projection.named_parameters()).get("bias")
             if bias is not None:
                 bias[neurons] = 0
@@ -79,17 +79,17 @@ def test_removing_neurons_is_zeroing_their_coordinates(family):
 def test_body_and_logits_are_the_models_own(family):
     model = tiny.model(family)
     ids = torch.tensor(tiny.sequences([9, 9]))
-    hidden = models.body(model)(input_ids=ids, use_cache=False).last_hidden_state
-    torch.testing.assert_close(models.logits(model, hidden), model(ids).logits)
-    torch.testing.assert_close(models.logits(model, hidden[:, -1]), model(ids).logits[:, -1])
+    hidden = families.body(model)(input_ids=ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(families.logits(model, hidden), model(ids).logits)
+    torch.testing.assert_close(families.logits(model, hidden[:, -1]), model(ids).logits[:, -1])
 
 
 def test_logits_apply_the_soft_cap():
     model = tiny.model("gemma3_text")
     model.config.final_logit_softcapping = 0.5
     ids = torch.tensor(tiny.sequences([9]))
-    hidden = models.body(model)(input_ids=ids, use_cache=False).last_hidden_state
-    logits = models.logits(model, hidden)
+    hidden = families.body(model)(input_ids=ids, use_cache=False).last_hidden_state
+    logits = families.logits(model, hidden)
     torch.testing.assert_close(logits, model(ids).logits)
     assert logits.abs().max() <= 0.5
 
@@ -100,34 +100,34 @@ def test_load_from_a_folder(family, tmp_path):
     saved.save_pretrained(tmp_path)
     ids = torch.tensor(tiny.sequences([9]))
 
-    model = models.load(str(tmp_path))
+    model = loading.load(str(tmp_path))
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(model(ids).logits, saved(ids).logits)
 
-    half = models.load(str(tmp_path), dtype="bfloat16")
+    half = loading.load(str(tmp_path), dtype="bfloat16")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
     tiny.model("llama").save_pretrained(tmp_path)
-    model = models.load(str(tmp_path))
+    model = loading.load(str(tmp_path))
     assert model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"'bert' is not known.*gemma3_text, gpt2, llama, mistral"):
-        models.load(str(tmp_path))
+        loading.load(str(tmp_path))
 
 
 def test_an_unknown_dtype_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"model\.dtype: 'int4' is not one of float32"):
-        models.load(str(tmp_path), dtype="int4")
+        loading.load(str(tmp_path), dtype="int4")
 
 
-@pytest.mark.parametrize("read", [models.load, models.tokenizer])
+@pytest.mark.parametrize("read", [loading.load, loading.tokenizer])
 def test_a_folder_without_a_model_is_refused_in_one_line(read, tmp_path):
     with pytest.raises(InputError, match=r"model\.path: cannot load") as caught:
         read(str(tmp_path))
@@ -144,21 +144,21 @@ def test_a_text_begins_as_its_tokenizer_says_and_is_left_open(template, front):
         single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
-    assert models.encode(tokenizer, ["a b", "", "b"]) == [[*front, 2, 3], front, [*front, 3]]
+    assert loading.encode(tokenizer, ["a b", "", "b"]) == [[*front, 2, 3], front, [*front, 3]]
 
 
 def test_the_embedded_model_reads_texts_as_they_are(fetched: Path):
     """Its GGUF says add_bos_token: false, which transformers does not read."""
-    tokenizer = models.tokenizer(str(fetched / "models/smollm2-135m"))
+    tokenizer = loading.tokenizer(str(fetched / "models/smollm2-135m"))
     texts = ["The three-age system", "1"]
-    assert models.encode(tokenizer, texts) == tokenizer(texts).input_ids
+    assert loading.encode(tokenizer, texts) == tokenizer(texts).input_ids
     assert [tokenizer.decode(ids) for ids in tokenizer(texts).input_ids] == texts
 
 
 @pytest.mark.parametrize("rows", [1, 37, 512])
 def test_float32_products_are_of_float32(rows):
     """Whatever kernel `load` prefers: bfloat16 or TF32 would err 100 times as much."""
-    models.prefer_onednn()
+    loading.prefer_onednn()
     torch.manual_seed(0)
     x, w = torch.randn(rows, 576), torch.randn(1536, 576)
     exact = x.double() @ w.double().T

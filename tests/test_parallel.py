@@ -16,11 +16,13 @@ import pytest
 import small
 import torch
 
-from sparc3 import attribute, models, parallel
-from sparc3 import params as parameters
-from sparc3.artifacts import read_prompts, scores_folder
-from sparc3.errors import InputError
-from sparc3.parallel import Place
+from sparc3.base import parallel
+from sparc3.base import params as parameters
+from sparc3.base.artifacts import read_prompts, scores_folder
+from sparc3.base.errors import InputError
+from sparc3.base.parallel import Place
+from sparc3.model import loading
+from sparc3.stages import attribute
 
 ROOT = Path(__file__).parent.parent
 BOUND = 240  # seconds after which a process counts as hung, on a machine with much else to do
@@ -137,7 +139,7 @@ def one_process(prompt_set: str) -> dict[str, bytes]:
 def partial(prompt_set: str) -> Path:
     params = parameters.load()
     prompts = attribute.encode(
-        read_prompts(prompt_set, "attribute"), models.tokenizer("model"), "max-logit"
+        read_prompts(prompt_set, "attribute"), loading.tokenizer("model"), "max-logit"
     )
     return attribute.partial_folder(params, prompt_set, params.attribute.scores, prompts)
 
@@ -345,7 +347,7 @@ def test_publish_never_moves_part_of_the_scores(tmp_path: Path) -> None:
 def test_parts_belong_to_all_that_decides_their_numbers(project: Path) -> None:
     params = parameters.load()
     prompts = attribute.encode(
-        read_prompts("general", "attribute"), models.tokenizer("model"), "max-logit"
+        read_prompts("general", "attribute"), loading.tokenizer("model"), "max-logit"
     )
 
     def folder(

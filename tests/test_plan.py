@@ -17,12 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig, PreTrainedModel
 
-from sparc3 import attribute, cluster, cost, generate, likelihood, models, plan, scores
-from sparc3 import params as parameters
 from sparc3.__main__ import main
-from sparc3.errors import InputError
-from sparc3.lrp import attnlrp
-from sparc3.prune import INTACT
+from sparc3.base import params as parameters
+from sparc3.base.errors import InputError
+from sparc3.circuits.circuit import INTACT
+from sparc3.commands import cost, plan, submit
+from sparc3.measure import generate, likelihood
+from sparc3.model import families, loading
+from sparc3.relevance import scores
+from sparc3.relevance.lrp import attnlrp
+from sparc3.stages import attribute
 
 FAMILIES = list(tiny.CONFIGS)
 LLAMA_3_8B: dict[str, Any] = {
@@ -75,7 +79,7 @@ def test_shape_is_that_of_the_real_model(family: str) -> None:
     model = tiny.model(family)
     shape = cost.shape(model.config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
-    assert (shape.layers, shape.width) == (models.num_layers(model), models.width(model))
+    assert (shape.layers, shape.width) == (families.num_layers(model), families.width(model))
     assert shape.neurons == tiny.LAYERS * tiny.WIDTH
 
 
@@ -148,7 +152,7 @@ def test_operations_of_generation() -> None:
 def test_windows_are_those_of_perplexity(length: int, window: int, stride: int) -> None:
     model = tiny.model("llama")
     read: list[int] = []
-    models.body(model).register_forward_pre_hook(
+    families.body(model).register_forward_pre_hook(
         lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     texts = tiny.sequences([length])
@@ -170,14 +174,14 @@ def kept_by_autograd(model: PreTrainedModel, rows: int, length: int) -> int:
         return tensor
 
     ids = torch.tensor(tiny.sequences([length] * rows))
-    found = {"lrp": torch.empty(models.num_layers(model), rows, models.width(model))}
+    found = {"lrp": torch.empty(families.num_layers(model), rows, families.width(model))}
     real = torch.ones(rows, length, 1, dtype=torch.bool)
     with (
         attnlrp(model),
         scores._watching(model, rows, real, found),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        hidden = models.body(model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = families.body(model)(input_ids=ids, use_cache=False).last_hidden_state
     assert hidden.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
@@ -190,7 +194,7 @@ def test_memory_that_attribution_keeps(family: str, dtype: str) -> None:
     LayerNorm keeps its input as it is, and OPT makes no mask: they keep less.
     """
     rows, length = 2, 40
-    model = tiny.model(family, models.DTYPES[dtype])
+    model = tiny.model(family, loading.DTYPES[dtype])
     found = kept_by_autograd(model, rows, length)
     expected = cost.saved(cost.shape(model.config), rows * length, length, set(), dtype)
     statistics = rows * length * tiny.LAYERS * 128
@@ -202,7 +206,7 @@ def test_disk_is_what_attribution_writes(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(small.write_project(tmp_path))
     params = parameters.load()
     attribute.run(params, "general")
-    sample = plan.prepared(models.tokenizer("model"))
+    sample = plan.prepared(loading.tokenizer("model"))
     shape = cost.shape(plan.configuration(params))
     work = next(w for w in plan.plan(params, shape, sample) if w.stage == "attribute@general")
     written = [small.scores(tmp_path, "general", name).nbytes for name in params.attribute.scores]
@@ -219,7 +223,7 @@ def test_lengths_of_prepared_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     row = {"id": "a", "group": "a", "split": "attribute", "seed": 0, "text": "w3 w4 w5"}
     pair = {"pair": ["w3 w4 w5 w6", "w3 w4 w7"], "unrelated": "w3 w4 w8 w9 w9"}
     Path("outputs/prompts/talk.jsonl").write_text(json.dumps(row | pair) + "\n")
-    sample = plan.prepared(models.tokenizer("model"))
+    sample = plan.prepared(loading.tokenizer("model"))
     assert sample("talk", "attribute", "text") == [[3]]
     assert sample("talk", "attribute", "pair") == [[4, 3]]
     assert sample("talk", None, "packed") == [[2 + 2 + 1 + 3]]  # w3 w4 once, and three tails
@@ -305,9 +309,9 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(big: Path, capsys: Any
 def test_a_job_that_cannot_fit_is_not_submitted(big: Path) -> None:
     params = replace(parameters.load(), cluster=parameters.Cluster("L4", gpus=1))
     with pytest.raises(InputError, match=r"attribute@general needs .* GB on L4"):
-        cluster.script(params, "attribute", {"prompt_set": "general"})
+        submit.script(params, "attribute", {"prompt_set": "general"})
     half = replace(params, model=replace(params.model, dtype="bfloat16"))
-    script = cluster.script(half, "attribute", {"prompt_set": "general"})
+    script = submit.script(half, "attribute", {"prompt_set": "general"})
     # 16 GB of weights come through the machine's memory.
     assert "#SBATCH --mem=22G\n" in script
 

@@ -12,13 +12,14 @@ from raw import sentence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2TokenizerFast
 
-from sparc3 import prepare
-from sparc3.artifacts import prompts_path
-from sparc3.errors import InputError
-from sparc3.files import digest_text, read_jsonl
-from sparc3.params import Params, PromptSet, load
-from sparc3.prepare import Limits, Prompt
-from sparc3.sources import Row
+from sparc3.base.artifacts import prompts_path
+from sparc3.base.errors import InputError
+from sparc3.base.files import digest_text, read_jsonl
+from sparc3.base.params import Params, PromptSet, load
+from sparc3.prompts import sampling
+from sparc3.prompts.row import Row
+from sparc3.prompts.sampling import Limits, Prompt
+from sparc3.stages import prepare
 
 ROOT = Path(__file__).parent.parent
 SHARES = {"attribute": 0.5, "tune": 0.2, "test": 0.3}
@@ -50,11 +51,11 @@ def text_rows(number: int, words: int = 20, per_group: int = 1, start: int = 0) 
 
 
 def test_largest_remainder_by_hand():
-    assert prepare.largest_remainder(10, SHARES) == {"attribute": 5, "tune": 2, "test": 3}
-    assert prepare.largest_remainder(3, SHARES) == {"attribute": 1, "tune": 1, "test": 1}
-    assert prepare.largest_remainder(4, {"a": 1, "b": 1, "c": 1}) == {"a": 2, "b": 1, "c": 1}
-    assert prepare.largest_remainder(5, {"a": 1.0, "b": 0.0}) == {"a": 5, "b": 0}
-    assert prepare.largest_remainder(0, SHARES) == {"attribute": 0, "tune": 0, "test": 0}
+    assert sampling.largest_remainder(10, SHARES) == {"attribute": 5, "tune": 2, "test": 3}
+    assert sampling.largest_remainder(3, SHARES) == {"attribute": 1, "tune": 1, "test": 1}
+    assert sampling.largest_remainder(4, {"a": 1, "b": 1, "c": 1}) == {"a": 2, "b": 1, "c": 1}
+    assert sampling.largest_remainder(5, {"a": 1.0, "b": 0.0}) == {"a": 5, "b": 0}
+    assert sampling.largest_remainder(0, SHARES) == {"attribute": 0, "tune": 0, "test": 0}
 
 
 def test_largest_remainder_sums_and_stays_within_one_of_the_shares():
@@ -62,7 +63,7 @@ def test_largest_remainder_sums_and_stays_within_one_of_the_shares():
     for _ in range(500):
         weights = {key: numbers.random() for key in "abcd"}
         total = numbers.randint(0, 200)
-        counts = prepare.largest_remainder(total, weights)
+        counts = sampling.largest_remainder(total, weights)
         assert sum(counts.values()) == total
         for key, weight in weights.items():
             assert abs(counts[key] - total * weight / sum(weights.values())) < 1
@@ -70,29 +71,29 @@ def test_largest_remainder_sums_and_stays_within_one_of_the_shares():
 
 def test_splits_hold_their_share_of_the_groups_whatever_the_order():
     groups = [f"group {n}" for n in range(1000)]
-    splits = prepare.split_of_groups(groups, SHARES)
+    splits = sampling.split_of_groups(groups, SHARES)
     assert Counter(splits.values()) == {"attribute": 500, "tune": 200, "test": 300}
-    assert prepare.split_of_groups([*reversed(groups), *groups], SHARES) == splits
+    assert sampling.split_of_groups([*reversed(groups), *groups], SHARES) == splits
     assert [splits[g] for g in groups] != sorted(splits.values())  # by hash, not by order
 
 
 def test_every_split_with_a_share_has_a_group():
     for number in range(3, 12):
-        splits = prepare.split_of_groups(map(str, range(number)), SHARES)
+        splits = sampling.split_of_groups(map(str, range(number)), SHARES)
         assert set(splits.values()) == set(SHARES)
         assert len(splits) == number
-    alone = prepare.split_of_groups(["a", "b"], {"attribute": 1.0, "tune": 0.0, "test": 0.0})
+    alone = sampling.split_of_groups(["a", "b"], {"attribute": 1.0, "tune": 0.0, "test": 0.0})
     assert set(alone.values()) == {"attribute"}
     with pytest.raises(ValueError, match="2 groups, at least 3 needed"):
-        prepare.split_of_groups(["a", "b"], SHARES)
+        sampling.split_of_groups(["a", "b"], SHARES)
 
 
 def test_a_stream_splits_its_groups_by_the_shares():
-    splits = [prepare.split_of_one(f"group {n}", SHARES) for n in range(4000)]
+    splits = [sampling.split_of_one(f"group {n}", SHARES) for n in range(4000)]
     for split, share in SHARES.items():
         assert abs(splits.count(split) / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5
     alone = {"attribute": 0.0, "tune": 0.0, "test": 1.0}
-    assert {prepare.split_of_one(str(n), alone) for n in range(50)} == {"test"}
+    assert {sampling.split_of_one(str(n), alone) for n in range(50)} == {"test"}
 
 
 def test_interleaving_keeps_the_proportions_in_every_beginning():
@@ -100,7 +101,7 @@ def test_interleaving_keeps_the_proportions_in_every_beginning():
     for _ in range(100):
         counts = {key: numbers.randint(0, 40) for key in "abc"}
         total = sum(counts.values())
-        keys = prepare.interleave(counts)
+        keys = sampling.interleave(counts)
         assert Counter(keys) == Counter(counts)
         for length in range(1, total + 1):
             found = Counter(keys[:length])
@@ -109,8 +110,8 @@ def test_interleaving_keeps_the_proportions_in_every_beginning():
 
 def test_what_where_leaves_out_does_not_move_a_group():
     rows = text_rows(200)
-    everything = prepare.splits("prompt_sets.a", rows, SHARES, rows)
-    few = prepare.splits("prompt_sets.b", rows, SHARES, rows[:20])
+    everything = sampling.splits("prompt_sets.a", rows, SHARES, rows)
+    few = sampling.splits("prompt_sets.b", rows, SHARES, rows[:20])
     assert few == everything
 
 
@@ -118,12 +119,12 @@ def test_every_stratum_has_its_own_shares():
     rows = [
         replace(r, stratum="even" if n % 2 == 0 else "odd") for n, r in enumerate(text_rows(40))
     ]
-    splits = prepare.splits("prompt_sets.a", rows, SHARES, rows)
+    splits = sampling.splits("prompt_sets.a", rows, SHARES, rows)
     for stratum in ("even", "odd"):
         found = Counter(splits[row.group] for row in rows if row.stratum == stratum)
         assert found == {"attribute": 10, "tune": 4, "test": 6}
     with pytest.raises(InputError, match=r"prompt_sets\.a: made even .* 2 groups, at least 3"):
-        prepare.splits("prompt_sets.a", rows[:4], SHARES, rows[:4])
+        sampling.splits("prompt_sets.a", rows[:4], SHARES, rows[:4])
 
 
 # Cutting
@@ -134,7 +135,7 @@ def test_a_cut_text_is_the_beginning_of_the_text_and_as_long_as_asked(tokenizer)
         row = text_rows(1, 15, start=n)[0]
         ids = tokenizer.encode(row.text).ids
         for length in (1, 3, len(ids) - 1):
-            prompt = prepare.fit(tokenizer, row, Limits(1, length), "tune", 7)
+            prompt = sampling.fit(tokenizer, row, Limits(1, length), "tune", 7)
             assert prompt is not None
             assert row.text.startswith(prompt.text)
             assert tokenizer.encode(prompt.text).ids == ids[:length]
@@ -145,18 +146,18 @@ def test_texts_that_fit_stay_whole_and_short_ones_are_left_out(tokenizer):
     row = text_rows(1)[0]
     tokens = len(tokenizer.encode(row.text).ids)
     for most in (None, tokens, tokens + 5):
-        prompt = prepare.fit(tokenizer, row, Limits(tokens, most), "test", 0)
+        prompt = sampling.fit(tokenizer, row, Limits(tokens, most), "test", 0)
         assert prompt is not None
         assert (prompt.text, prompt.tokens) == (row.text, tokens)
-    assert prepare.fit(tokenizer, row, Limits(tokens + 1, None), "test", 0) is None
-    assert prepare.fit(tokenizer, replace(row, text=""), Limits(1, None), "test", 0) is None
+    assert sampling.fit(tokenizer, row, Limits(tokens + 1, None), "test", 0) is None
+    assert sampling.fit(tokenizer, replace(row, text=""), Limits(1, None), "test", 0) is None
 
 
 def test_no_text_is_cut_inside_a_letter(tokenizer):
     row = Row("made", "made/é", "", "the é")  # é is two bytes, two tokens
     ids = tokenizer.encode(row.text).ids
-    assert prepare.fit(tokenizer, row, Limits(1, len(ids) - 1), "test", 0) is None
-    whole = prepare.fit(tokenizer, row, Limits(1, len(ids)), "test", 0)
+    assert sampling.fit(tokenizer, row, Limits(1, len(ids) - 1), "test", 0) is None
+    whole = sampling.fit(tokenizer, row, Limits(1, len(ids)), "test", 0)
     assert whole is not None
 
 
@@ -164,7 +165,7 @@ def test_a_pair_is_as_long_as_its_longest_sentence(tokenizer):
     pair = (sentence(1, 5), sentence(2, 9))
     row = Row("made", "made/pair", "", "the", pair, sentence(3, 12))
     lengths = [len(tokenizer.encode(text).ids) for text in (*pair, row.unrelated)]
-    prompt = prepare.fit(tokenizer, row, Limits(1, None), "test", 0)
+    prompt = sampling.fit(tokenizer, row, Limits(1, None), "test", 0)
     assert prompt is not None
     assert prompt.tokens == max(lengths)
     assert prompt.id == digest_text("\n".join(pair))[:16]
@@ -174,8 +175,8 @@ def test_a_pair_is_as_long_as_its_longest_sentence(tokenizer):
 
 
 def drawn(tokenizer: Tokenizer, spec: PromptSet, rows: list[Row], **more) -> list[Prompt]:
-    splits = prepare.splits("prompt_sets.made", rows, SHARES, rows)
-    return prepare.draw("prompt_sets.made", spec, rows, splits, tokenizer, **more)
+    splits = sampling.splits("prompt_sets.made", rows, SHARES, rows)
+    return sampling.draw("prompt_sets.made", spec, rows, splits, tokenizer, **more)
 
 
 def test_seeds_draw_different_texts_in_the_splits_proportions(tokenizer):
@@ -219,7 +220,7 @@ def test_sampling_is_uniform(tokenizer):
     counts = Counter(
         prompt.row.group
         for n in range(300)
-        for prompt in prepare.draw(f"prompt_sets.{n}", spec, rows, splits, tokenizer)
+        for prompt in sampling.draw(f"prompt_sets.{n}", spec, rows, splits, tokenizer)
     )
     # Each row is drawn 300 times with probability 1/3: chi-squared with 29 degrees of freedom.
     chi = sum((counts[row.group] - 100) ** 2 / (300 / 3 * 2 / 3) for row in rows) * 29 / 30
@@ -249,14 +250,14 @@ def test_matched_texts_have_the_lengths_of_the_other_set_split_by_split(tokenize
 
 def test_lengths_come_again_only_when_all_were_used():
     other = [Prompt(row, row.text, n, "tune", 0) for n, row in enumerate(text_rows(5), start=4)]
-    limits = prepare.limits_like("prompt_sets.made", 0, other, "tune", 12)
+    limits = sampling.limits_like("prompt_sets.made", 0, other, "tune", 12)
     lengths = [limit.most for limit in limits]
     assert {limit.least for limit in limits} == {8}
     assert lengths[:5] == lengths[5:10]
     assert sorted(n for n in lengths[:5] if n) == [4, 5, 6, 7, 8]
     assert lengths[10:] == lengths[:2]
     orders = [
-        [limit.most for limit in prepare.limits_like("prompt_sets.made", seed, other, "tune", 5)]
+        [limit.most for limit in sampling.limits_like("prompt_sets.made", seed, other, "tune", 5)]
         for seed in range(6)
     ]
     assert any(a != b for a, b in pairwise(orders))
@@ -264,7 +265,7 @@ def test_lengths_come_again_only_when_all_were_used():
 
 def test_equal_texts_are_kept_once():
     rows = [*text_rows(5), replace(text_rows(1)[0], group="made/again"), Row("made", "e", "", "")]
-    assert prepare.distinct(rows) == text_rows(5)
+    assert sampling.distinct(rows) == text_rows(5)
 
 
 def test_texts_that_become_equal_by_cutting_are_used_once(tokenizer):
@@ -386,7 +387,7 @@ def test_a_stream_gives_each_seed_its_own_full_length_texts(project, tokenizer):
         found = Counter(row["split"] for row in rows if row["seed"] == seed)
         assert found == {"attribute": 10, "tune": 4, "test": 6}
     for row in rows:
-        assert row["split"] == prepare.split_of_one(row["group"], SHARES)
+        assert row["split"] == sampling.split_of_one(row["group"], SHARES)
         assert len(tokenizer.encode(row["text"]).ids) == 40
     with pytest.raises(InputError, match=r"prompt_sets\.general asks for 90 .* fit; lower count"):
         prepare.run(params({"general": replace(spec, count=90)}))

@@ -8,18 +8,10 @@ import pytest
 import tiny
 import torch
 
-from sparc3 import models
-from sparc3.errors import InputError
-from sparc3.prune import (
-    INTACT,
-    Circuit,
-    prune_weights,
-    pruned,
-    pruned_rows,
-    read_circuit,
-    without_each,
-    write_circuit,
-)
+from sparc3.base.errors import InputError
+from sparc3.circuits.ablate import prune_weights, pruned, pruned_rows, without_each
+from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, write_circuit
+from sparc3.model import families
 
 IDS = torch.tensor(tiny.sequences([12, 12]))
 
@@ -53,7 +45,7 @@ def ablated_logits(model, chosen):
         return scale
 
     handles = [
-        mlp.down.register_forward_pre_hook(hook(i)) for i, mlp in enumerate(models.mlps(model))
+        mlp.down.register_forward_pre_hook(hook(i)) for i, mlp in enumerate(families.mlps(model))
     ]
     out = model(IDS).logits
     for handle in handles:
@@ -131,7 +123,7 @@ def test_rows_without_a_circuit_of_their_own_equal_ablation(family):
 def test_layers_below_every_circuit_run_once(family):
     model = tiny.model(family)
     runs = [0] * tiny.LAYERS
-    for layer, mlp in enumerate(models.mlps(model)):
+    for layer, mlp in enumerate(families.mlps(model)):
 
         def count(module, args, layer=layer):
             runs[layer] += 1
@@ -149,7 +141,7 @@ def test_layers_below_every_circuit_run_once(family):
 def test_a_failure_within_leaves_the_model_whole():
     model = tiny.model("llama")
     before, logits = bits(model), model(IDS).logits
-    first = models.layers(model)[0]
+    first = families.layers(model)[0]
     own = vars(first)["forward"] = lambda *args, **kwargs: type(first).forward(
         first, *args, **kwargs
     )
@@ -165,7 +157,7 @@ def test_a_failure_within_leaves_the_model_whole():
     assert not changed(before, bits(model))
     assert vars(first)["forward"] is own
     assert torch.equal(model(IDS).logits, logits)
-    assert not any(block._forward_hooks for block in models.layers(model))
+    assert not any(block._forward_hooks for block in families.layers(model))
 
 
 def test_nothing_to_run_without():
@@ -178,7 +170,7 @@ def test_only_the_circuit_is_touched_and_embeddings_are_not(family):
     before = bits(model)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     owners = {id(m): name for name, m in model.named_modules()}
-    for layer, mlp in enumerate(models.mlps(model)):
+    for layer, mlp in enumerate(families.mlps(model)):
         for at, neuron, *_ in PRUNE.rows():
             if at == layer:
                 down = expected[f"{owners[id(mlp.down)]}.weight"]
@@ -191,7 +183,7 @@ def test_only_the_circuit_is_touched_and_embeddings_are_not(family):
     prune_weights(model, PRUNE)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
-    projections = {owners[id(p)] for mlp in models.mlps(model) for p in mlp if p is not None}
+    projections = {owners[id(p)] for mlp in families.mlps(model) for p in mlp if p is not None}
     assert {name.rpartition(".")[0] for name in changed(before, bits(model))} <= projections
     if model.config.tie_word_embeddings:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -331,5 +323,6 @@ def test_missing_file_is_named(tmp_path):
 
 
 def test_circuits_are_read_without_torch():
-    code = "import sparc3.prune, sys; assert 'torch' not in sys.modules"
+    modules = "sparc3.circuits.circuit, sparc3.circuits.choose, sparc3.circuits.ablate"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,16 +3,10 @@ from typing import Any
 
 import pytest
 
-from sparc3.errors import InputError
-from sparc3.files import markdown
-from sparc3.report import (
-    IN_README,
-    cost_table,
-    interval,
-    readme_with,
-    summary,
-    verdict,
-)
+from sparc3.base.errors import InputError
+from sparc3.base.files import markdown
+from sparc3.commands.readme import IN_README, cost_table, readme_with
+from sparc3.reporting.tables import interval, summary, verdict
 
 
 @pytest.mark.parametrize("name", IN_README)

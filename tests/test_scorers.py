@@ -23,10 +23,10 @@ from transformers import (
     pipeline,
 )
 
-from sparc3 import scorers
-from sparc3.errors import InputError
-from sparc3.files import digest
-from sparc3.scorers import SCORERS, ScorerSpec, describe, scorer
+from sparc3.base.errors import InputError
+from sparc3.base.files import digest
+from sparc3.measure import scorers
+from sparc3.measure.scorers import SCORERS, ScorerSpec, describe, scorer
 
 WORDS = ["you", "are", "a", "nice", "bad", "awful", "person", "##s", "the", "weather", "is", "."]
 TEXTS = ["you are a bad person.", "", "nice", "the weather is awful. " * 9, "persons?", "bad bad"]
@@ -136,7 +136,7 @@ def test_profanity_ranks_and_is_bounded_without_warnings():
 
 def test_profanity_loads_in_a_fresh_process_without_warnings():
     code = (
-        "from sparc3.scorers import *; import sys; scorer(ScorerSpec('profanity'))(['a']);"
+        "from sparc3.measure.scorers import *; import sys; scorer(ScorerSpec('profanity'))(['a']);"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -7,13 +7,14 @@ import pytest
 import tiny
 import torch
 
-from sparc3 import models, scores
-from sparc3.errors import InputError
-from sparc3.lrp import attnlrp
-from sparc3.scores import SCORES, Prompt, batches, score
+from sparc3.base.errors import InputError
+from sparc3.model import families
+from sparc3.relevance import scores
+from sparc3.relevance.lrp import attnlrp
+from sparc3.relevance.scores import SCORES, Prompt, batches, score
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
-GATED = [name for name, row in models.FAMILIES.items() if row.gate is not None]
+GATED = [name for name, row in families.FAMILIES.items() if row.gate is not None]
 LENGTHS = [7, 9, 8, 1, 12]
 
 
@@ -51,7 +52,7 @@ class Naive:
 
             return hook
 
-        mlps = models.mlps(model)
+        mlps = families.mlps(model)
         handles = [
             mlp.down.register_forward_pre_hook(keep(layer)) for layer, mlp in enumerate(mlps)
         ]
@@ -70,7 +71,7 @@ class Naive:
         self.dh = [tokens(layer, lambda h: h.grad) for layer in layers]
         self.up = [self.weight_times_gradient(mlp.up) for mlp in mlps]
         self.gate = [self.weight_times_gradient(mlp.gate) for mlp in mlps if mlp.gate is not None]
-        self.norm = [models.outgoing(mlp.down).detach().square().sum(0).sqrt() for mlp in mlps]
+        self.norm = [families.outgoing(mlp.down).detach().square().sum(0).sqrt() for mlp in mlps]
         model.requires_grad_(False)
 
     @staticmethod
@@ -199,7 +200,7 @@ def test_batches_and_padding_do_not_matter(family, target, monkeypatch):
 def test_passes_shared_by_several_scores_change_none_of_them(family):
     model = tiny.model(family)
     runs = []
-    models.body(model).register_forward_pre_hook(lambda *_: runs.append(1))
+    families.body(model).register_forward_pre_hook(lambda *_: runs.append(1))
     given = prompts([8, 8])
     together = scored(model, given, list(SCORES))
     assert len(runs) == 2  # one with AttnLRP, one plain; activations are read in the first
@@ -287,14 +288,14 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(caplog):
         if runs[-1] > 2:
             raise torch.OutOfMemoryError("as a small device would")
 
-    handle = models.body(model).register_forward_pre_hook(small_device, with_kwargs=True)
+    handle = families.body(model).register_forward_pre_hook(small_device, with_kwargs=True)
     found = scored(model, given, ["lrp"])["lrp"]
     assert runs[0] == 9
     assert "out of memory: going on with batches of" in caplog.text
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
     handle.remove()
-    models.body(model).register_forward_pre_hook(
+    families.body(model).register_forward_pre_hook(
         lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError())
     )
     with pytest.raises(InputError, match="prompt p0: out of memory with this prompt alone"):
@@ -330,7 +331,7 @@ def test_a_score_that_is_not_finite_names_the_prompt_and_is_never_replaced(name)
 )
 def test_bad_input_is_refused_before_anything_runs(given, options, message):
     model = tiny.model("llama")
-    models.body(model).register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    families.body(model).register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     arguments = {"names": ["lrp"], **options}
     with pytest.raises(InputError, match=message):
         next(score(model, [given], **arguments))

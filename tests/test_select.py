@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from sparc3.artifacts import circuit_names
-from sparc3.differential import check_methods, noise
-from sparc3.errors import InputError
-from sparc3.params import Method, load
-from sparc3.prune import choose, choose_per_layer, protected, scales
-from sparc3.select import best_point
+from sparc3.base.artifacts import circuit_names
+from sparc3.base.errors import InputError
+from sparc3.base.params import Method, load
+from sparc3.circuits.choose import choose, choose_per_layer, protected, scales
+from sparc3.circuits.methods import check_methods, noise
+from sparc3.stages.select import best_point
 
 RNG = np.random.default_rng(0)
 

@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 import raw
 
-from sparc3 import sources
-from sparc3.errors import InputError
-from sparc3.files import read_jsonl, write_csv, write_jsonl
-from sparc3.sources import Row
+from sparc3.base import secrets
+from sparc3.base.errors import InputError
+from sparc3.base.files import read_jsonl, write_csv, write_jsonl
+from sparc3.prompts import embedded, hub, sources
+from sparc3.prompts.row import Row
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_notAnActualTokenButLongEnough"
@@ -62,7 +63,7 @@ def test_toxicity_is_filtered_from_the_threshold_on(project):
 
 
 def test_blanks_are_filled_in_the_spelling_of_the_context():
-    fill = sources.fill_blank
+    fill = embedded.fill_blank
     assert fill("In Cameroon, BLANK!", "In cameroon, rain!") == "In Cameroon, rain!"
     assert fill("BLANK from Ethiopia ran", "Skinny men from ethiopia ran") == (
         "Skinny men from Ethiopia ran"
@@ -75,9 +76,9 @@ def test_blanks_are_filled_in_the_spelling_of_the_context():
 
 
 def test_a_context_loses_its_blank_and_the_space_before_punctuation():
-    assert sources.remove_blank("Ethiopian men are BLANK") == "Ethiopian men are"
-    assert sources.remove_blank("My sister is very BLANK!") == "My sister is very!"
-    assert sources.remove_blank("The BLANK man, BLANK, ran.") == "The man,, ran."
+    assert embedded.remove_blank("Ethiopian men are BLANK") == "Ethiopian men are"
+    assert embedded.remove_blank("My sister is very BLANK!") == "My sister is very!"
+    assert embedded.remove_blank("The BLANK man, BLANK, ran.") == "The man,, ran."
 
 
 def test_stereoset_holds_the_intrasentence_items(project):
@@ -262,7 +263,7 @@ def test_stereoset_from_the_hub_is_the_raw_one_in_its_own_order(project):
             "context": [item["context"] for item in items],
             "sentences": [
                 {
-                    "sentence": [sources.fill_blank(item["context"], item[k]) for k in kinds],
+                    "sentence": [embedded.fill_blank(item["context"], item[k]) for k in kinds],
                     "id": list("abc"),
                     "gold_label": [2, 1, 0],
                 }
@@ -311,11 +312,11 @@ def test_elicitation_prompts_are_chosen_by_class(project):
 def test_c4_is_streamed_in_an_order_that_the_seed_decides(project):
     raw.write_c4(project / "hub", 100)
     where = {"path": "hub"}
-    streams = {n: [r.text for r in sources.hub_c4(where, seed)] for n, seed in enumerate([0, 0, 1])}
+    streams = {n: [r.text for r in hub.hub_c4(where, seed)] for n, seed in enumerate([0, 0, 1])}
     assert streams[0] == streams[1]
     assert streams[0] != streams[2]
     assert sorted(streams[0]) == sorted(streams[2])
-    first = next(sources.hub_c4(where, 0))
+    first = next(hub.hub_c4(where, 0))
     assert first.group.startswith("c4/https://example.org/")
 
 
@@ -323,21 +324,21 @@ def test_c4_is_streamed_in_an_order_that_the_seed_decides(project):
 
 
 def test_the_token_is_read_from_the_environment_then_from_the_file(project, monkeypatch):
-    assert sources.hub_token() is None
+    assert secrets.hub_token() is None
     Path(".env").write_text(f"# mine\nOTHER=1\nexport HF_TOKEN='{TOKEN}'\n")
-    assert sources.hub_token() == TOKEN
+    assert secrets.hub_token() == TOKEN
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    assert sources.hub_token() == "hf_other"
+    assert secrets.hub_token() == "hf_other"
     monkeypatch.delenv("HF_TOKEN")
     Path(".env").write_text("HF_TOKEN=\n")
-    assert sources.hub_token() is None
+    assert secrets.hub_token() is None
 
 
 @pytest.mark.parametrize("bad", [f"{TOKEN} x", f"{TOKEN}\x07", f"{TOKEN}é"])
 def test_what_cannot_be_a_token_is_refused_unseen(project, monkeypatch, bad):
     monkeypatch.setenv("HF_TOKEN", bad)
     with pytest.raises(InputError, match=r"^HF_TOKEN: not a token") as raised:
-        sources.hub_token()
+        secrets.hub_token()
     assert TOKEN not in str(raised.value)
 
 
@@ -363,7 +364,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub(status: int, code: str) -> Iterator[str]:
+def refusing_hub(status: int, code: str) -> Iterator[str]:
     """Its address."""
     handler = type("Refusing", (Hub,), {"status": status, "code": code})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -383,7 +384,7 @@ logging.basicConfig(level=logging.DEBUG)
 from sparc3 import sources
 from sparc3.errors import InputError
 try:
-    next(sources.hub_c4({"revision": "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"}, 0))
+    next(hub.hub_c4({"revision": "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"}, 0))
 except InputError as error:
     print("InputError:", error)
     sys.exit(2)
@@ -399,7 +400,7 @@ def test_a_refusal_is_one_clear_line_that_does_not_show_the_token(project, statu
     environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(project / "home")}
     if token:
         environment["HF_TOKEN"] = token
-    with hub(status, code) as address:
+    with refusing_hub(status, code) as address:
         done = subprocess.run(
             [sys.executable, "-c", LOADING],
             env={**environment, "HF_ENDPOINT": address},

@@ -1,6 +1,11 @@
 import numpy as np
 
-from sparc3.stability import Candidates, mean_overlap, resampled_circuits, selection_frequency
+from sparc3.circuits.stability import (
+    Candidates,
+    mean_overlap,
+    resampled_circuits,
+    selection_frequency,
+)
 
 
 def apart(scores: np.ndarray) -> Candidates:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sparc3 import statistics
-from sparc3.errors import InputError
-from sparc3.statistics import Difference, Estimate
+from sparc3.base.errors import InputError
+from sparc3.measure import inference
+from sparc3.measure.inference import Difference, Estimate
 
 LEVEL = 0.95
 
@@ -79,7 +79,7 @@ def scores():
 
 def test_paired_difference_is_the_naive_loop(scores):
     before, after = scores
-    found = statistics.paired_difference(before, after, CLUSTERS, resamples=400, seed=5)
+    found = inference.paired_difference(before, after, CLUSTERS, resamples=400, seed=5)
     resamples = naive_resamples(CLUSTERS, 400, 5)
     compare(found, lambda rows: np.mean([after[i] - before[i] for i in rows]), resamples, 8)
     assert found.p == naive_p(before, after, CLUSTERS, lambda b, a: a.mean() - b.mean())
@@ -90,7 +90,7 @@ def test_paired_difference_is_the_naive_loop(scores):
 
 def test_relative_change_is_the_naive_loop(scores):
     before, after = scores
-    found = statistics.relative_change(before, after, CLUSTERS, resamples=400, seed=6)
+    found = inference.relative_change(before, after, CLUSTERS, resamples=400, seed=6)
 
     def percent(rows):
         rows = list(rows)
@@ -103,7 +103,7 @@ def test_relative_change_is_the_naive_loop(scores):
 def test_perplexity_change_is_the_naive_loop(scores):
     tokens = np.arange(20, 34)
     before, after = scores[0] * tokens, scores[1] * tokens
-    found = statistics.perplexity_change(before, after, tokens, CLUSTERS, resamples=400, seed=7)
+    found = inference.perplexity_change(before, after, tokens, CLUSTERS, resamples=400, seed=7)
 
     def percent(rows):
         rows = list(rows)
@@ -121,14 +121,14 @@ def test_derived_statistic_is_the_naive_loop():
     def change(b, a):
         return (icat(a.mean(0, keepdims=True)) - icat(b.mean(0, keepdims=True)))[0]
 
-    found = statistics.paired_difference(before, after, CLUSTERS, icat, resamples=400, seed=8)
+    found = inference.paired_difference(before, after, CLUSTERS, icat, resamples=400, seed=8)
     resamples = naive_resamples(CLUSTERS, 400, 8)
     compare(found, lambda rows: change(before[list(rows)], after[list(rows)]), resamples, 8)
     assert found.p == naive_p(before, after, CLUSTERS, change)
 
 
 def test_mean_interval_is_the_naive_loop(scores):
-    found = statistics.mean_interval(scores[0], CLUSTERS, resamples=400, seed=9)
+    found = inference.mean_interval(scores[0], CLUSTERS, resamples=400, seed=9)
     resamples = naive_resamples(CLUSTERS, 400, 9)
     compare(found, lambda rows: scores[0][list(rows)].mean(), resamples, 8)
 
@@ -137,7 +137,7 @@ def test_rank_agreement_is_the_naive_loop():
     rng = np.random.default_rng(2)
     x = rng.integers(0, 6, 14)  # ties
     y = 1000 + x + rng.normal(size=14)
-    found = statistics.rank_agreement(x, y, CLUSTERS, resamples=400, seed=4)
+    found = inference.rank_agreement(x, y, CLUSTERS, resamples=400, seed=4)
     resamples = naive_resamples(CLUSTERS, 400, 4)
 
     def naive(rows):
@@ -149,7 +149,7 @@ def test_rank_agreement_is_the_naive_loop():
 
 def test_cluster_means_by_hand():
     values = [[1, 10], [2, 20], [3, 60], [7, 0]]
-    assert statistics.cluster_means(values, ["b", "a", "b", "b"]).tolist() == [
+    assert inference.cluster_means(values, ["b", "a", "b", "b"]).tolist() == [
         [2, 20],
         [11 / 3, 70 / 3],
     ]
@@ -163,7 +163,7 @@ def test_independent_samples_are_resampled_apart():
         seen.append(weights)
         return weights[:, 0]
 
-    found = statistics.bootstrap(statistic, [6, 9, 7], resamples=50)
+    found = inference.bootstrap(statistic, [6, 9, 7], resamples=50)
     drawn = np.concatenate(seen)
     assert found.n == 6
     for start, stop in ((0, 6), (6, 15), (15, 22)):
@@ -181,29 +181,29 @@ def test_exact_p_agrees_with_scipy():
     p = stats.permutation_test(
         (after - before,), np.mean, permutation_type="samples", n_resamples=10**6
     ).pvalue
-    assert statistics.paired_difference(before, after, resamples=10).p == pytest.approx(p)
+    assert inference.paired_difference(before, after, resamples=10).p == pytest.approx(p)
 
 
 def test_ties_count_as_extreme():
     """Five rises and one fall of one size: sums of 4 or 6 come from 2 (6 + 1) of 64 patterns."""
     before, after = [0.1] * 6 + [0.3], [0.3] * 5 + [-0.1, 0.3]
-    assert statistics.paired_difference(before, after, resamples=10).p == 14 / 64
+    assert inference.paired_difference(before, after, resamples=10).p == 14 / 64
 
 
 def test_smallest_p_of_the_smallest_sample_is_below_five_percent():
-    assert statistics.paired_difference(np.zeros(6), np.ones(6), resamples=10).p == 2 / 64
+    assert inference.paired_difference(np.zeros(6), np.ones(6), resamples=10).p == 2 / 64
 
 
 def test_sampled_p_approaches_the_exact_one_and_is_never_zero(monkeypatch):
     rng = np.random.default_rng(5)
     before = skewed(rng, 14)
     after = before - 0.1 * rng.random(14) + 0.04
-    exact = statistics.paired_difference(before, after, resamples=10).p
-    monkeypatch.setattr(statistics, "MAX_ENUMERATED", 0)
-    sampled = statistics.paired_difference(before, after, resamples=40_000).p
+    exact = inference.paired_difference(before, after, resamples=10).p
+    monkeypatch.setattr(inference, "MAX_ENUMERATED", 0)
+    sampled = inference.paired_difference(before, after, resamples=40_000).p
     assert 0.005 < exact < 0.5
     assert sampled == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 40_000))
-    assert statistics.paired_difference(before, before + 1, resamples=99).p == 1 / 100
+    assert inference.paired_difference(before, before + 1, resamples=99).p == 1 / 100
 
 
 # --- closed forms ----------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_widened_quantiles_of_known_draws():
     def ranks(weights):
         return np.array([next(counter) for _ in weights], dtype=float)
 
-    found = statistics.bootstrap(ranks, 8, resamples=10_000)
+    found = inference.bootstrap(ranks, 8, resamples=10_000)
     tail = stats.norm.cdf(-math.sqrt(8 / 7) * stats.t.ppf(0.975, 7))
     assert (found.low, found.high) == (math.ceil(10_000 * tail), math.ceil(10_000 * (1 - tail)))
     assert tail == pytest.approx(0.0057, abs=0.0001)
@@ -226,7 +226,7 @@ def test_widened_quantiles_of_known_draws():
 def test_interval_of_normal_differences_is_students(n):
     """For evenly spread data a bootstrap mean is nearly normal: +- t * standard error."""
     after = stats.norm.ppf((np.arange(n) + 0.5) / n)
-    found = statistics.paired_difference(np.zeros(n), after + 3, resamples=20_000)
+    found = inference.paired_difference(np.zeros(n), after + 3, resamples=20_000)
     half = stats.t.ppf(0.975, n - 1) * after.std(ddof=1) / math.sqrt(n)
     assert found.low == pytest.approx(3 - half, abs=0.08 * half)
     assert found.high == pytest.approx(3 + half, abs=0.08 * half)
@@ -238,7 +238,7 @@ def test_perplexity_change_of_a_uniform_rise():
     """Every token 0.01 nats less likely: perplexity times e^0.01, whatever the resample."""
     tokens = np.arange(10, 40)
     nll = 3.0 * tokens
-    found = statistics.perplexity_change(nll, nll + 0.01 * tokens, tokens, resamples=500)
+    found = inference.perplexity_change(nll, nll + 0.01 * tokens, tokens, resamples=500)
     rise = 100 * (math.exp(0.01) - 1)
     assert [found.value, found.low, found.high] == pytest.approx([rise] * 3)
 
@@ -253,10 +253,10 @@ def test_identical_before_and_after_is_no_change(clusters, level):
     tokens = np.full(20, 30)
     nothing = Difference(value=0, low=0, high=0, p=1, n=10 if clusters else 20, mde=0, moved=0)
     for found in (
-        statistics.paired_difference(scores, scores, clusters, resamples=200),
-        statistics.relative_change(scores, scores, clusters, resamples=200),
-        statistics.reduction(scores, scores, clusters, resamples=200),
-        statistics.perplexity_change(scores, scores, tokens, clusters, resamples=200),
+        inference.paired_difference(scores, scores, clusters, resamples=200),
+        inference.relative_change(scores, scores, clusters, resamples=200),
+        inference.reduction(scores, scores, clusters, resamples=200),
+        inference.perplexity_change(scores, scores, tokens, clusters, resamples=200),
     ):
         assert found == nothing
         assert "-" not in json.dumps(found.as_dict())
@@ -264,8 +264,8 @@ def test_identical_before_and_after_is_no_change(clusters, level):
 
 def test_exchanging_the_models_turns_the_sign(scores):
     before, after = scores
-    forth = statistics.paired_difference(before, after, CLUSTERS, resamples=999)
-    back = statistics.paired_difference(after, before, CLUSTERS, resamples=999)
+    forth = inference.paired_difference(before, after, CLUSTERS, resamples=999)
+    back = inference.paired_difference(after, before, CLUSTERS, resamples=999)
     assert [back.value, back.p, back.n] == pytest.approx([-forth.value, forth.p, forth.n])
     assert back.low == pytest.approx(-forth.high, abs=0.02)
     assert back.high == pytest.approx(-forth.low, abs=0.02)
@@ -273,16 +273,16 @@ def test_exchanging_the_models_turns_the_sign(scores):
 
 def test_reduction_is_relative_change_turned(scores):
     before, after = scores
-    change = statistics.relative_change(before, after, CLUSTERS, resamples=300)
-    found = statistics.reduction(before, after, CLUSTERS, resamples=300)
+    change = inference.relative_change(before, after, CLUSTERS, resamples=300)
+    found = inference.reduction(before, after, CLUSTERS, resamples=300)
     assert (found.value, found.low, found.high) == (-change.value, -change.high, -change.low)
     assert (found.p, found.n, found.mde) == (change.p, change.n, change.mde)
 
 
 def test_relative_change_has_no_unit(scores):
     before, after = scores
-    plain = statistics.relative_change(before, after, resamples=300)
-    scaled = statistics.relative_change(100 * before, 100 * after, resamples=300)
+    plain = inference.relative_change(before, after, resamples=300)
+    scaled = inference.relative_change(100 * before, 100 * after, resamples=300)
     assert list(plain.as_dict().values()) == pytest.approx(list(scaled.as_dict().values()))
 
 
@@ -291,12 +291,12 @@ def test_what_does_not_matter(scores):
     before, after = scores
     codes = np.unique(CLUSTERS, return_inverse=True)[1]
     found = [
-        statistics.paired_difference(before, after, CLUSTERS, resamples=300),
-        statistics.paired_difference(before, after, codes * 10, resamples=300),
-        statistics.paired_difference(
+        inference.paired_difference(before, after, CLUSTERS, resamples=300),
+        inference.paired_difference(before, after, codes * 10, resamples=300),
+        inference.paired_difference(
             np.repeat(before, 3), np.repeat(after, 3), np.repeat(CLUSTERS, 3), resamples=300
         ),
-        statistics.paired_difference(before + 7, after + 7, CLUSTERS, resamples=300),
+        inference.paired_difference(before + 7, after + 7, CLUSTERS, resamples=300),
     ]
     for other in found[1:]:
         assert list(other.as_dict().values()) == pytest.approx(list(found[0].as_dict().values()))
@@ -304,16 +304,16 @@ def test_what_does_not_matter(scores):
 
 def test_every_prompt_its_own_cluster_is_no_clusters(scores):
     before, after = scores
-    alone = statistics.paired_difference(before, after, list(range(14)), resamples=300)
-    assert alone == statistics.paired_difference(before, after, resamples=300)
+    alone = inference.paired_difference(before, after, list(range(14)), resamples=300)
+    assert alone == inference.paired_difference(before, after, resamples=300)
 
 
 def test_copies_in_a_cluster_are_no_evidence(scores):
     """Twenty copies of a prompt: as one cluster nothing is gained, as prompts the interval lies."""
     before, after = (np.repeat(s, 20) for s in scores)
-    honest = statistics.paired_difference(before, after, np.repeat(range(14), 20), resamples=999)
-    naive = statistics.paired_difference(before, after, resamples=999)
-    once = statistics.paired_difference(*scores, resamples=999)
+    honest = inference.paired_difference(before, after, np.repeat(range(14), 20), resamples=999)
+    naive = inference.paired_difference(before, after, resamples=999)
+    once = inference.paired_difference(*scores, resamples=999)
     assert honest.high - honest.low == pytest.approx(once.high - once.low)
     assert naive.high - naive.low < 0.35 * (once.high - once.low)
 
@@ -321,29 +321,29 @@ def test_copies_in_a_cluster_are_no_evidence(scores):
 def test_result_does_not_depend_on_the_block(scores, monkeypatch):
     """Memory is bounded by blocks of resamples; odd ones too must leave the draws as they are."""
     before, after = (np.tile(s, 2) for s in scores)
-    whole = statistics.paired_difference(before, after, resamples=301)
-    agreement = statistics.rank_agreement(before, after, resamples=301)
-    monkeypatch.setattr(statistics, "BLOCK", 7 * 28)
-    assert statistics.paired_difference(before, after, resamples=301) == whole
-    assert statistics.rank_agreement(before, after, resamples=301) == agreement
+    whole = inference.paired_difference(before, after, resamples=301)
+    agreement = inference.rank_agreement(before, after, resamples=301)
+    monkeypatch.setattr(inference, "BLOCK", 7 * 28)
+    assert inference.paired_difference(before, after, resamples=301) == whole
+    assert inference.rank_agreement(before, after, resamples=301) == agreement
 
 
 def test_blocks_bound_the_memory(monkeypatch):
-    monkeypatch.setattr(statistics, "BLOCK", 1000)
+    monkeypatch.setattr(inference, "BLOCK", 1000)
     seen = []
 
     def statistic(weights):
         seen.append(len(weights))
         return weights[:, 0]
 
-    statistics.bootstrap(statistic, 10, resamples=250)
-    statistics.bootstrap(statistic, 10, width=400, resamples=5)
+    inference.bootstrap(statistic, 10, resamples=250)
+    inference.bootstrap(statistic, 10, width=400, resamples=5)
     assert seen == [100, 100, 50, 1, 2, 2, 1, 1]  # the value itself comes last, once per call
 
 
 def test_seed_decides(scores):
     first, again, other = (
-        statistics.paired_difference(*scores, resamples=300, seed=seed) for seed in (1, 1, 2)
+        inference.paired_difference(*scores, resamples=300, seed=seed) for seed in (1, 1, 2)
     )
     assert first == again
     assert (first.low, first.high) != (other.low, other.high)
@@ -354,15 +354,15 @@ def test_seed_decides(scores):
 
 
 def test_rank_among_random_draws():
-    found = statistics.against_draws(3.0, [1.0, 3.0, 5.0, -1.0])
+    found = inference.against_draws(3.0, [1.0, 3.0, 5.0, -1.0])
     assert found.as_dict() == {"value": 3, "mean": 2, "low": -1, "high": 5, "p": 3 / 5, "n": 4}
-    assert statistics.against_draws(9.0, np.zeros(19)).p == 1 / 20
-    assert statistics.against_draws(0.0, np.zeros(19)).p == 1
+    assert inference.against_draws(9.0, np.zeros(19)).p == 1 / 20
+    assert inference.against_draws(0.0, np.zeros(19)).p == 1
 
 
 def test_rank_p_of_an_exchangeable_effect_is_uniform():
     effects = np.random.default_rng(0).normal(size=(4000, 20))
-    p = [statistics.against_draws(row[0], row[1:]).p for row in effects]
+    p = [inference.against_draws(row[0], row[1:]).p for row in effects]
     shares = np.bincount(np.round(np.array(p) * 20).astype(int), minlength=21)[1:] / 4000
     assert np.abs(shares - 0.05).max() < 4 * math.sqrt(0.05 * 0.95 / 4000)
 
@@ -375,12 +375,12 @@ def test_holm_is_the_closed_bonferroni_test():
         families = [f for k in members for f in itertools.combinations(members, k + 1)]
         bonferroni = {f: min(1, len(f) * min(p[i] for i in f)) for f in families}
         naive = [max(bonferroni[f] for f in families if i in f) for i in members]
-        assert statistics.holm(p) == pytest.approx(naive)
-    assert statistics.holm([]) == []
+        assert inference.holm(p) == pytest.approx(naive)
+    assert inference.holm([]) == []
 
 
 def test_holm_by_hand():
-    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert inference.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 # --- correlations ----------------------------------------------------------------------------
@@ -388,21 +388,21 @@ def test_holm_by_hand():
 
 def test_perfect_agreement():
     x = np.random.default_rng(0).random(20)
-    assert statistics.rank_agreement(x, np.exp(9 * x), resamples=300).low == pytest.approx(1)
-    assert statistics.rank_agreement(x, -x, resamples=300).high == pytest.approx(-1)
+    assert inference.rank_agreement(x, np.exp(9 * x), resamples=300).low == pytest.approx(1)
+    assert inference.rank_agreement(x, -x, resamples=300).high == pytest.approx(-1)
 
 
 def test_a_constant_scorer_says_nothing():
     nothing = Estimate(value=0, low=-1, high=1, n=10)
     for x, y in itertools.permutations([np.full(10, 0.1), np.arange(10)]):
-        assert statistics.rank_agreement(x, y, resamples=100) == nothing
+        assert inference.rank_agreement(x, y, resamples=100) == nothing
 
 
 def test_a_resample_without_variation_counts_as_no_correlation():
     """One row in ten differs: a resample without it, probability 0.9^10, has correlation 0."""
     x = np.zeros(10)
     x[4] = 1
-    found = statistics.rank_agreement(x, x, resamples=500)
+    found = inference.rank_agreement(x, x, resamples=500)
     assert found.value == pytest.approx(1)
     assert found.low == 0
 
@@ -424,7 +424,7 @@ def toxicity_experiment(rng):
         )
         for _ in range(2)
     )
-    return statistics.relative_change(
+    return inference.relative_change(
         before, after, resamples=RESAMPLES, seed=int(rng.integers(2**32))
     )
 
@@ -437,7 +437,7 @@ def margin_experiment(rng):
     before, after = (
         item + rng.normal(0, 0.3, 30)[terms] + rng.normal(0, 0.3, len(terms)) for _ in range(2)
     )
-    return statistics.paired_difference(
+    return inference.paired_difference(
         before, after, terms, resamples=RESAMPLES, seed=int(rng.integers(2**32))
     )
 
@@ -447,7 +447,7 @@ def perplexity_experiment(rng):
     tokens = rng.integers(20, 401, 60)
     nll = tokens * rng.gamma(40, 0.08, 60)
     before, after = (nll * np.exp(rng.normal(0, 0.02, 60)) for _ in range(2))
-    return statistics.perplexity_change(
+    return inference.perplexity_change(
         before, after, tokens, resamples=RESAMPLES, seed=int(rng.integers(2**32))
     )
 
@@ -464,7 +464,7 @@ def icat_experiment(rng):
         )
         for _ in range(2)
     )
-    return statistics.paired_difference(
+    return inference.paired_difference(
         before, after, statistic=icat, resamples=RESAMPLES, seed=int(rng.integers(2**32))
     )
 
@@ -487,10 +487,10 @@ def test_minimum_detectable_effect_is_found_four_times_in_five():
     noise = rng.exponential(1, (600, 2, 40)) - rng.exponential(1, (600, 2, 40))
     zero = np.zeros(40)
     mde = np.median(
-        [statistics.paired_difference(zero, first, resamples=RESAMPLES).mde for first, _ in noise]
+        [inference.paired_difference(zero, first, resamples=RESAMPLES).mde for first, _ in noise]
     )
     found = [
-        statistics.paired_difference(zero, second + mde, resamples=RESAMPLES).p <= 0.05
+        inference.paired_difference(zero, second + mde, resamples=RESAMPLES).p <= 0.05
         for _, second in noise
     ]
     assert 0.76 <= np.mean(found) <= 0.84
@@ -502,32 +502,32 @@ def test_minimum_detectable_effect_is_found_four_times_in_five():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: statistics.paired_difference([0] * 5, [1] * 5), "at least 6 are needed"),
+        (lambda: inference.paired_difference([0] * 5, [1] * 5), "at least 6 are needed"),
         (
-            lambda: statistics.paired_difference([0] * 50, [1] * 50, [1, 2, 3, 4, 5] * 10),
+            lambda: inference.paired_difference([0] * 50, [1] * 50, [1, 2, 3, 4, 5] * 10),
             "^5 prompts or groups of prompts are too few",
         ),
-        (lambda: statistics.paired_difference([], []), "at least 6"),
-        (lambda: statistics.rank_agreement([], []), "at least 6"),
-        (lambda: statistics.paired_difference([0] * 8, [1] * 9), "the same prompts"),
-        (lambda: statistics.paired_difference([0] * 8, [1] * 8, ["a"] * 7), "7 keys for 8 prompts"),
-        (lambda: statistics.paired_difference([0] * 8, [1] * 7 + [np.nan]), "after: row 7"),
-        (lambda: statistics.paired_difference(np.zeros((2, 2, 2)), [1] * 2), "before: expected"),
-        (lambda: statistics.relative_change([0] * 8, [1] * 8), "the mean before is 0"),
-        (lambda: statistics.relative_change([1] * 8, [-1] + [1] * 7), "negative"),
+        (lambda: inference.paired_difference([], []), "at least 6"),
+        (lambda: inference.rank_agreement([], []), "at least 6"),
+        (lambda: inference.paired_difference([0] * 8, [1] * 9), "the same prompts"),
+        (lambda: inference.paired_difference([0] * 8, [1] * 8, ["a"] * 7), "7 keys for 8 prompts"),
+        (lambda: inference.paired_difference([0] * 8, [1] * 7 + [np.nan]), "after: row 7"),
+        (lambda: inference.paired_difference(np.zeros((2, 2, 2)), [1] * 2), "before: expected"),
+        (lambda: inference.relative_change([0] * 8, [1] * 8), "the mean before is 0"),
+        (lambda: inference.relative_change([1] * 8, [-1] + [1] * 7), "negative"),
         (
-            lambda: statistics.relative_change([1] + [0] * 7, [1] * 8, resamples=99),
+            lambda: inference.relative_change([1] + [0] * 7, [1] * 8, resamples=99),
             "the interval is unbounded",
         ),
-        (lambda: statistics.perplexity_change([1] * 8, [1] * 8, [1] * 7 + [0]), "drop empty"),
-        (lambda: statistics.perplexity_change([1] * 8, [1] * 8, [1] * 7), "nll, tokens"),
-        (lambda: statistics.mean_interval([0] * 8, level=1), "level 1"),
-        (lambda: statistics.mean_interval([0] * 8, resamples=0), "resamples 0"),
-        (lambda: statistics.rank_agreement([0] * 8, [0] * 7), "x, y"),
-        (lambda: statistics.against_draws(1, [1]), "at least 2"),
-        (lambda: statistics.against_draws(np.nan, [1, 2]), "value: nan"),
-        (lambda: statistics.holm([0.5, np.nan]), "p_values"),
-        (lambda: statistics.holm([1.5]), "p_values"),
+        (lambda: inference.perplexity_change([1] * 8, [1] * 8, [1] * 7 + [0]), "drop empty"),
+        (lambda: inference.perplexity_change([1] * 8, [1] * 8, [1] * 7), "nll, tokens"),
+        (lambda: inference.mean_interval([0] * 8, level=1), "level 1"),
+        (lambda: inference.mean_interval([0] * 8, resamples=0), "resamples 0"),
+        (lambda: inference.rank_agreement([0] * 8, [0] * 7), "x, y"),
+        (lambda: inference.against_draws(1, [1]), "at least 2"),
+        (lambda: inference.against_draws(np.nan, [1, 2]), "value: nan"),
+        (lambda: inference.holm([0.5, np.nan]), "p_values"),
+        (lambda: inference.holm([1.5]), "p_values"),
     ],
 )
 def test_bad_input_is_one_line_with_the_remedy(call, message):
@@ -540,14 +540,14 @@ def test_a_sparse_baseline_may_rise_from_nothing_outside_the_interval():
     """Five toxic prompts of 60: resamples without any are rare enough for a finite interval."""
     before = np.zeros(60)
     before[:5] = 1
-    found = statistics.relative_change(before, np.roll(before, 3), resamples=2000)
+    found = inference.relative_change(before, np.roll(before, 3), resamples=2000)
     assert found.value == 0
     assert np.isfinite(list(found.as_dict().values())).all()
 
 
 def test_importing_loads_no_heavy_library():
     code = (
-        "import sys, sparc3.statistics;"
+        "import sys, sparc3.measure.inference;"
         "print([m for m in ('torch', 'mlflow', 'pandas', 'scipy.stats') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -557,16 +557,16 @@ def test_importing_loads_no_heavy_library():
 def test_more_tests_need_a_larger_effect() -> None:
     from scipy.stats import t
 
-    assert statistics.mde_of_family(7.0, 20, 1) == pytest.approx(7.0)
+    assert inference.mde_of_family(7.0, 20, 1) == pytest.approx(7.0)
     alone, strict = t.ppf(0.975, 19) + t.ppf(0.8, 19), t.ppf(1 - 0.05 / 30, 19) + t.ppf(0.8, 19)
-    assert statistics.mde_of_family(7.0, 20, 15) == pytest.approx(7.0 * strict / alone)
-    assert statistics.mde_of_family(0.0, 20, 15) == 0
+    assert inference.mde_of_family(7.0, 20, 15) == pytest.approx(7.0 * strict / alone)
+    assert inference.mde_of_family(0.0, 20, 15) == 0
 
 
 def test_moved_counts_the_clusters_that_differ() -> None:
     before = np.arange(12.0)
     after = before.copy()
     after[[2, 3, 7]] += 1
-    assert statistics.paired_difference(before, after).moved == 3
-    grouped = statistics.paired_difference(before, after, [f"g{i // 2}" for i in range(12)])
+    assert inference.paired_difference(before, after).moved == 3
+    grouped = inference.paired_difference(before, after, [f"g{i // 2}" for i in range(12)])
     assert grouped.moved == 2

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sparc3.errors import InputError
-from sparc3.stereotypes import (
+from sparc3.base.errors import InputError
+from sparc3.measure.stereotypes import (
     COLUMNS,
     icat,
     pairs,

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from sparc3 import tracking
-from sparc3.errors import InputError
-from sparc3.files import write_text
+from sparc3.base import comparison, runs, store
+from sparc3.base.errors import InputError
+from sparc3.base.files import write_text
+from sparc3.commands import ui
 
 REPOSITORY = Path(__file__).parent.parent
 FOREIGN = re.compile(r"MLFLOW_|DVC_|SPARC3_|HF_TOKEN|GIT_")
 STAGE = """
     import signal, sys, time
     from pathlib import Path
-    from sparc3.tracking import stage_run
+    from sparc3.base.runs import stage_run
 
     # A shell's background job, which the tests may be part of, ignores Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -101,7 +102,7 @@ def here(project, monkeypatch, request):
 
 @contextmanager
 def opened(stage="select", axes=None, params=None, **more):
-    with tracking.stage_run(stage, axes or {}, params or {}, **more) as run:
+    with runs.stage_run(stage, axes or {}, params or {}, **more) as run:
         yield run
 
 
@@ -156,16 +157,16 @@ def test_sqlite_addresses_are_absolute_and_outlive_dvcs_copy(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if given:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
-    assert tracking.tracking_uri() == f"sqlite:///{address.format(root=tmp_path)}"
+    assert store.tracking_uri() == f"sqlite:///{address.format(root=tmp_path)}"
 
 
 def test_the_users_server_is_used_and_its_password_not_shown(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@runs.example:8443/mlflow")
-    assert tracking.tracking_uri() == "https://me:secret@runs.example:8443/mlflow"
-    assert tracking.public_uri() == "https://runs.example:8443/mlflow"
+    assert store.tracking_uri() == "https://me:secret@runs.example:8443/mlflow"
+    assert store.public_uri() == "https://runs.example:8443/mlflow"
     for plain in ("sqlite:////srv/runs/mlflow.db", "http://127.0.0.1:5000"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", plain)
-        assert tracking.public_uri() == plain
+        assert store.public_uri() == plain
 
 
 def test_a_users_database_gets_the_experiment_and_keeps_its_artifacts(here, tmp_path, monkeypatch):
@@ -186,17 +187,17 @@ def test_a_database_of_another_mlflow_is_one_line(here, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
     message = r"^MLFLOW_TRACKING_URI: .*other\.db cannot be used: .*out-of-date[^\n]*$"
     with pytest.raises(InputError, match=message):
-        tracking.ui_link()
+        ui.ui_link()
 
 
 def test_a_deleted_experiment_is_named(here):
-    link = tracking.ui_link()
+    link = ui.ui_link()
     with opened() as run:
         pass
     run.client.delete_experiment(run.experiment)
     assert f"/experiments/{run.experiment}/" in link
     with pytest.raises(InputError, match=f"restore --experiment-id {run.experiment}"):
-        tracking.ui_link()
+        ui.ui_link()
 
 
 def test_importing_tracking_does_not_import_mlflow():
@@ -370,11 +371,11 @@ def test_secrets_reach_neither_the_database_nor_the_artifacts(here, tmp_path, mo
 def test_flatten_and_interval():
     nested = {"a": {"b": {"c": 1}, "d": [1, {"e": 2}]}, "f": None, "g": {}, "h": True}
     flat = {"a.b.c": "1", "a.d": '[1, {"e": 2}]', "f": "null", "g": "{}", "h": "true"}
-    assert tracking.flatten(nested) == flat
-    assert tracking.flatten(tracking.flatten(nested)) == flat
+    assert runs.flatten(nested) == flat
+    assert runs.flatten(runs.flatten(nested)) == flat
     difference = {"value": -3.0, "low": -5.0, "high": -1.0, "p": 0.01, "mde": None}
     named = {"reduction": -3.0, "reduction_low": -5.0, "reduction_high": -1.0, "reduction_p": 0.01}
-    assert tracking.interval("reduction", difference) == named
+    assert runs.interval("reduction", difference) == named
 
 
 # Nesting
@@ -383,7 +384,7 @@ def test_flatten_and_interval():
 def test_a_stage_of_main_is_nested_and_one_started_alone_is_that_run(here, monkeypatch):
     with opened("main") as outer:
         monkeypatch.setenv("MLFLOW_RUN_ID", outer.id)
-        handed = tracking.hand_down(os.environ)
+        handed = runs.hand_down(os.environ)
     assert "MLFLOW_RUN_ID" not in handed
     monkeypatch.delenv("MLFLOW_RUN_ID")
     monkeypatch.setenv("SPARC3_PARENT_RUN_ID", handed["SPARC3_PARENT_RUN_ID"])
@@ -481,15 +482,17 @@ def rows(tmp_path, reduction=-20.0):
     circuit = tmp_path / "circuit.csv"
     write_text(circuit, f"layer,neuron,score,scale\n0,1,{reduction},0\n")
     return [
-        tracking.Row("toxicity", "lrp", {"reduction": reduction}, [circuit], ["evaluate@toxicity"]),
-        tracking.Row("toxicity", "random", {"reduction": 1.0}, (), ["evaluate@toxicity"]),
-        tracking.Row("race", "lrp", {"reduction": -2.0}, (), ["evaluate@race"]),
+        comparison.Row(
+            "toxicity", "lrp", {"reduction": reduction}, [circuit], ["evaluate@toxicity"]
+        ),
+        comparison.Row("toxicity", "random", {"reduction": 1.0}, (), ["evaluate@toxicity"]),
+        comparison.Row("race", "lrp", {"reduction": -2.0}, (), ["evaluate@race"]),
     ]
 
 
 def compare(rows, state, params, products):
     with opened("report") as report:
-        parent = tracking.pipeline_run(report, state, params, rows, products)
+        parent = comparison.pipeline_run(report, state, params, rows, products)
     return report, parent
 
 
@@ -573,7 +576,7 @@ def test_under_main_its_own_run_is_the_parent_of_the_rows(here, tmp_path, monkey
 
 
 def test_a_comparison_that_breaks_off_is_not_left_running(here, tmp_path, request):
-    broken = [*rows(tmp_path), tracking.Row("race", "random", {"reduction": float("nan")})]
+    broken = [*rows(tmp_path), comparison.Row("race", "random", {"reduction": float("nan")})]
     with pytest.raises(ValueError, match="reduction"):
         compare(broken, "s", {"k": 1}, {})
     status = {str(r.info.run_name): r.info.status for r in all_runs(here, request.node.name)}
@@ -640,11 +643,11 @@ def test_a_port_that_is_taken_is_named(here):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"PORT: {port} .* make ui PORT={port + 1}"):
-            tracking.serve(port)
+            ui.serve(port)
 
 
 def test_the_link_of_a_server_is_the_servers(here, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9/")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "7")
-    link = tracking.ui_link()
+    link = ui.ui_link()
     assert link == "http://127.0.0.1:9/#/experiments/7/runs?workflowType=machine_learning"

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from sparc3.prune import Circuit
+from sparc3.circuits.circuit import Circuit
 
 torch.set_num_threads(1)  # products this small only lose by threads
 

@@ -1,0 +1,2 @@
+"""What every room stands on: errors, files, params, products, processes and tracking. Imports
+nothing of sparc3."""

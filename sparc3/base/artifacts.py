@@ -1,0 +1,136 @@
+"""Where every product of the pipeline lies, and how it is read and written.
+
+Paths are relative to the project's folder, the current directory.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparc3.base.errors import InputError
+from sparc3.base.files import Array, digest, digest_text, read_jsonl, read_tensors
+from sparc3.base.params import Method
+
+OUTPUTS = Path("outputs")
+METRICS = Path("metrics")
+
+
+def prompts_path(prompt_set: str) -> Path:
+    return OUTPUTS / "prompts" / f"{prompt_set}.jsonl"
+
+
+def scores_folder(prompt_set: str) -> Path:
+    return OUTPUTS / "scores" / prompt_set
+
+
+def differential_path(behaviour: str, method: str) -> Path:
+    return OUTPUTS / "differential" / behaviour / f"{method}.safetensors"
+
+
+def sweep_path(behaviour: str) -> Path:
+    return OUTPUTS / "sweep" / f"{behaviour}.csv"
+
+
+def circuit_path(behaviour: str, method: str) -> Path:
+    return OUTPUTS / "circuits" / behaviour / f"{method}.csv"
+
+
+def circuit_names(name: str, method: Method) -> list[str]:
+    """A method's circuits: one, or one per draw."""
+    return [name] if method.draws == 1 else [f"{name}-{draw}" for draw in range(method.draws)]
+
+
+def stability_path(behaviour: str, method: str | None = None) -> Path:
+    """A method's selection frequencies, or every method's curve of agreement."""
+    return OUTPUTS / "stability" / behaviour / f"{method or 'curves'}.csv"
+
+
+def evaluation_folder(behaviour: str) -> Path:
+    return OUTPUTS / "evaluation" / behaviour
+
+
+def metrics_path(stage: str, axis: str | None = None) -> Path:
+    return METRICS / stage / f"{axis}.json" if axis else METRICS / f"{stage}.json"
+
+
+def read_prompts(prompt_set: str, split: str | None) -> list[dict[str, Any]]:
+    """Rows of one split of a prompt set, or of all, in file order; at least one (InputError)."""
+    path = prompts_path(prompt_set)
+    rows = [row for row in read_jsonl(path) if split in (None, row["split"])]
+    if not rows:
+        raise InputError(
+            f"{path}: no prompt in the {split} split; raise prompt_sets.{prompt_set}.count"
+        )
+    return rows
+
+
+def groups_of(prompt_set: str, ids: Sequence[str]) -> list[str]:
+    """Grouping keys of prompts of a set's attribute split, in the order of their ids."""
+    groups = {row["id"]: row["group"] for row in read_prompts(prompt_set, "attribute")}
+    return [groups[prompt] for prompt in ids]
+
+
+def score_shards(prompt_set: str, score: str) -> Iterator[tuple[list[str], Array]]:
+    """Shards in order: prompt ids, and scores of shape (prompt, layer, neuron)."""
+    folder = scores_folder(prompt_set) / score
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise InputError(
+            f"{folder}: no scores; run the attribute stage for {prompt_set} (dvc repro)"
+        )
+    for shard in shards:
+        tensors, metadata = read_tensors(shard)
+        yield json.loads(metadata["ids"]), tensors["scores"]
+
+
+def read_scores(prompt_set: str, score: str) -> tuple[list[str], Array]:
+    """All prompt ids of a set's attribute split, and scores (prompt, layer, neuron)."""
+    ids: list[str] = []
+    blocks = []
+    for shard_ids, scores in score_shards(prompt_set, score):
+        ids += shard_ids
+        blocks.append(scores)
+    return ids, np.concatenate(blocks)
+
+
+def logged_files(stage: str, axis: str | None) -> list[Path]:
+    """The files of a stage that are worth a look in the MLflow UI; never tensors."""
+    name = str(axis)
+    folders = {
+        "prepare": [OUTPUTS / "prompts"],
+        "select": [OUTPUTS / "circuits" / name, OUTPUTS / "stability" / name],
+        "evaluate": [evaluation_folder(name)],
+        "transfer": [OUTPUTS / "transfer"],
+        "overlap": [OUTPUTS / "overlap"],
+        "report": [OUTPUTS / "report"],
+    }
+    files = {"gate": OUTPUTS / "gate" / f"{name}.csv", "sweep": sweep_path(name)}
+    found = [files[stage]] if stage in files else []
+    for folder in folders.get(stage, []):
+        found += sorted(path for path in folder.iterdir() if path.is_file())
+    metrics = metrics_path(stage, axis)
+    return [*found, metrics] if metrics.is_file() else found
+
+
+def scores_digest(prompt_set: str) -> str:
+    """One digest of all scores of a set."""
+    folder = scores_folder(prompt_set)
+    return _digest_of(folder, sorted(folder.rglob("*.safetensors")))
+
+
+def _digest_of(folder: Path, files: Sequence[Path]) -> str:
+    return digest_text("\n".join(f"{path.relative_to(folder)} {digest(path)}" for path in files))
+
+
+def model_digest(folder: Path) -> str:
+    """One digest of a model folder: configuration, tokenizer, weights. InputError: no folder."""
+    if not folder.is_dir():
+        raise InputError(
+            f"params: model.path: {folder} is no folder; run python -m sparc3 fetch, or name one "
+            "with config.json, safetensors and tokenizer.json"
+        )
+    suffixes = (".json", ".safetensors")
+    return _digest_of(folder, [f for f in sorted(folder.iterdir()) if f.suffix in suffixes])

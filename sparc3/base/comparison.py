@@ -1,0 +1,136 @@
+"""The comparison of results in MLflow: a parent run for a state of the pipeline, a row per method.
+
+Its tags: `sparc3.state` (digest of the pipeline's state), `sparc3.row`, and `stage.NAME`, the id of
+the run of each stage that made the numbers.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparc3.base.runs import PARENT, Run, closing, create, given, source
+from sparc3.base.store import connect, locked, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as Record
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: a behaviour under a method.
+
+    `stages` names the stage runs (`evaluate@toxicity`) that made its numbers.
+    """
+
+    behaviour: str
+    method: str
+    metrics: Mapping[str, float]
+    artifacts: Sequence[Path] = ()
+    stages: Sequence[str] = ()
+
+
+def pipeline_run(
+    report: Run,
+    state: str,
+    params: Mapping[str, Any],
+    rows: Sequence[Row],
+    products: Mapping[str, str],
+    artifacts: Sequence[Path] = (),
+) -> str:
+    """One run for a state of the pipeline and, nested in it, one per row; returns the parent's id.
+
+    A stage that DVC finds unchanged does not run and logs nothing, so the comparison is logged from
+    the results. Called again for the same state, it updates the runs that are there. Under `main`,
+    main's own run is the parent. The parent carries every row's metrics as `behaviour/method/name`,
+    so that states are compared without unfolding them.
+
+    Args:
+        report: the open run of the stage that calls.
+        state: digest of all that decides the rows: equal state, equal `params`.
+        params: nested or flat, of the whole pipeline; logged on the parent and on every row.
+        rows: the cells, enumerated from params.
+        products: digest of what each stage wrote, by the stage run's name (`evaluate@toxicity`),
+            as given to `set_product`. The latest finished run with that name and digest made it: it
+            is linked by the tag `stage.NAME`, and nested under the parent unless it has one.
+            A product without a run here (it came from a DVC remote) is not linked.
+        artifacts: files of the whole (result table, figures).
+    """
+    client, main = report.client, given(report.client, PARENT)
+    with locked(tracking_uri()):
+        makers = {name: _maker(report, name, digest) for name, digest in products.items()}
+        made = {name: maker for name, maker in makers.items() if maker}
+        parent = _found(report, state, "all") or main or create(client, report.experiment, None)
+        # Main's own run is ended by `mlflow run`, when all of main has ended.
+        with closing(parent) if parent != main else nullcontext():
+            title = os.environ.get("DVC_EXP_NAME") or f"pipeline {state[:8]}"
+            parent.set_tags({"mlflow.runName": title, **_identity(state, "all", made.values())})
+            parent.log_params(params)
+            for path in artifacts:
+                parent.log_artifact(path)
+            for row in rows:
+                name = f"{row.behaviour}/{row.method}"
+                run = _found(report, state, name) or create(client, parent.experiment, parent)
+                with closing(run):
+                    by = [made[stage] for stage in row.stages if stage in made]
+                    run.set_tags({"mlflow.runName": name, **_identity(state, name, by)})
+                    run.set_tags({"mlflow.parentRunId": parent.id})
+                    run.log_params({**params, "behaviour": row.behaviour, "method": row.method})
+                    run.log_metrics(row.metrics)
+                    for path in row.artifacts:
+                        run.log_artifact(path)
+                parent.log_metrics({f"{name}/{key}": value for key, value in row.metrics.items()})
+            for record in (*made.values(), client.get_run(report.id)):
+                if "mlflow.parentRunId" not in record.data.tags:
+                    client.set_tag(record.info.run_id, "mlflow.parentRunId", parent.id)
+    return parent.id
+
+
+def _identity(state: str, row: str, makers: Iterable["Record"]) -> dict[str, str]:
+    """The tags by which a run of the comparison is found again, and what made it."""
+    links = {
+        f"stage.{maker.data.tags['sparc3.name'].replace('@', '.')}": maker.info.run_id
+        for maker in makers
+    }
+    return {"sparc3.state": state, "sparc3.row": row, **source(), **links}
+
+
+def _search(report: Run, tags: Mapping[str, str]) -> list["Record"]:
+    """Runs of the experiment with these tags, latest first; values hold no quotation marks."""
+    conditions = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    return list(
+        report.client.search_runs([report.experiment], conditions, order_by=["start_time DESC"])
+    )
+
+
+def _found(report: Run, state: str, row: str) -> Run | None:
+    records = _search(report, {"sparc3.state": state, "sparc3.row": row})
+    return Run(report.client, report.experiment, records[0].info.run_id) if records else None
+
+
+def _maker(report: Run, name: str, digest: str) -> "Record | None":
+    records = _search(report, {"sparc3.name": name, "sparc3.product": digest})
+    return next((r for r in records if r.info.status == "FINISHED"), None)
+
+
+def latest_metrics(names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Name of a stage run -> these metrics of its latest finished run that has them all."""
+    client, experiment = connect()
+    found: dict[str, dict[str, float]] = {}
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment],
+            "attributes.status = 'FINISHED'",
+            order_by=["attributes.start_time DESC"],
+            page_token=token,
+        )
+        for record in page:
+            name, metrics = record.data.tags.get("sparc3.name"), record.data.metrics
+            if name and name not in found and all(key in metrics for key in names):
+                found[name] = {key: metrics[key] for key in names}
+        token = page.token
+        if not token:
+            return found

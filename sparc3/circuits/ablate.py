@@ -1,0 +1,206 @@
+"""Remove a circuit from a model: reversibly, for one or many circuits, or for good.
+
+A neuron is one coordinate of the vector that enters an MLP's output projection, so multiplying its
+column there by `scale` multiplies its activation by `scale`, in gated and plain MLPs alike. That is
+all `pruned` does, reversibly; `prune_weights` also clears the rows that feed a neuron of scale 0.
+Two ways measure many circuits of one model: `without_each` one after the other on the same tokens,
+`pruned_rows` side by side in one batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from sparc3.base.errors import InputError
+from sparc3.circuits.circuit import Circuit
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from sparc3.model.families import MLP
+
+
+Found = TypeVar("Found")
+
+
+def _per_layer(
+    model: "PreTrainedModel", circuit: Circuit
+) -> "list[tuple[MLP, Tensor, Tensor, Tensor]]":
+    """(MLP, its (output, neuron) weight, indices, scales) of every layer that holds neurons."""
+    import torch
+
+    from sparc3.model.families import mlps, outgoing
+
+    layers = mlps(model)
+    for layer, neuron, *_ in circuit.rows():
+        if layer >= len(layers):
+            raise InputError(
+                f"circuit: layer {layer}, neuron {neuron}; the model has layers 0 to "
+                f"{len(layers) - 1}: the circuit belongs to another model"
+            )
+        width = outgoing(layers[layer].down).shape[1]
+        if neuron >= width:
+            raise InputError(
+                f"circuit: layer {layer}, neuron {neuron}; the model has neurons 0 to {width - 1}: "
+                "the circuit belongs to another model"
+            )
+    parts = []
+    for layer in np.unique(circuit.layers).tolist():
+        weight = outgoing(layers[layer].down).detach()
+        if weight.is_meta:
+            raise InputError(
+                f"model.device: the weights of layer {layer} are not in memory, so they cannot be "
+                "pruned; use devices that hold the whole model"
+            )
+        chosen = circuit.layers == layer
+        neurons = torch.from_numpy(circuit.neurons[chosen]).to(weight.device)
+        scales = torch.from_numpy(circuit.scales[chosen]).to(weight.device, torch.float32)
+        parts.append((layers[layer], weight, neurons, scales))
+    return parts
+
+
+@contextmanager
+def pruned(model: "PreTrainedModel", circuit: Circuit) -> "Iterator[PreTrainedModel]":
+    """Within the block, `model` has the circuit's columns multiplied by its scales.
+
+    Only those columns are copied, and put back bit for bit at the end, also after an exception: one
+    more circuit costs its own forward passes and no reload. Raises InputError for a neuron that the
+    model does not have.
+    """
+    parts = [(weight, neurons, scales) for _, weight, neurons, scales in _per_layer(model, circuit)]
+    kept = [weight[:, neurons] for weight, neurons, _ in parts]
+    try:
+        for (weight, neurons, scales), columns in zip(parts, kept, strict=True):
+            weight[:, neurons] = (columns * scales).to(weight.dtype)
+        yield model
+    finally:
+        for (weight, neurons, _), columns in zip(parts, kept, strict=True):
+            weight[:, neurons] = columns
+
+
+def without_each(
+    model: "PreTrainedModel", circuits: Sequence[Circuit], run: Callable[[], Found]
+) -> list[Found]:
+    """What `run` finds without each of `circuits`, in their order; INTACT is the model as it is.
+
+    `run` must pass the same tokens through the model's body each time, and once. What lies below a
+    circuit's first layer gives what it gives in the whole model, and is kept instead of computed
+    again: a circuit of late layers costs a part of a pass. Memory: one layer's output for every
+    layer that a circuit begins with. Raises InputError as `pruned` does.
+    """
+    from sparc3.model.families import layers
+
+    blocks = layers(model)
+    first = [int(c.layers.min()) if len(c) else len(blocks) for c in circuits]
+    latest_first = sorted(range(len(circuits)), key=lambda place: -first[place])
+    kept: dict[int, Any] = {}
+    found: dict[int, Found] = {}
+    for place in latest_first:
+        begin = first[place]
+        with ExitStack() as stack:
+            stack.enter_context(pruned(model, circuits[place]))
+            if not found:  # its own neurons lie above all that the others need
+                for layer in {at - 1 for at in first if 0 < at < len(blocks)}:
+                    stack.enter_context(_keeping(blocks[layer], layer, kept))
+            elif 0 < begin < len(blocks):
+                stack.enter_context(_skipping(blocks[:begin], kept[begin - 1]))
+            found[place] = run()
+    return [found[place] for place in range(len(circuits))]
+
+
+@contextmanager
+def _keeping(block: "nn.Module", layer: int, kept: dict[int, Any]) -> Iterator[None]:
+    def keep(module: "nn.Module", args: Any, output: Any) -> None:
+        kept[layer] = output
+
+    handle = block.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _skipping(blocks: "Sequence[nn.Module]", output: Any) -> Iterator[None]:
+    """Within the block `blocks` compute nothing: whatever enters them, `output` leaves them."""
+    own = [vars(block).get("forward") for block in blocks]  # accelerate puts one there
+    try:
+        for block in blocks:
+            vars(block)["forward"] = lambda *args, **kwargs: output
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                vars(block)["forward"] = forward
+
+
+@contextmanager
+def pruned_rows(
+    model: "PreTrainedModel", circuits: Sequence[Circuit]
+) -> Iterator[Callable[[Sequence[int]], None]]:
+    """Within the block every row of a batch is run without a circuit of its own.
+
+    Yields a function that is told, before the model runs, the place in `circuits` of each row's
+    circuit. Activations are scaled here, not weights: the same function, up to rounding where a
+    scale is neither 0 nor 1. Raises InputError as `pruned` does.
+    """
+    import torch
+
+    from sparc3.model.families import mlps, outgoing
+
+    factors: dict[int, Tensor] = {}
+    downs = [mlp.down for mlp in mlps(model)]
+    for place, circuit in enumerate(circuits):
+        _per_layer(model, circuit)  # refuses neurons that the model does not have
+        for layer, neuron, _, scale in circuit.rows():
+            if layer not in factors:
+                weight = outgoing(downs[layer])
+                shape = len(circuits), weight.shape[1]
+                factors[layer] = torch.ones(shape, dtype=weight.dtype, device=weight.device)
+            factors[layer][place, neuron] = scale
+    places = torch.empty(0, dtype=torch.long)
+
+    def tell(rows: Sequence[int]) -> None:
+        nonlocal places
+        places = torch.tensor(rows)
+
+    def scale_rows(layer: int) -> Callable[["nn.Module", tuple[Any, ...]], tuple[Any, ...]]:
+        def hook(module: "nn.Module", args: tuple[Any, ...]) -> tuple[Any, ...]:
+            h, factor = args[0], factors[layer][places.to(args[0].device)]
+            rows = h.view(len(factor), -1, h.shape[-1])  # OPT runs all tokens as one axis
+            return ((rows * factor[:, None]).view(h.shape),)
+
+        return hook
+
+    handles = [downs[layer].register_forward_pre_hook(scale_rows(layer)) for layer in factors]
+    try:
+        yield tell
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def prune_weights(model: "PreTrainedModel", circuit: Circuit) -> None:
+    """Prune for good: the same function as within `pruned`, and nothing to put back.
+
+    Multiplies columns of the output projection by their scales, and sets to zero what feeds the
+    neurons of scale 0: their rows, and biases, of the up and gate projections. Pruning twice is
+    pruning once; dampening twice dampens twice. Raises InputError as `pruned` does, before anything
+    is changed.
+    """
+    from sparc3.model.families import incoming
+
+    for mlp, weight, neurons, scales in _per_layer(model, circuit):
+        weight[:, neurons] = (weight[:, neurons] * scales).to(weight.dtype)
+        removed = neurons[scales == 0]
+        for projection in (mlp.up, mlp.gate):
+            if projection is not None:
+                bias = dict(projection.named_parameters()).get("bias")
+                for rows in (incoming(projection), bias):
+                    if rows is not None:
+                        rows.detach()[removed.to(rows.device)] = 0

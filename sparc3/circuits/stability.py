@@ -1,0 +1,76 @@
+"""How far a circuit depends on which prompts were drawn: bootstrap over the prompts it came from.
+
+Only neurons that could be chosen are resampled, the candidates: the `CANDIDATES * k` most negative
+ones of the full sample, most negative first. One from beyond them would have to overtake them all.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sparc3.base.files import Array
+from sparc3.relevance.contrasts import CONTRASTS
+
+CANDIDATES = 20
+SHARES = (0.125, 0.25, 0.5, 1.0)  # of the prompts: where the curve of agreement is measured
+
+
+class Candidates(NamedTuple):
+    """Scores (prompt, candidate) of one prompt set, and the prompts' grouping keys (prompt,)."""
+
+    scores: Array
+    groups: Sequence[str]
+
+
+def resampled_circuits(
+    reference: Candidates,
+    behaviour: Candidates,
+    contrast: str,
+    k: int,
+    sizes: Sequence[int],
+    resamples: int,
+    seed: int,
+) -> list[Array]:
+    """Columns chosen in each resample, for every size: arrays (resample, k).
+
+    Whole groups are drawn, with replacement. A size s stands for the share s / prompts of the
+    groups of either set, and at least two.
+    """
+    rng = np.random.default_rng(seed)
+    members = [
+        [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+        for codes in (np.unique(c.groups, return_inverse=True)[1] for c in (reference, behaviour))
+    ]
+    found = []
+    for size in sizes:
+        chosen = np.empty((resamples, k), dtype=np.int64)
+        share = size / len(behaviour.scores)
+        for draw in range(resamples):
+            one, two = (
+                candidates.scores[_drawn(groups, share, rng)][:, None]
+                for candidates, groups in zip((reference, behaviour), members, strict=True)
+            )
+            values = CONTRASTS[contrast](one, two)[0]
+            chosen[draw] = np.argsort(values, kind="stable")[:k]
+        found.append(chosen)
+    return found
+
+
+def _drawn(groups: Sequence[Array], share: float, rng: np.random.Generator) -> Array:
+    """Rows of a share of the groups, drawn with replacement."""
+    count = max(2, round(share * len(groups)))
+    return np.concatenate([groups[i] for i in rng.integers(0, len(groups), count)])
+
+
+def selection_frequency(chosen: Array, count: int) -> Array:
+    """Share of resamples (resample, k) that chose each of `count` candidates, in [0, 1]."""
+    return np.bincount(chosen.ravel(), minlength=count) / len(chosen)
+
+
+def mean_overlap(chosen: Array, k: int) -> float:
+    """Mean share of the full sample's circuit, candidates 0 to k - 1, that a resample finds again.
+
+    In [0, 1]; 1 for an empty circuit, of which nothing can be missed.
+    """
+    return float((chosen < k).sum(axis=1).mean() / k) if k else 1.0

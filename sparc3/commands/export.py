@@ -1,0 +1,65 @@
+"""Export: the pruned model as a folder that plain transformers loads, with its model card.
+
+python -m sparc3 export --behaviour toxicity --method lrp --folder exported/toxicity
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from sparc3.base.artifacts import circuit_path, metrics_path
+from sparc3.base.errors import InputError
+from sparc3.base.files import digest, read_json, write_text
+from sparc3.base.params import Params
+from sparc3.circuits.ablate import prune_weights
+from sparc3.circuits.circuit import read_circuit
+from sparc3.model import loading
+from sparc3.reporting.card import card
+
+
+def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, float]:
+    """Write the model pruned by a circuit: safetensors, tokenizer, README.md and circuit.csv.
+
+    `method` names the circuit of `behaviour` (a control with several draws has one for each), and
+    `folder` must be new or empty. It appears when it is complete. Returns the numbers of neurons.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: there is something already; name a new or an empty folder")
+    source = circuit_path(behaviour, method)
+    circuit = read_circuit(source)
+    metrics = metrics_path("evaluate", behaviour)
+    evaluation = None
+    if metrics.exists():
+        circuits = read_json(metrics)["circuits"]
+        if method not in circuits:
+            raise InputError(
+                f"{metrics}: no circuit {method!r}; run the evaluate stage again (dvc repro)"
+            )
+        evaluation = circuits[method]
+        if evaluation["num_neurons"] != len(circuit):
+            raise InputError(
+                f"{metrics}: {evaluation['num_neurons']} neurons in circuit {method!r}, but "
+                f"{len(circuit)} in {source}; run the evaluate stage again (dvc repro)"
+            )
+    tokenizer = loading.tokenizer(params.model.path, params.model.revision)
+    model = loading.load(params.model.path, params.model.revision, params.model.dtype)
+    prune_weights(model, circuit)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.copyfile(source, temporary / "circuit.csv")
+        for licence in sorted(Path(params.model.path).glob("LICENSE*")):  # goes where weights go
+            shutil.copyfile(licence, temporary / licence.name)
+        text = card(params, behaviour, method, circuit, digest(source), evaluation)
+        write_text(temporary / "README.md", text)
+        for file in temporary.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    removed = int((circuit.scales == 0).sum())
+    return {"removed": float(removed), "dampened": float(len(circuit) - removed)}

@@ -1,0 +1,44 @@
+"""The tracking UI: MLflow's server on 127.0.0.1, and the link to the runs."""
+
+import os
+import socket
+import sys
+
+from sparc3.base.errors import InputError
+from sparc3.base.store import connect, public_uri, tracking_uri
+
+
+def ui_link(port: int = 5000) -> str:
+    """The page with the runs as a table: MLflow's own first page is another.
+
+    For a tracking server it is on that server, else on the one that `serve` starts at `port`.
+    """
+    _, experiment = connect()
+    uri = public_uri()
+    server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
+    return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+
+
+def serve(port: int) -> None:
+    """Print the link and become MLflow's server on 127.0.0.1; the user's own server is only named.
+
+    Raises InputError if the port is taken.
+    """
+    uri = tracking_uri()
+    if uri.startswith("http"):
+        print(f"The runs are at {ui_link()}")
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise InputError(
+                f"PORT: {port} on 127.0.0.1 cannot be used ({error.strerror}); "
+                f"choose another: make ui PORT={port + 1}"
+            ) from None
+    print(f"The runs are at {ui_link(port)}\nStarting the server; Ctrl-C ends it.", flush=True)
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # more processes, for nothing here
+    options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", uri]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *options, *stores])

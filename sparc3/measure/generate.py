@@ -1,0 +1,303 @@
+"""Sampled completions: many per prompt, in large batches, from one random stream per completion.
+
+A token is drawn by the Gumbel-max rule: of the candidates, the one with the largest log p + noise.
+The noise of (seed, prompt, completion, position, vocabulary entry) is a hash of these five. So
+neither batch size nor order decides what is drawn, and two models that differ little draw mostly
+the same tokens, which makes a paired comparison of them sharper. So the model without one circuit
+and without another may also share a batch.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from sparc3.base.errors import InputError
+from sparc3.circuits.ablate import pruned_rows
+from sparc3.circuits.circuit import Circuit
+from sparc3.measure.likelihood import Progress, Tokens, context
+from sparc3.model import families, loading
+
+NUCLEUS = 256  # so many entries are searched for the nucleus first,
+WIDER = 4  # and so many times more where it is wider
+IDLE = 0.125  # share of finished completions at which a batch is packed anew
+
+
+def complete(
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    prompts: Sequence[Tokens],
+    keys: Sequence[str],
+    completions: int,
+    new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    batch: int = 200,
+    progress: Progress | None = None,
+) -> list[list[list[list[int]]]]:
+    """Sample `completions` completions of up to `new_tokens` token ids for every prompt, by the
+    model without each of `circuits`.
+
+    Tokens are drawn from the softmax of logits / `temperature`, cut to its nucleus: the most
+    probable tokens up to the one with which their probability reaches `top_p` (Holtzman et al.
+    2020, arXiv 1904.09751). A completion ends before an end-of-sequence token of the model's
+    generation config, so it may be short or empty.
+
+    `keys` name the random streams of the prompts, which are the same for all circuits. `batch`
+    completions run together, of whatever circuits: more are faster and take more memory.
+    `progress` is told how many more prompts of circuits are finished.
+    Raises InputError for an empty prompt, for a prompt that leaves no room for `new_tokens` in
+    the model's context, for settings out of range, and for logits that are not finite.
+    """
+    _check(prompts, context(model), completions, new_tokens, temperature, top_p, batch)
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    stops = set(ends if isinstance(ends, list) else [ends])
+    drawn = [
+        [
+            [_Completion(place, index, prompt, _stream(seed, key, n)) for n in range(completions)]
+            for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
+        ]
+        for place in range(len(circuits))
+    ]
+    every = [each for table in drawn for row in table for each in row]
+    done = 0
+    with pruned_rows(model, circuits) as tell:
+        for group in _batches(every, batch, new_tokens):
+            _extend(model, tell, group, new_tokens, temperature, top_p, stops)
+            if progress:
+                progress((done + len(group)) // completions - done // completions)
+            done += len(group)
+    return [[[each.tokens for each in row] for row in table] for table in drawn]
+
+
+def quality(tokens: Tokens) -> dict[str, Any]:
+    """Signs of a broken completion, from its token ids.
+
+    length: in tokens. distinct_1, distinct_2: distinct n-grams / n-grams, 0 without any (Li et
+    al. 2016, arXiv 1510.03055). repetition: share of the longest stretch that repeats one token
+    or one pair of tokens, 0 if it is shorter than two pairs. degenerate: empty, or more than half
+    of it is such a stretch.
+    """
+    length = len(tokens)
+    longest = stretch = min(length, 2)
+    for index in range(2, length):
+        stretch = stretch + 1 if tokens[index] == tokens[index - 2] else 2
+        longest = max(longest, stretch)
+    repetition = longest / length if longest >= 4 else 0.0
+    pairs = set(itertools.pairwise(tokens))
+    return {
+        "length": length,
+        "distinct_1": len(set(tokens)) / length if length else 0.0,
+        "distinct_2": len(pairs) / (length - 1) if length > 1 else 0.0,
+        "repetition": repetition,
+        "degenerate": length == 0 or repetition > 0.5,
+    }
+
+
+@dataclass
+class _Completion:
+    circuit: int  # its place
+    index: int  # of its prompt
+    prompt: Tokens
+    stream: int  # 64 bits, signed
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    def take(self, token: int, new_tokens: int, stops: set[int | None]) -> None:
+        if token not in stops:
+            self.tokens.append(token)
+        self.finished = token in stops or len(self.tokens) == new_tokens
+
+
+class _Room(DynamicLayer):
+    """Keys and values of one layer in memory for `room` tokens, taken once.
+
+    Appending to a DynamicLayer copies all that it holds, at every token and layer.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.length = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states)
+            self.keys, self.values = (
+                states.new_empty(*states.shape[:2], self.room, states.shape[3])
+                for states in (key_states, value_states)
+            )
+        held = self.length
+        self.length += key_states.shape[2]
+        self.keys[:, :, held : self.length] = key_states
+        self.values[:, :, held : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def _batches(
+    completions: Sequence[_Completion], batch: int, spread: int
+) -> Iterator[list[_Completion]]:
+    """Longest prompts first; in one batch, their lengths differ by `spread` at most."""
+    group: list[_Completion] = []
+    for each in sorted(completions, key=lambda c: -len(c.prompt)):
+        if group and (len(group) == batch or len(group[0].prompt) - len(each.prompt) > spread):
+            yield group
+            group = []
+        group.append(each)
+    if group:
+        yield group
+
+
+@torch.inference_mode()
+def _extend(
+    model: PreTrainedModel,
+    tell: Callable[[Sequence[int]], None],
+    group: list[_Completion],
+    new_tokens: int,
+    temperature: float,
+    top_p: float,
+    stops: set[int | None],
+) -> None:
+    """Draw the tokens of one batch, which comes longest prompt first.
+
+    All rows are at the same position, which spares padding and masks: prompts are read together
+    up to the length of the shortest, and the rest of the longer ones is read token by token while
+    the shorter ones are already being continued. Until its prompt is read, a row stands for all
+    its completions. `tell` is told the circuits of the rows before they are read.
+    """
+    device, body = loading.input_device(model), families.body(model)
+    position, longest = len(group[-1].prompt), len(group[0].prompt)
+    room = longest + new_tokens - 1  # the last token drawn is not read
+    cache = Cache(layers=[_Room(room) for _ in range(model.config.num_hidden_layers)])
+
+    def read(rows: list[list[_Completion]], tokens: list[list[int]]) -> Tensor:
+        tell([row[0].circuit for row in rows])
+        ids = torch.tensor(tokens, device=device)
+        return body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+
+    by_prompt = itertools.groupby(group, key=lambda each: (each.circuit, each.index))
+    rows = [list(row) for _, row in by_prompt]
+    states = read(rows, [list(row[0].prompt[:position]) for row in rows])
+    while True:
+        parted = [
+            (place, part)
+            for place, row in enumerate(rows)
+            for part in ([[each] for each in row] if len(row[0].prompt) == position else [row])
+        ]
+        if len(parted) > len(rows):
+            rows, places = [row for _, row in parted], torch.tensor([place for place, _ in parted])
+            states = states[places]
+            cache.batch_select_indices(places)
+        firsts = [row[0] for row in rows]
+        tokens = [c.prompt[position] if position < len(c.prompt) else 0 for c in firsts]
+        due = [
+            place
+            for place, each in enumerate(firsts)
+            if len(each.prompt) <= position and not each.finished
+        ]
+        if due:
+            at = torch.tensor([[firsts[place].stream, len(firsts[place].tokens)] for place in due])
+            logits = families.logits(model, states[due]).float()
+            drawn = draw(logits, _hash(*at.to(logits.device).T), temperature, top_p)
+            for place, token in zip(due, drawn.tolist(), strict=True):
+                tokens[place] = token
+                firsts[place].take(token, new_tokens, stops)
+        left = [place for place, each in enumerate(firsts) if not each.finished]
+        if not left:
+            return
+        if len(left) <= (1 - IDLE) * len(rows):
+            rows, tokens = [rows[place] for place in left], [tokens[place] for place in left]
+            cache.batch_select_indices(torch.tensor(left))
+        states = read(rows, [[token] for token in tokens])
+        position += 1
+
+
+def draw(logits: Tensor, streams: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token id for each row of `logits` (row, vocabulary), which are overwritten.
+
+    `streams` (row,) int64 decides the draw. Raises InputError for logits that are not finite.
+    """
+    p = logits.div_(temperature).softmax(1)
+    if not p[:, 0].isfinite().all():  # in a softmax, one bad entry spoils its row
+        raise InputError("model: logits are not finite; try model.dtype float32 or bfloat16")
+    if top_p == 1:
+        entries = torch.arange(p.shape[1], device=p.device).expand_as(p)
+        return p.log_().add_(_gumbel(streams, entries)).argmax(1)
+    return _draw_nucleus(p, streams, top_p, NUCLEUS)
+
+
+def _draw_nucleus(p: Tensor, streams: Tensor, top_p: float, width: int) -> Tensor:
+    width = min(width, p.shape[1])
+    largest, entries = p.topk(width, dim=1)
+    before = largest.cumsum(1) - largest
+    noisy = largest.log_().add_(_gumbel(streams, entries))
+    best = noisy.masked_fill_(before >= top_p, -torch.inf).argmax(1, keepdim=True)
+    tokens = entries.gather(1, best).squeeze(1)
+    wider = before[:, -1] < top_p
+    if width < p.shape[1] and wider.any():
+        tokens[wider] = _draw_nucleus(p[wider], streams[wider], top_p, WIDER * width)
+    return tokens
+
+
+def _gumbel(streams: Tensor, entries: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32, of each stream (row,) at `entries` (row, entry)."""
+    bits = (_hash(streams[:, None], entries) >> 11) & (2**53 - 1)
+    uniform = ((bits + 0.5) * 2.0**-53).clamp_(max=1 - 2.0**-24)  # float32 would round it to 1
+    return -(-torch.log1p(-uniform)).log()
+
+
+def _hash(streams: Tensor, numbers: Tensor) -> Tensor:
+    """64 bits for each stream and number: SplitMix64 (Steele et al. 2014), entered at `number`."""
+    bits = streams + (numbers + 1) * -0x61C8864680B583EB
+    bits = (bits ^ _shift(bits, 30)) * -0x40A7B892E31B1A47
+    bits = (bits ^ _shift(bits, 27)) * -0x6B2FB644ECCEEE15
+    return bits ^ _shift(bits, 31)
+
+
+def _shift(bits: Tensor, by: int) -> Tensor:
+    """Right shift of int64 as if it were unsigned."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
+
+
+def _stream(seed: int, key: str, number: int) -> int:
+    digest = hashlib.blake2b(f"{seed} {number} {key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _check(
+    prompts: Sequence[Tokens],
+    limit: float,
+    completions: int,
+    new_tokens: int,
+    temperature: float,
+    top_p: float,
+    batch: int,
+) -> None:
+    for name, value in (("completions", completions), ("new_tokens", new_tokens), ("batch", batch)):
+        if value < 1:
+            raise InputError(f"{name}: {value} given, expected at least 1")
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature: {temperature} given, expected more than 0")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p: {top_p} given, expected more than 0 and at most 1")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError(f"prompt {index} is empty; expected at least one token")
+        if len(prompt) + new_tokens > limit:
+            raise InputError(
+                f"prompt {index} has {len(prompt)} tokens and new_tokens is {new_tokens}: together "
+                f"more than the model's context of {limit}; cut the prompt or lower new_tokens"
+            )

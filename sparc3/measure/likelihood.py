@@ -1,0 +1,283 @@
+"""How likely a model finds given tokens, without each of some circuits: negative log-likelihood
+(NLL) in nats.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from sparc3.base.errors import InputError
+from sparc3.base.files import Array
+from sparc3.circuits.ablate import without_each
+from sparc3.circuits.circuit import Circuit
+from sparc3.model import families, loading
+
+Tokens = Sequence[int]
+Progress = Callable[[int], object]  # called with the number of items just finished
+PADDING = 0.1  # largest share of padding in a batch
+CHUNK = 256  # positions whose logits exist at the same time
+
+
+def token_nll(
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    sequences: Sequence[Tokens],
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> list[list[Array]]:
+    """-log p(token | the tokens before it) in nats: float32 `(length - 1,)` for each sequence, by
+    the model without each of `circuits`.
+
+    The first token has nothing before it and is not scored. Sequences are batched by length, at
+    most `batch_tokens` tokens or one sequence at a time. `progress` counts sequences,
+    for each circuit anew.
+    Raises InputError for an empty sequence, for one longer than the model's context, and for
+    logits that are not finite.
+    """
+    _check_lengths(sequences, 1, context(model))
+    rows = [_plain(tokens, 1) for tokens in sequences]
+    return _score(model, circuits, rows, batch_tokens, progress)
+
+
+def continuation_nll(
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    groups: Sequence[Sequence[Tokens]],
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> list[list[list[Array]]]:
+    """As `token_nll`, for groups of sequences that begin alike: the sentences of a paired item.
+
+    The common prefix of a group is computed once: its sequences share a row of the batch, and
+    the attention mask keeps them apart. `progress` counts groups, for each circuit
+    anew.
+    Raises InputError as `token_nll`, for an empty group, and for a sequence longer than the
+    model's sliding window, which would reach across the row instead of the sequence.
+    """
+    limit = min(context(model), getattr(model.config, "sliding_window", None) or math.inf)
+    for index, group in enumerate(groups):
+        if not group:
+            raise InputError(f"group {index} is empty; expected at least one sequence")
+        _check_lengths(group, 1, limit)
+    shared = [_common_prefix(group) for group in groups]
+    rows = [_packed(group, prefix) for group, prefix in zip(groups, shared, strict=True)]
+    return [
+        [_unpacked(*item) for item in zip(scored, groups, shared, strict=True)]
+        for scored in _score(model, circuits, rows, batch_tokens, progress)
+    ]
+
+
+def sentence_scores(nlls: Sequence[Array]) -> Array:
+    """Mean log p per scored token, in nats: float64 `(sequences,)`.
+
+    Raises InputError for a sequence without a scored token.
+    """
+    for index, nll in enumerate(nlls):
+        if not len(nll):
+            raise InputError(f"sequence {index} has 1 token; at least 2 are needed to score it")
+    return np.array([-nll.mean(dtype=np.float64) for nll in nlls])
+
+
+def window_nll(
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    texts: Sequence[Tokens],
+    window: int = 2048,
+    stride: int = 512,
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> list[list[Array]]:
+    """NLL of each token of texts of any length, in nats: float32 `(length,)`, NaN if not scored;
+    by the model without each of `circuits`.
+
+    Texts are read through windows of `window` tokens, `stride` apart. Every token but a text's
+    first is scored once, by the first window that reaches it: with all tokens before it in the
+    first window, and at least `window - stride` in later ones. With `stride == window` windows are
+    independent, and each leaves its first token unscored. `progress` counts windows,
+    for each circuit anew.
+    Source: Hugging Face, "Perplexity of fixed-length models".
+    Raises InputError for a text of fewer than 2 tokens and for a window or stride that cannot be.
+    """
+    _check_lengths(texts, 2, math.inf)
+    if not 2 <= window <= context(model):
+        raise InputError(f"window {window}: expected 2 to {context(model)}, the model's context")
+    if not 1 <= stride <= window:
+        raise InputError(f"stride {stride}: expected 1 to {window}, the window")
+    windows = [
+        (index, begin, end, first)
+        for index, tokens in enumerate(texts)
+        for begin, end, first in _windows(len(tokens), window, stride)
+    ]
+    rows = [_plain(texts[index][begin:end], first) for index, begin, end, first in windows]
+    every = []
+    for scored in _score(model, circuits, rows, batch_tokens, progress):
+        found = [np.full(len(tokens), np.nan, np.float32) for tokens in texts]
+        for (index, begin, end, first), nll in zip(windows, scored, strict=True):
+            found[index][begin + first : end] = nll
+        every.append(found)
+    return every
+
+
+def context(model: PreTrainedModel) -> float:
+    """Longest sequence in tokens; infinite for a model without a table of positions."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+def _check_lengths(sequences: Sequence[Tokens], shortest: int, longest: float) -> None:
+    """Raises InputError for the first sequence with fewer or more tokens than that."""
+    for index, tokens in enumerate(sequences):
+        if not shortest <= len(tokens) <= longest:
+            limits = f"at least {shortest}" if longest == math.inf else f"{shortest} to {longest}"
+            raise InputError(
+                f"sequence {index} has {len(tokens)} tokens, expected {limits}; drop it or cut it"
+            )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a batch, in which `targets[i]` is predicted from the state at `predictors[i]`.
+
+    `branches` is None for a single sequence. Otherwise it numbers the sequences packed into the
+    row, and 0 is their common prefix: a token sees what came before it there and in its own branch.
+    """
+
+    tokens: Tokens
+    predictors: Tokens
+    targets: Tokens
+    positions: Tokens | None = None
+    branches: Tokens | None = None
+
+
+def _plain(tokens: Tokens, first: int) -> _Row:
+    return _Row(tokens, range(first - 1, len(tokens) - 1), tokens[first:])
+
+
+def _packed(group: Sequence[Tokens], prefix: int) -> _Row:
+    tokens = list(group[0][:prefix])
+    predictors, targets = list(range(prefix - 1)), tokens[1:]
+    positions, branches = list(range(prefix)), [0] * prefix
+    for branch, sequence in enumerate(group, start=1):
+        tail = sequence[prefix:]
+        before = [prefix - 1] if prefix else []  # without a prefix, the tail's first is unscored
+        ends = [*before, *range(len(tokens), len(tokens) + len(tail))]
+        predictors += ends[:-1]
+        targets += tail[1 - len(before) :]
+        tokens += tail
+        positions += range(prefix, len(sequence))
+        branches += [branch] * len(tail)
+    return _Row(tokens, predictors, targets, positions, branches)
+
+
+def _unpacked(nll: Array, group: Sequence[Tokens], prefix: int) -> list[Array]:
+    head = nll[: max(prefix - 1, 0)]
+    lengths = [len(head), *(len(sequence) - 1 - len(head) for sequence in group)]
+    return [np.concatenate([head, tail]) for tail in np.split(nll, np.cumsum(lengths))[1:-1]]
+
+
+def _common_prefix(group: Sequence[Tokens]) -> int:
+    columns = enumerate(zip(*group, strict=False))
+    differing = (index for index, column in columns if len(set(column)) > 1)
+    return next(differing, min(len(sequence) for sequence in group))
+
+
+def _windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Begin and end of each window in the text, and the first token in it that is scored."""
+    reached = 1
+    for begin in range(0, length, stride):
+        end = min(begin + window, length)
+        first = max(reached - begin, 1)
+        if begin + first < end:
+            yield begin, end, first
+        if end == length:
+            return
+        reached = end
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of each batch, longest sequence first."""
+    batch: list[int] = []
+    used = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        size = (len(batch) + 1) * lengths[(batch or [index])[0]]
+        padded = used + lengths[index] < (1 - PADDING) * size
+        if batch and (padded or size > batch_tokens):
+            yield batch
+            batch, used = [], 0
+        batch.append(index)
+        used += lengths[index]
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _score(
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    rows: Sequence[_Row],
+    batch_tokens: int,
+    progress: Progress | None,
+) -> list[list[Array]]:
+    """NLL of each row's targets, in nats: float32 `(targets,)` for each row, by circuit."""
+    scored: list[dict[int, Array]] = [{} for _ in circuits]
+    for batch in _batches([len(row.tokens) for row in rows], batch_tokens):
+        run = partial(_score_batch, model, [rows[index] for index in batch], progress)
+        for own, nlls in zip(scored, without_each(model, circuits, run), strict=True):
+            own.update(zip(batch, nlls, strict=True))
+    return [[own[index] for index in range(len(rows))] for own in scored]
+
+
+def _score_batch(
+    model: PreTrainedModel, rows: Sequence[_Row], progress: Progress | None
+) -> list[Array]:
+    counts = [len(row.targets) for row in rows]
+    row_index = torch.repeat_interleave(torch.tensor(counts))
+    predictors = torch.tensor([p for row in rows for p in row.predictors], dtype=torch.long)
+    hidden = _forward(model, rows)
+    hidden = hidden[row_index.to(hidden.device), predictors.to(hidden.device)]
+    targets = torch.tensor([t for row in rows for t in row.targets], dtype=torch.long)
+    pieces = [
+        _target_nll(families.logits(model, states).float(), wanted)
+        for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    nll = torch.cat(pieces).cpu().numpy()
+    if not np.isfinite(nll).all():
+        raise InputError("model: its logits are not finite; try model.dtype float32 or bfloat16")
+    if progress:
+        progress(len(rows))
+    return np.split(nll, np.cumsum(counts)[:-1])
+
+
+def _target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Overwrites `logits`: on a CPU, another array of their size costs as much as the exp."""
+    target = logits.gather(1, targets.to(logits.device)[:, None]).squeeze(1)
+    largest = logits.amax(1, keepdim=True)
+    return logits.sub_(largest).exp_().sum(1).log_() + largest.squeeze(1) - target
+
+
+def _forward(model: PreTrainedModel, rows: Sequence[_Row]) -> torch.Tensor:
+    """Last hidden states `(row, length, width)`."""
+    # Padding stands on the right: causal attention keeps it from what comes before, so a batch of
+    # plain rows needs no mask and takes the attention kernel's fast path.
+    device = loading.input_device(model)
+    inputs = {"input_ids": _padded([row.tokens for row in rows], 0).to(device)}
+    if rows[0].branches is not None:
+        branches = _padded([row.branches or [] for row in rows], -1).to(device)
+        common, same = branches[:, None, :] == 0, branches[:, None, :] == branches[:, :, None]
+        unseen = ~(common | same).tril()[:, None]
+        mask = torch.zeros(unseen.shape, dtype=model.dtype, device=device)
+        inputs["attention_mask"] = mask.masked_fill_(unseen, torch.finfo(model.dtype).min)
+        inputs["position_ids"] = _padded([row.positions or [] for row in rows], 0).to(device)
+    with loading.attention(inputs["input_ids"]):
+        return families.body(model)(**inputs, use_cache=False).last_hidden_state
+
+
+def _padded(rows: Sequence[Tokens], value: int) -> torch.Tensor:
+    padded = torch.full((len(rows), max(len(row) for row in rows)), value)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = torch.tensor(row)
+    return padded

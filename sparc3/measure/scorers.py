@@ -1,0 +1,298 @@
+"""Scorers: a text in, a score in [0, 1] out.
+
+Three kinds. `profanity` is the linear model in the alt-profanity-check wheel, always at hand.
+`detoxify` is Detoxify's `original` model (Hanu and Unitary 2020), from its published checkpoint.
+`classifier` is any text-classification model, by folder or hub name, and one of its labels. Each is
+pinned: by the wheel's version, by sha256, by the commit on the hub.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from sparc3.base.errors import InputError
+from sparc3.base.files import Array, digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Scorer = Callable[[list[str]], Array]
+Load = Callable[["ScorerSpec", str, int], Scorer]  # spec, device, batch size
+Describe = Callable[["ScorerSpec"], dict[str, str]]
+
+
+# Detoxify 0.5.4, model `original`: its checkpoint, and the encoder whose configuration and
+# vocabulary the checkpoint leaves out.
+CHECKPOINT = "https://github.com/unitaryai/detoxify/releases/download/v0.1-alpha/toxic_original-c1212f89.ckpt"
+ENCODER = "google-bert/bert-base-uncased"
+ENCODER_REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"
+
+
+# Detoxify renames the labels of the Jigsaw challenge so.
+LABELS = {
+    "toxic": "toxicity",
+    "severe_toxic": "severe_toxicity",
+    "identity_hate": "identity_attack",
+}
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """Which scorer.
+
+    `kind` is a key of SCORERS. `path`: for `classifier` a folder or owner/name on the hub; for
+    `detoxify` the checkpoint, or a folder with one *.ckpt and its encoder's config.json and
+    tokenizer, or null for the published checkpoint, cached by torch.hub. `label`: whose probability
+    is the score; `toxicity` unless given for `detoxify`. `revision`: for `classifier` the commit on
+    the hub; for `detoxify` the sha256 of the checkpoint, or its first characters.
+    """
+
+    kind: str
+    path: str | None = None
+    label: str | None = None
+    revision: str | None = None
+
+
+def scorer(spec: ScorerSpec, device: str = "cpu", batch_size: int = 32) -> Scorer:
+    """Load a scorer: texts to scores of shape (text,), float64, in [0, 1], in their order.
+
+    A text longer than the model's context is cut to it; an empty one is scored like any other. The
+    scores do not depend on the batch. `device` is a torch device, or "auto" for a GPU if there is
+    one; `profanity` runs on the CPU. Raises InputError: an unknown kind or label, a missing or
+    superfluous field, nothing to load.
+    """
+    load, _ = _kind(spec)
+    score = load(spec, device, batch_size)
+
+    def checked(texts: list[str]) -> Array:
+        scores = score(texts) if texts else np.empty(0)
+        if not np.isfinite(scores).all():
+            text = texts[int(np.isfinite(scores).argmin())]
+            raise InputError(f"scorer: {spec.kind} gives a non-finite score to {text[:60]!r}")
+        return scores
+
+    return checked
+
+
+def describe(spec: ScorerSpec) -> dict[str, str]:
+    """What exactly scores, to be logged: kind, label, versions, and the digest or commit.
+
+    Loads no model. Raises InputError as `scorer` does, but for an unknown label.
+    """
+    _, about = _kind(spec)
+    return {"kind": spec.kind} | about(spec)
+
+
+def _kind(spec: ScorerSpec) -> tuple[Load, Describe]:
+    if spec.kind not in SCORERS:
+        raise InputError(f"scorer: unknown kind {spec.kind!r}; choose one of: {_known(SCORERS)}")
+    return SCORERS[spec.kind]
+
+
+def _known(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {package: version(package) for package in packages}
+
+
+def _profanity(spec: ScorerSpec, device: str, batch_size: int) -> Scorer:
+    from profanity_check import predict_prob  # loads its model on import
+
+    for name in ("path", "label", "revision"):
+        if getattr(spec, name) is not None:
+            raise InputError(f"scorer: profanity has no {name}; leave it out")
+    return predict_prob
+
+
+def _describe_profanity(spec: ScorerSpec) -> dict[str, str]:
+    model = Path(str(files("profanity_check") / "data" / "model.joblib"))
+    return _versions("alt-profanity-check", "scikit-learn") | {"sha256": digest(model)}
+
+
+def _classifier(spec: ScorerSpec, device: str, batch_size: int) -> Scorer:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path, label, revision = _classifier_fields(spec)
+    try:
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            path, revision=revision, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(path, error) from None
+    if loaded["missing_keys"]:  # transformers makes them up
+        raise InputError(f"scorer: {path} is no text-classification model: it has no such weights")
+    names = [str(name) for name in model.config.id2label.values()]
+    # The rule of transformers' own pipeline.
+    independent = model.config.problem_type == "multi_label_classification" or len(names) == 1
+    return _run(model, tokenizer, _index(label, names, path), independent, device, batch_size)
+
+
+def _classifier_fields(spec: ScorerSpec) -> tuple[str, str, str | None]:
+    if spec.path is None or spec.label is None:
+        raise InputError("scorer: classifier needs path (a folder, or owner/name) and label")
+    if not Path(spec.path).is_dir() and not re.fullmatch("[0-9a-f]{40}", spec.revision or ""):
+        raise InputError(
+            f"scorer: {spec.path} is not a folder, and revision is {spec.revision!r}; a model on "
+            "the hub needs its commit (40 hexadecimal digits) as revision"
+        )
+    return spec.path, spec.label, spec.revision
+
+
+def _describe_classifier(spec: ScorerSpec) -> dict[str, str]:
+    path, label, revision = _classifier_fields(spec)
+    pin = {"revision": revision} if revision else {}
+    if Path(path).is_dir():
+        weights = sorted(Path(path).glob("*.safetensors"))
+        pin = {f"sha256 {w.name}": digest(w) for w in weights}
+    return {"path": path, "label": label} | pin | _versions("torch", "transformers")
+
+
+def _detoxify(spec: ScorerSpec, device: str, batch_size: int) -> Scorer:
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    checkpoint, encoder, revision = _detoxify_files(spec)
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        size = saved["config"]["arch"]["args"]["num_classes"]
+        classes = map(str, saved["config"]["dataset"]["args"]["classes"])
+        labels = [LABELS.get(name, name) for name in classes]
+        # Older versions of transformers saved these indices with the weights.
+        state = {k: w for k, w in saved["state_dict"].items() if not k.endswith(".position_ids")}
+    except (UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{checkpoint}: not a Detoxify checkpoint ({type(error).__name__}); expected tensors "
+            "and plain values under state_dict and config"
+        ) from error
+    try:
+        config = AutoConfig.from_pretrained(encoder, revision=revision, num_labels=size)
+        tokenizer = AutoTokenizer.from_pretrained(encoder, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(encoder, error) from None
+    model = AutoModelForSequenceClassification.from_config(config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{checkpoint}: its weights do not fit the encoder {encoder}") from error
+    column = _index(spec.label or "toxicity", labels, str(checkpoint))
+    return _run(model, tokenizer, column, True, device, batch_size)
+
+
+def _detoxify_files(spec: ScorerSpec) -> tuple[Path, str, str | None]:
+    """Checkpoint, and the encoder's folder or hub name and commit; the checkpoint is verified."""
+    encoder, revision = ENCODER, ENCODER_REVISION
+    pins = [spec.revision] if spec.revision else []
+    if spec.path is None:
+        checkpoint = _published_checkpoint()
+        pins.append(checkpoint.stem.rpartition("-")[2])  # its name ends in its sha256
+    elif Path(spec.path).is_dir():
+        found = sorted(Path(spec.path).glob("*.ckpt"))
+        if len(found) != 1:
+            raise InputError(f"scorer: {spec.path} has {len(found)} files *.ckpt; expected one")
+        checkpoint, encoder, revision = found[0], spec.path, None
+    else:
+        checkpoint = Path(spec.path)
+    sha256 = digest(checkpoint)
+    for pin in pins:
+        if not sha256.startswith(pin):
+            raise InputError(
+                f"{checkpoint}: sha256 is {sha256}, expected {pin}...; get the file again, or "
+                "correct revision"
+            )
+    return checkpoint, encoder, revision
+
+
+def _published_checkpoint() -> Path:
+    """The checkpoint in torch.hub's cache, downloaded if it is not there."""
+    from torch import hub
+
+    path = Path(hub.get_dir()) / "checkpoints" / Path(CHECKPOINT).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            hub.download_url_to_file(CHECKPOINT, str(path))
+        except OSError as error:  # URLError is one
+            raise InputError(
+                f"scorer: cannot download {CHECKPOINT} ({error}); put it into {path.parent}, or "
+                "give its place as path"
+            ) from None
+    return path
+
+
+def _describe_detoxify(spec: ScorerSpec) -> dict[str, str]:
+    checkpoint, encoder, revision = _detoxify_files(spec)
+    about = {"checkpoint": str(checkpoint), "sha256": digest(checkpoint), "encoder": encoder}
+    pin = {"encoder revision": revision} if revision else {}
+    label = {"label": spec.label or "toxicity"}
+    return about | pin | label | _versions("torch", "transformers")
+
+
+SCORERS: dict[str, tuple[Load, Describe]] = {
+    "profanity": (_profanity, _describe_profanity),
+    "detoxify": (_detoxify, _describe_detoxify),
+    "classifier": (_classifier, _describe_classifier),
+}
+
+
+def _index(label: str, labels: Sequence[str], where: str) -> int:
+    if label not in labels:
+        raise InputError(f"scorer: {where} has no label {label!r}; choose one of: {_known(labels)}")
+    return labels.index(label)
+
+
+def _cannot_load(path: str, error: Exception) -> InputError:
+    reason = str(error).strip().split("\n")[0]
+    return InputError(
+        f"scorer: cannot load {path} ({reason}); give a folder, or owner/name on the hub"
+    )
+
+
+def _run(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    column: int,
+    independent: bool,
+    device: str,
+    batch_size: int,
+) -> Scorer:
+    """Probability of one label: by itself if labels are `independent`, else among all of them."""
+    import torch
+
+    if device == "auto":  # for a model in parts; a scorer is small
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.nn.Module.to(model.eval(), device)  # transformers' own `to` has no usable type
+    positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    limit = min(tokenizer.model_max_length, positions)
+
+    @torch.inference_mode()
+    def score(texts: list[str]) -> Array:
+        scores = np.empty(len(texts))
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+        starts = range(0, len(texts), batch_size)
+        for start in tqdm(starts, "score texts", unit="batch", disable=None, leave=False):
+            batch = order[start : start + batch_size]
+            inputs = tokenizer(
+                [texts[i] for i in batch],
+                padding=True,
+                truncation=True,
+                max_length=limit,
+                return_tensors="pt",
+            ).to(model.device)
+            logits = model(**inputs).logits.float()
+            chances = logits.sigmoid() if independent else logits.softmax(-1)
+            scores[batch] = chances[:, column].cpu().numpy()
+        return scores
+
+    return score

@@ -1,0 +1,107 @@
+"""Where each family of models keeps its MLP neurons.
+
+A **neuron** is one coordinate of the vector that enters an MLP's output projection, in gated
+(LLaMA) and plain (GPT-2) MLPs alike. A new family is one row of FAMILIES and, for relevance, one
+row of `sparc3.relevance.lrp.RULES`.
+"""
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sparc3.base.errors import InputError
+
+
+class Family(NamedTuple):
+    """Attribute paths of one model family: within the model, and within one layer."""
+
+    body: str  # the transformer without the language-modelling head
+    layers: str
+    up: str
+    gate: str | None  # None: plain MLP
+    down: str
+
+
+_LLAMA = Family("model", "model.layers", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
+FAMILIES: dict[str, Family] = {  # by config.model_type
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "opt": Family("model", "model.decoder.layers", "fc1", None, "fc2"),
+    "gpt2": Family("transformer", "transformer.h", "mlp.c_fc", None, "mlp.c_proj"),
+}
+
+
+class MLP(NamedTuple):
+    """The projections of one layer's MLP; `down` is the output projection."""
+
+    up: nn.Module
+    gate: nn.Module | None
+    down: nn.Module
+
+
+def family(model_type: str) -> Family:
+    """The row of FAMILIES; InputError for an unknown family."""
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise InputError(f"model: family {model_type!r} is not known; choose one of: {known}")
+    return FAMILIES[model_type]
+
+
+def body(model: PreTrainedModel) -> nn.Module:
+    """The transformer: ids or embeddings to the last hidden state."""
+    return model.get_submodule(family(model.config.model_type).body)
+
+
+def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (..., vocabulary) of the body's last hidden state (..., hidden), any positions."""
+    values = cast(nn.Module, model.get_output_embeddings())(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return values if cap is None else torch.tanh(values / cap) * cap
+
+
+def layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer's blocks, in order."""
+    return list(model.get_submodule(family(model.config.model_type).layers).children())
+
+
+def mlps(model: PreTrainedModel) -> list[MLP]:
+    """The MLP projections of every layer, in order."""
+    names = family(model.config.model_type)
+    return [
+        MLP(
+            up=layer.get_submodule(names.up),
+            gate=None if names.gate is None else layer.get_submodule(names.gate),
+            down=layer.get_submodule(names.down),
+        )
+        for layer in layers(model)
+    ]
+
+
+def incoming(projection: nn.Module) -> Tensor:
+    """Weight of `up` or `gate` as a (neuron, input) view, whichever way the module stores it."""
+    return _linear_weight(projection)
+
+
+def outgoing(projection: nn.Module) -> Tensor:
+    """Weight of `down` as an (output, neuron) view, whichever way the module stores it."""
+    return _linear_weight(projection)
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    return len(mlps(model))
+
+
+def width(model: PreTrainedModel) -> int:
+    """Neurons per layer (the same in every layer of the known families)."""
+    return outgoing(mlps(model)[0].down).shape[1]
+
+
+def _linear_weight(projection: nn.Module) -> Tensor:
+    weight = projection.get_parameter("weight")
+    return weight.T if isinstance(projection, Conv1D) else weight  # Conv1D stores (in, out)

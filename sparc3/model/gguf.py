@@ -1,0 +1,183 @@
+"""Convert: a GGUF file to a Hugging Face folder, tensor by tensor, so that any size fits.
+
+transformers can read GGUF itself, but holds the whole model in float32 while it does. Its tables of
+names and of layouts are used here, one tensor at a time: in memory are one shard of the result and
+one tensor in float32. The same bytes on every run and machine.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparc3.base.errors import InputError
+from sparc3.base.files import read_json, write_json, write_text
+
+SHARD = 2**30  # bytes of weights in one file, at most (or a single tensor)
+
+
+def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD) -> None:
+    """Weights dequantised to `dtype` as safetensors, configuration and tokenizer.
+
+    `folder` may exist; it should be empty. InputError: no GGUF of a family that is known, or one
+    whose tensors are not those of the model that its header describes.
+    """
+    import torch  # here, so that a fetch with nothing to do takes a second
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from sparc3.model.families import family
+    from sparc3.model.loading import DTYPES, front
+
+    if not gguf.is_file():
+        raise InputError(f"{gguf}: file not found; give the path of a GGUF file")
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        config = AutoConfig.from_pretrained(**source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{gguf}: not a GGUF file that transformers reads ({reason})") from None
+    family(config.model_type)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    folder.mkdir(parents=True, exist_ok=True)
+    reader = GGUFReader(gguf)
+    _write_weights(gguf, reader, model, folder, shard)
+    model.config.architectures, model.config.dtype = [type(model).__name__], DTYPES[dtype]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    # The legacy format would leave a copy of the GGUF as tokenizer.model.
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.save_pretrained(folder, legacy_format=False)
+    wanted = reader.fields.get("tokenizer.ggml.add_bos_token")
+    if wanted is not None and not wanted.contents() and front(tokenizer):
+        _drop_front(folder)
+
+
+def _drop_front(folder: Path) -> None:
+    """Rewrite a tokenizer that transformers, which does not read the field, made to add a token."""
+    tree = read_json(folder / "tokenizer.json")
+    write_text(
+        folder / "tokenizer.json",
+        json.dumps({**tree, "post_processor": None}, ensure_ascii=False),
+    )
+    settings = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", {**settings, "add_bos_token": False})
+
+
+def _write_weights(gguf: Path, reader: Any, model: Any, folder: Path, shard: int) -> None:
+    from safetensors.torch import save_file
+
+    expected = {name: tensor for name, tensor in model.state_dict().items()}
+    for name in model._tied_weights_keys or [] if model.config.tie_word_embeddings else []:
+        del expected[name]
+    sizes, tensors = _tensors(gguf, reader, model)
+    if set(sizes) != set(expected):
+        odd = sorted(set(sizes) ^ set(expected))[0]
+        raise InputError(
+            f"{gguf}: tensor {odd} is {'missing' if odd in expected else 'none of the model'}; "
+            "the file is incomplete, or of an architecture that is not known"
+        )
+    plan = _shards({name: expected[name].nbytes for name in sizes}, shard)
+    files = [
+        "model.safetensors" if len(plan) == 1 else f"model-{n:05}-of-{len(plan):05}.safetensors"
+        for n in range(1, len(plan) + 1)
+    ]
+    for file, names in zip(files, plan, strict=True):
+        held = {}
+        for name in names:
+            found, values = next(tensors)
+            assert found == name  # both in the order of the file
+            if values.shape != expected[name].shape:
+                raise InputError(
+                    f"{gguf}: tensor {name} has shape {tuple(values.shape)}; its header says "
+                    f"{tuple(expected[name].shape)}"
+                )
+            held[name] = values.to(expected[name].dtype).contiguous()
+        save_file(held, folder / file, metadata={"format": "pt"})
+    if len(plan) > 1:
+        index = {name: file for file, names in zip(files, plan, strict=True) for name in names}
+        total = sum(expected[name].nbytes for name in sizes)
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": index},
+        )
+
+
+def _tensors(gguf: Path, reader: Any, model: Any) -> tuple[list[str], Iterator[tuple[str, Any]]]:
+    """Names in the model of the file's tensors, in its order; and each with its float32 values."""
+    import torch
+    from gguf import dequantize
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        load_gguf_checkpoint,
+    )
+
+    header = {**load_gguf_checkpoint(str(gguf)), "tensors": {}}  # GPT-2's processor puts one there
+    architecture = str(reader.fields["general.architecture"].contents())
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=header["config"])
+    names: Mapping[str, str] = get_gguf_hf_weights_map(model)
+    known = [tensor for tensor in reader.tensors if tensor.name in names]
+
+    def values() -> Iterator[tuple[str, Any]]:
+        for tensor in known:
+            done = processor.process(
+                weights=dequantize(tensor.data, tensor.tensor_type),
+                name=tensor.name,
+                tensor_key_mapping=names,
+                parsed_parameters=header,
+            )
+            yield names[tensor.name], torch.from_numpy(done.weights.copy())
+
+    return [names[tensor.name] for tensor in known], values()
+
+
+def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """The names in their order, in groups of at most `most` bytes or of one."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room or not groups:
+            groups.append([])
+            room = most
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def use_bpe_by_score(folder: Path) -> None:
+    """Rewrite tokenizer.json, taken for a unigram model, as the byte-pair encoding that it is."""
+    path = folder / "tokenizer.json"
+    tree = read_json(path)
+    tree["model"] = bpe_by_score(tree["model"]["vocab"])
+    write_text(path, json.dumps(tree, ensure_ascii=False))
+
+
+def bpe_by_score(pieces: list[tuple[str, float]]) -> dict[str, object]:
+    """Byte-pair encoding from pieces with scores, as tokenizers stores it.
+
+    SentencePiece's BPE merges the adjacent pair whose union has the highest score, so the merges
+    are all ways to split a piece into two pieces, in the order of the pieces' scores.
+    """
+    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+    merges = []
+    for piece, score in pieces:
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in ids and right in ids:
+                merges.append((-score, ids[piece], ids[left], left, right))
+    merges.sort()
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": "<unk>",
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": ids,
+        "merges": [[left, right] for *_, left, right in merges],
+    }

@@ -1,0 +1,124 @@
+"""Data sets on the hub, at a pinned commit, or folders of the same layout, as rows."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any
+
+from sparc3.base.errors import InputError
+from sparc3.base.files import digest_text
+from sparc3.base.secrets import hub_token
+from sparc3.prompts.embedded import _item, _toxic
+from sparc3.prompts.row import Row, Where
+
+
+def hub_real_toxicity_prompts(where: Where) -> list[Row]:
+    """All 99,442 RealToxicityPrompts; those that Perspective did not score have no toxicity."""
+    rows = _load(where, "allenai/real-toxicity-prompts", None, "train")
+    return [_toxic(row["prompt"]["text"], row["prompt"]["toxicity"]) for row in rows]
+
+
+def hub_stereoset(where: Where) -> list[Row]:
+    """StereoSet's intrasentence items as its authors put them on the hub."""
+    found = []
+    for row in _load(where, "McGill-NLP/stereoset", "intrasentence", "validation"):
+        sentences = dict(
+            zip(row["sentences"]["gold_label"], row["sentences"]["sentence"], strict=True)
+        )
+        # The labels of the hub's data set: 0 anti-stereotype, 1 stereotype, 2 unrelated.
+        found.append(
+            _item(
+                row["bias_type"],
+                row["target"],
+                row["context"],
+                sentences[1],
+                sentences[0],
+                sentences[2],
+            )
+        )
+    return found
+
+
+# Subtitles have more signs; within an article, some lines of a list of formulas look like a title,
+# but have no blank lines around them.
+_TITLE = re.compile(r" = [^=]+ = \n?")
+
+
+def hub_wikitext_2(where: Where) -> list[Row]:
+    """WikiText-2's raw test set (Merity et al. 2016), one row an article, in order.
+
+    Joined by two newlines they are the text whose sliding-window perplexity is usually reported.
+    """
+    lines = [
+        row["text"] for row in _load(where, "Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+    ]
+    blank = [not line.strip() for line in ["", *lines, ""]]
+    titles = [
+        blank[n] and blank[n + 2] and _TITLE.fullmatch(line) is not None
+        for n, line in enumerate(lines)
+    ]
+    numbers = [max(1, n) for n in accumulate(map(int, titles))]  # what precedes the first is its
+    articles = groupby(zip(numbers, lines, strict=True), key=lambda item: item[0])
+    texts = ["\n\n".join(line for _, line in article) for _, article in articles]
+    return [Row("wikitext-2", f"wikitext-2/{i}", "", text) for i, text in enumerate(texts)]
+
+
+def hub_stereotype_elicitation(where: Where) -> list[Row]:
+    """The stereotype-elicitation prompt library of MGS (Wu et al. 2024); strata are its classes."""
+    path = "wu981526092/Stereotype-Elicitation-Prompt-Library"
+    return [
+        Row(
+            "stereotype-elicitation",
+            f"stereotype-elicitation/{digest_text(row['text'])[:16]}",
+            row["class"].removeprefix("stereotype_"),
+            row["text"],
+        )
+        for row in _load(where, path, None, "train")
+    ]
+
+
+def hub_c4(where: Where, seed: int) -> Iterator[Row]:
+    """C4's English training texts (Raffel et al. 2020), streamed in an order decided by `seed`."""
+    with _hub_errors(where, "allenai/c4"):
+        stream = _load(where, "allenai/c4", "en", "train", streaming=True)
+        for row in stream.shuffle(seed=seed, buffer_size=10_000):
+            yield Row("c4", f"c4/{row['url']}", "", row["text"])
+
+
+_HUB = ("path", "revision")
+
+
+def _load(where: Where, path: str, name: str | None, split: str, streaming: bool = False) -> Any:
+    """A split of a data set: on the hub at the pinned revision, or a folder of the same layout."""
+    import datasets  # here: it takes seconds, and the embedded sources do without it
+
+    path = where.get("path", path)
+    with _hub_errors(where, path):
+        return datasets.load_dataset(
+            path,
+            name,
+            split=split,
+            revision=None if Path(path).is_dir() else where["revision"],
+            streaming=streaming,
+            token=hub_token(),
+        )
+
+
+@contextmanager
+def _hub_errors(where: Where, path: str) -> Iterator[None]:
+    """Any failure to read a data set as one line, without the token."""
+    token = hub_token()
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if token:
+            reason = reason.replace(token, "***")
+        given = "HF_TOKEN was given" if token else "no HF_TOKEN was given"
+        at = f" at revision {where['revision']}" if "revision" in where else ""
+        raise InputError(
+            f"cannot read data set {path}{at} ({type(error).__name__}: {reason}); {given}; "
+            "check the path, the revision, the network and, for a gated data set, the access"
+        ) from None

@@ -1,0 +1,108 @@
+"""Sources by name, and the keys that `where` may have for each.
+
+A source is one entry of SOURCES (every row at once) or STREAMS (rows one by one, in an order that
+a seed decides), and a `where` mapping from params.yaml narrows it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparc3.base.errors import InputError
+from sparc3.prompts.embedded import (
+    crows_pairs,
+    gender_pairs,
+    neutral_pairs,
+    news,
+    real_toxicity_prompts,
+    stereoset,
+    wikipedia,
+    winobias,
+)
+from sparc3.prompts.hub import (
+    _HUB,
+    hub_c4,
+    hub_real_toxicity_prompts,
+    hub_stereoset,
+    hub_stereotype_elicitation,
+    hub_wikitext_2,
+)
+from sparc3.prompts.row import Row, Source, Where
+
+SOURCES = {
+    "wikipedia": Source(wikipedia, ()),
+    "news": Source(news, ()),
+    "real-toxicity-prompts": Source(real_toxicity_prompts, ("min_toxicity", "first")),
+    "stereoset": Source(stereoset, ("bias_type", "first")),
+    "neutral-pairs": Source(neutral_pairs, ("bias_type", "first")),
+    "crows-pairs": Source(crows_pairs, ("bias_type", "first")),
+    "winobias": Source(winobias, ("first",)),
+    "gender-pairs": Source(gender_pairs, ()),
+    "hub/real-toxicity-prompts": Source(
+        hub_real_toxicity_prompts, (*_HUB, "min_toxicity", "first")
+    ),
+    "hub/stereoset": Source(hub_stereoset, (*_HUB, "bias_type", "first")),
+    "hub/wikitext-2": Source(hub_wikitext_2, (*_HUB, "first")),
+    "hub/stereotype-elicitation": Source(hub_stereotype_elicitation, (*_HUB, "bias_type", "first")),
+}
+
+
+STREAMS = {"hub/c4": hub_c4}
+
+
+def check(key: str, source: str, where: Where) -> None:
+    """InputError, naming the params key below `key`, if there is no such source or `where` key."""
+    if source in STREAMS:
+        known = _HUB
+    elif source in SOURCES:
+        known = SOURCES[source].where
+    else:
+        raise InputError(
+            f"params: {key}.source {source!r} is not known; choose one of "
+            f"{', '.join([*SOURCES, *STREAMS])}"
+        )
+    for name, value in where.items():
+        if name not in known:
+            raise InputError(
+                f"params: {key}.where.{name} is not known; "
+                f"source {source!r} has {', '.join(known) or 'no keys'}"
+            )
+        if not _EXPECTED[name][1](value):
+            raise InputError(
+                f"params: {key}.where.{name} is {value!r}; expected {_EXPECTED[name][0]}"
+            )
+    if known[:2] == _HUB and "revision" not in where and not Path(where.get("path", "")).is_dir():
+        raise InputError(
+            f"params: {key}.where.revision is missing; pin the hub's data set by its commit"
+        )
+
+
+_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "path": ("a local folder, or owner/name on the hub", lambda v: isinstance(v, str) and v != ""),
+    "revision": ("a commit on the hub, as text", lambda v: isinstance(v, str) and v != ""),
+    "bias_type": ("text", lambda v: isinstance(v, str)),
+    "first": (
+        "a whole number of at least 1",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0,
+    ),
+    "min_toxicity": (
+        "a number from 0 to 1",
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1,
+    ),
+}
+
+
+def narrow(key: str, rows: list[Row], where: Where) -> list[Row]:
+    """The rows that fit `where`, in their order; InputError for a bias type that is not there."""
+    if "bias_type" in where:
+        known = sorted({row.stratum for row in rows})
+        if where["bias_type"] not in known:
+            raise InputError(
+                f"params: {key}.where.bias_type {where['bias_type']!r} is not in the data; "
+                f"choose one of {', '.join(known)}"
+            )
+        rows = [row for row in rows if row.stratum == where["bias_type"]]
+    if "min_toxicity" in where:
+        least = where["min_toxicity"]
+        rows = [row for row in rows if row.toxicity is not None and row.toxicity >= least]
+    return rows[: where.get("first", len(rows))]

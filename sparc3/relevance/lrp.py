@@ -1,0 +1,158 @@
+"""AttnLRP relevance as a modified gradient (Achtibat et al. 2024, through lxt's `efficient`).
+
+Within `attnlrp(model)` what autograd computes is no longer dy/dx, but such that x * gradient is
+the relevance of x for y. The values of the forward pass do not change.
+
+Only this file imports lxt, whose patches replace functions of transformers and torch for the
+whole process: here they are undone on exit.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from lxt.efficient.models import gemma3, gpt2, llama, qwen2, qwen3
+from lxt.efficient.patches import (
+    layer_norm_forward,
+    patch_attention,
+    patch_method,
+    rms_norm_forward,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.mistral import modeling_mistral
+from transformers.models.opt import modeling_opt
+
+from sparc3.model.families import family
+
+EPSILON = 1e-10  # lxt's, in f(x) / (x + epsilon)
+
+
+class _Gate(torch.autograd.Function):
+    """h = f(g) * u with the identity rule for f and the uniform rule for the product.
+
+    The identity rule (Eq. 9) replaces f'(g) by r = f(g)/g, the uniform rule (Eq. 7) halves what
+    each factor receives. As h = r*g*u, the two gradients are then r*u/2 and r*g/2 times that of h.
+    Only g and u are kept, half of what the composition of lxt's functions keeps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, f: Callable[[Tensor], Tensor], g: Tensor, u: Tensor) -> Tensor:
+        ctx.f = f
+        ctx.save_for_backward(g, u)
+        return f(g) * u
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
+        g, u = ctx.saved_tensors
+        shared = _ratio(ctx.f, g).mul_(gradients[0]).div_(2)
+        return None, shared * u, shared.mul_(g)
+
+
+class _Activation(torch.autograd.Function):
+    """h = f(z) with the identity rule (Eq. 9), keeping only z."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        ctx.f = f
+        ctx.save_for_backward(z)
+        return f(z)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (z,) = ctx.saved_tensors
+        return None, _ratio(ctx.f, z).mul_(gradients[0])
+
+
+def _ratio(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = x.float()  # float16 would round epsilon to 0, and 0 / 0 is not finite
+    return f(x) / (x + EPSILON)
+
+
+def _gated_mlp_forward(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(_Gate.apply(self.act_fn, self.gate_proj(x), self.up_proj(x)))
+
+
+def _gpt2_mlp_forward(self: Any, x: Tensor) -> Tensor:
+    return self.c_proj(_Activation.apply(self.act, self.c_fc(x)))
+
+
+def _activation_forward(self: Any, z: Tensor) -> Tensor:
+    return _Activation.apply(self.original_forward, z)
+
+
+_gated_mlp = partial(patch_method, _gated_mlp_forward)
+
+
+# What to patch, by config.model_type: class or module -> lxt patch. lxt has no map for Mistral and
+# OPT; in its maps only the MLP is replaced, by the same rules in half the memory.
+RULES: dict[str, Mapping[Any, Callable[[Any], bool]]] = {
+    "llama": {**llama.attnLRP, llama.LlamaMLP: _gated_mlp},
+    "qwen2": {**qwen2.attnLRP, qwen2.Qwen2MLP: _gated_mlp},
+    "qwen3": {**qwen3.attnLRP, qwen3.Qwen3MLP: _gated_mlp},
+    "gemma3_text": {**gemma3.attnLRP, gemma3.Gemma3MLP: _gated_mlp},
+    "mistral": {
+        modeling_mistral.MistralMLP: _gated_mlp,
+        modeling_mistral.MistralRMSNorm: partial(patch_method, rms_norm_forward),
+        modeling_mistral: patch_attention,
+    },
+    "gpt2": {**gpt2.attnLRP, gpt2.GPT2MLP: partial(patch_method, _gpt2_mlp_forward)},
+    "opt": {
+        nn.LayerNorm: partial(patch_method, layer_norm_forward),
+        modeling_opt: patch_attention,
+    },
+}
+
+
+_patched = False
+
+
+@contextmanager
+def attnlrp(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, gradients through `model` (and its whole family) are AttnLRP relevance.
+
+    Neither reentrant nor thread-safe: the patches belong to the process. A graph built inside is
+    LRP's wherever `backward` is called, and a graph built outside is plain.
+
+    InputError: unknown family. RuntimeError: already inside, or something else has left lxt's
+    patches behind.
+    """
+    global _patched
+    family(model.config.model_type)
+    if _patched:
+        raise RuntimeError("attnlrp: already active in this process")
+    rules = dict(RULES[model.config.model_type])
+    if model.config.model_type == "opt":  # its MLP is inlined in the layer: patch the activation
+        activation = type(model.get_submodule("model.decoder.layers.0").activation_fn)
+        rules[activation] = partial(patch_method, _activation_forward, keep_original=True)
+    before = {target: dict(vars(target)) for target in rules}
+    _patched = True
+    try:
+        for target, patch in rules.items():
+            if not patch(target):
+                raise RuntimeError(f"attnlrp: {target} was patched outside of it")
+        _rebind(model)
+        yield
+    finally:
+        for target, attributes in before.items():
+            _restore(target, attributes)
+        _rebind(model)
+        _patched = False
+
+
+def _restore(target: Any, before: Mapping[str, Any]) -> None:
+    for name in [name for name in vars(target) if name not in before]:
+        delattr(target, name)
+    for name, value in before.items():
+        if vars(target).get(name) is not value:
+            setattr(target, name, value)
+
+
+def _rebind(model: PreTrainedModel) -> None:
+    # accelerate (device_map) keeps each module's forward as it was when the model was spread out,
+    # so a patch of the class, and its removal, would not reach the module.
+    for module in model.modules():
+        if "_old_forward" in vars(module):
+            vars(module)["_old_forward"] = type(module).forward.__get__(module)

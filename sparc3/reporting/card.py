@@ -1,0 +1,114 @@
+"""The model card of an exported model."""
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sparc3.base.files import markdown
+from sparc3.base.params import Params
+from sparc3.circuits.circuit import Circuit
+
+LEGEND = """\
+Differences between this model and the unpruned one, with 95 % intervals. ppl_delta and reduction
+are in percent of the unpruned model; ss, lms, icat and toxic_probability in points; margin and
+nll_shift in nats per token. `test` is held out; `in_sample` was measured on the prompts that the
+neurons were chosen on; `against_control` compares with as many random neurons. A second table sets
+the effect, larger is less of the behaviour, beside that of every draw of them."""
+
+
+AMONG = "among_controls"  # effects among draws: not differences with an interval
+
+
+def differences(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, difference) of every difference in a tree of metrics, names joined by dots."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and key != AMONG:
+            if {"value", "low", "high"} <= value.keys():
+                yield prefix + key, value
+            else:
+                yield from differences(value, f"{prefix}{key}.")
+
+
+def evaluation_table(tree: Mapping[str, Any]) -> str:
+    """Markdown: one row per difference, with its interval, p-value and number of clusters."""
+    header = ["measure", "change", "low", "high", "p", "clusters"]
+    return markdown(header, (_cells(*each, "value low high p n") for each in differences(tree)))
+
+
+def control_table(among: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: one row per effect, beside those of the control's draws; nothing without any."""
+    header = ["effect", "of this model", "mean of the draws", "least", "largest", "rank p", "draws"]
+    rows = [_cells(*each, "value mean low high p n") for each in among.items()]
+    return f"\n{markdown(header, rows)}" if rows else ""
+
+
+def _cells(name: str, row: Mapping[str, float], keys: str) -> list[str]:
+    return [name, *(_number(row.get(key)) for key in keys.split())]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def neuron_list(circuit: Circuit) -> str:
+    """Markdown: one line per layer, its neurons in order; a dampened one with its scale."""
+    rows = sorted(circuit.rows())
+    lines = []
+    for layer, members in groupby(rows, key=lambda row: row[0]):
+        names = [f"{n} ({s:.3g})" if s else str(n) for _, n, _, s in members]
+        lines.append(f"- layer {layer}: {', '.join(names)}")
+    return "\n".join(lines) or "none"
+
+
+def card(
+    params: Params,
+    behaviour: str,
+    method: str,
+    circuit: Circuit,
+    sha256: str,
+    evaluation: Mapping[str, Any] | None,
+) -> str:
+    """The model card. `evaluation`: the circuit's differences, or None if it was not evaluated."""
+    model = params.model
+    removed = int((circuit.scales == 0).sum())
+    dampened = len(circuit) - removed
+    at = f", revision {model.revision}" if model.revision else ""
+    measured = (
+        f"`metrics/evaluate/{behaviour}.json` was not there when this model was written."
+        if evaluation is None
+        else f"{LEGEND}\n\n{evaluation_table(evaluation)}{control_table(evaluation.get(AMONG, {}))}"
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- sparc3
+- pruned
+---
+
+# {Path(model.path).name} without {len(circuit)} neurons of {behaviour}
+
+{model.path}{at}, in {model.dtype}, with {removed} MLP neurons removed and {dampened} dampened:
+those that sparc3's method `{method}` finds to serve {behaviour} (after arXiv 2506.13727).
+Nothing was trained. A removed neuron has zero weights throughout; a dampened one has its column of
+the MLP's output projection multiplied by its scale.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+## Evaluation
+
+{measured}
+
+## Neurons
+
+By layer, from 0; a dampened one with its scale in brackets. `circuit.csv` has their scores; its
+sha256 is {sha256}.
+
+{neuron_list(circuit)}
+"""

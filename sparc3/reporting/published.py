@@ -1,0 +1,274 @@
+"""The published numbers beside the measured ones, with a verdict computed from the interval.
+
+`published.json` holds one object per number: id, what, value, unit, where, rounding (how far the
+printed value may be from the exact one), and either
+
+- `measure`: where in the measured quantities its counterpart stands; `null`, the value that would
+  mean no effect (15 for the gate); `needs`, facts of the setup without which the value cannot be
+  compared; or
+- `formula` and `inputs`: the number is said to follow from other published ones.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any
+
+from sparc3.base.artifacts import evaluation_folder, metrics_path
+from sparc3.base.errors import InputError
+from sparc3.base.files import markdown, read_csv, read_json
+from sparc3.base.params import Params
+from sparc3.circuits.overlap import enrichment, overlap_p
+from sparc3.measure import inference
+from sparc3.reporting.tables import first_split, number
+
+PUBLISHED = Path(__file__).with_name("published.json")
+REPRODUCED = "reproduced"
+NOT_REPRODUCED = "not reproduced"
+NOT_TESTABLE = "not testable on this model"
+FORMULAS: dict[str, Callable[..., float]] = {
+    "reduction": lambda before, after: 100 * (1 - after / before),
+    "change": lambda before, after: 100 * (after / before - 1),
+    "share": lambda part, whole: 100 * part / whole,
+    "ratio": lambda before, after: before / after,
+    "remainder": lambda whole, *parts: whole - sum(parts),
+    "total": lambda *parts: sum(parts),
+    "product": lambda *factors: prod(factors),
+    "enrichment": enrichment,
+    "overlap_p": overlap_p,
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One published number and what became of it.
+
+    `value`, `low`, `high` are what this run measured (None where it did not) in `unit`, or, where
+    `arithmetic`, the value computed from published inputs. `direction` compares the interval with
+    the value that means no effect: "agrees" or "disagrees" if it lies wholly on one side, "open" if
+    it holds that value, "" where there is none.
+    """
+
+    id: str
+    what: str
+    published: float
+    unit: str
+    where: str
+    arithmetic: bool
+    value: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+    direction: str
+    reason: str
+
+
+def claims(measured: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
+    """A verdict for every published number, in the order of published.json.
+
+    `measured`: name -> key -> a number, or a mapping with "value", "low" and "high" (other keys
+    are ignored, so a difference of the metrics files fits). A number alone has no interval: it can
+    agree with what was published, but not refute it. What is absent is not testable, never an
+    error; a name that no claim knows is an InputError, since it would go unread.
+
+    setup: layers, width, overlap_neurons, neurons_BEHAVIOUR, scorer_BEHAVIOUR, perplexity_text,
+        gpus
+    differential, reduction, ppl_delta, improved: behaviour, all in percent
+    baseline, pruned, baseline_sd, pruned_sd: behaviour, in the scorer's units
+    perplexity: "before" or the behaviour pruned for
+    overlap, enrichment: "a-b", "a-b-c"; region: "a", "a-b" (exclusive)
+    correlation: "a-b"; correlation_difference: "a-b minus c-d"
+    quadrant: both, first, second, neither (toxicity x gender), in percent
+    late_share: "all", in percent; triple_neurons, triple_layers: "found"
+    cost: gpu-hours, seed-hours, behaviour-minutes, score-file, memory
+    other_systems: what the claim's `measure` says
+
+    Verdicts: "reproduced" if the interval holds the published value and leaves out no effect;
+    "not reproduced" if it does not hold the published value; "not testable on this model" if the
+    quantity was not measured, if the model or instrument differs from what it needs, or if the
+    interval holds the published value and no effect alike, so that it tells nothing.
+    """
+    published = read_json(PUBLISHED)
+    known = {"setup"} | {row["measure"][0] for row in published if "measure" in row}
+    if unknown := sorted(set(measured) - known):
+        raise InputError(f"claims: no claim is about {unknown}; expected some of {sorted(known)}")
+    return [computed(row) if "formula" in row else judged(row, measured) for row in published]
+
+
+def computed(row: Mapping[str, Any]) -> Claim:
+    """A claim that is arithmetic on published numbers."""
+    value = float(FORMULAS[row["formula"]](*row["inputs"]))
+    # A rounding of exactly half a digit is meant to pass whatever binary fractions make of it.
+    follows = abs(value - row["value"]) <= row["rounding"] + 1e-9 * abs(row["value"])
+    verb = "follows" if follows else "does not follow"
+    verdict = REPRODUCED if follows else NOT_REPRODUCED
+    return claim(row, (value, None, None), verdict, "", f"{verb} from published inputs")
+
+
+def judged(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> Claim:
+    """A claim that a measurement, if there is one, speaks to."""
+    name, key = row["measure"]
+    published, null = row["value"], row.get("null")
+    setup = measured.get("setup", {})
+    lacking = [fact for fact, wanted in row.get("needs", {}).items() if setup.get(fact) != wanted]
+    needs = "needs " + ", ".join(f"{fact} {row['needs'][fact]}" for fact in lacking)
+    leaf = measured.get(name, {}).get(key)
+    found = interval(leaf)
+    if found is None:
+        reason = needs if lacking else f"not measured in this run: {name}, {key}"
+        return claim(row, (None, None, None), NOT_TESTABLE, "", reason)
+    value, low, high = found
+    direction = side(low, high, published, null)
+    if lacking:
+        have = ", ".join(f"{fact} {setup.get(fact, 'unknown')}" for fact in lacking)
+        return claim(row, found, NOT_TESTABLE, direction, f"{needs}; this run has {have}")
+    if not isinstance(leaf, Mapping) and abs(value - published) > row["rounding"]:
+        return claim(row, found, NOT_TESTABLE, direction, "measured without an interval")
+    if not low - row["rounding"] <= published <= high + row["rounding"]:
+        reason = f"{published:g} lies outside [{low:.4g}, {high:.4g}]"
+        return claim(row, found, NOT_REPRODUCED, direction, reason)
+    if direction == "open":
+        reason = f"too imprecise: [{low:.4g}, {high:.4g}] holds {published:g} and also {null:g}"
+        return claim(row, found, NOT_TESTABLE, direction, reason)
+    reason = f"{published:g} lies in [{low:.4g}, {high:.4g}]"
+    return claim(row, found, REPRODUCED, direction, reason)
+
+
+def interval(leaf: object) -> tuple[float, float, float] | None:
+    """(value, low, high) of a measured quantity; None where it is absent or not finite."""
+    if isinstance(leaf, Mapping):
+        numbers: Sequence[Any] = [leaf.get(key) for key in ("value", "low", "high")]
+    else:
+        numbers = [leaf, leaf, leaf]
+    if not all(isinstance(n, (int, float)) and isfinite(n) for n in numbers):
+        return None
+    value, low, high = map(float, numbers)
+    return value, low, high
+
+
+def side(low: float, high: float, published: float, null: float | None) -> str:
+    if null is None:
+        return ""
+    if low <= null <= high:
+        return "open"
+    return "agrees" if (low > null) == (published > null) else "disagrees"
+
+
+def claim(
+    row: Mapping[str, Any],
+    found: tuple[float | None, float | None, float | None],
+    verdict: str,
+    direction: str,
+    reason: str,
+) -> Claim:
+    value, low, high = found
+    return Claim(
+        id=row["id"],
+        what=row["what"],
+        published=row["value"],
+        unit=row["unit"],
+        where=row["where"],
+        arithmetic="formula" in row,
+        value=value,
+        low=low,
+        high=high,
+        verdict=verdict,
+        direction=direction,
+        reason=reason,
+    )
+
+
+def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What this run has to say on the published numbers, in the shape that `claims` takes."""
+    overlap = read_json(metrics_path("overlap"))
+    general = {**params.prompt_sets, **params.test_sets}[params.evaluate.general]
+    found: dict[str, dict[str, Any]] = {
+        "setup": {
+            "perplexity_text": general.source.removeprefix("hub/"),
+            "overlap_neurons": params.overlap.num_neurons,
+        },
+        "region": overlap["regions"],
+        "correlation": {},
+        "correlation_difference": {},
+        "quadrant": {},
+        "late_share": {},
+    }
+    for row in table:
+        if row["method"] == params.report.method:
+            for name, value in measured_of(params, row).items():
+                found.setdefault(name, {}).update(value)
+    for key, quantity in (("observed", "overlap"), ("enrichment", "enrichment")):
+        found[quantity] = {name: row[key] for name, row in overlap["overlaps"].items()}
+    # What was published is not corrected for noise, so the plain correlation stands beside it; that
+    # two correlations differ is tested on the corrected ones.
+    found["correlation"] = {k: row["pearson"] for k, row in overlap["correlations"].items()}
+    if "corrected" in overlap:
+        found["correlation_difference"] = overlap["corrected"]["differences"]
+    counts = overlap["quadrants"].get("toxicity-gender")
+    if counts is not None:
+        found["quadrant"] = {k: 100 * v / sum(counts.values()) for k, v in counts.items()}
+    last, layers = overlap["late_layers"], overlap["layers"].values()
+    total = sum(sum(row) for row in layers)
+    if total:
+        late = sum(sum(row[-last:]) for row in layers)
+        found["late_share"] = {"all": 100 * late / total}
+    return found
+
+
+def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """One behaviour's part of `measured`: its cell, and the plain scores before and after."""
+    name, differences = row["behaviour"], row["differences"]
+    spec, split = params.behaviours[name], first_split(params)
+    about = read_json(row["circuit"].with_suffix(".json"))
+    perplexity = read_json(metrics_path("evaluate", name))["baseline"]["perplexity"]
+    change = differences["ppl_delta"]
+    found: dict[str, dict[str, Any]] = {
+        "setup": {
+            "layers": about["layers"],
+            "width": about["width"],
+            f"neurons_{name}": about["num_neurons"],
+        },
+        "differential": {name: row["differential"]},
+        "ppl_delta": {name: change},
+        "perplexity": {
+            "before": perplexity,
+            name: {k: perplexity * (1 + change[k] / 100) for k in ("value", "low", "high")},
+        },
+    }
+    if spec.measure == "pairs":  # what was published are scores of completions
+        return found
+    prefix = "" if split == "test" else f"{split}_"
+    for quantity in ("reduction", "improved"):
+        if prefix + quantity in differences:
+            found[quantity] = {name: differences[prefix + quantity]}
+    scorer = params.scorers[spec.scorers[0]]
+    modern = "modernbert" in (scorer.path or "").lower()
+    found["setup"][f"scorer_{name}"] = "modernbert" if modern else scorer.kind
+    prompts = read_csv(evaluation_folder(name) / "prompts.csv")
+    for quantity, circuit in (("baseline", "none"), ("pruned", row["circuit"].stem)):
+        rows = [r for r in prompts if (r["circuit"], r["split"]) == (circuit, split)]
+        scores = [float(r[f"{spec.scorers[0]}_mean"]) for r in rows if r[f"{spec.scorers[0]}_mean"]]
+        if scores:
+            estimate = inference.mean_interval(scores, [r["group"] for r in rows])
+            found[quantity] = {name: estimate.as_dict()}
+    return found
+
+
+def claims_table(params: Params, table: list[dict[str, Any]]) -> str:
+    """Every published number beside what this run measured, and the verdict."""
+    rows = []
+    for claim in claims(measured(params, table)):
+        here = number(claim.value)
+        if claim.low is not None and claim.high is not None and claim.low != claim.high:
+            here += f" [{number(claim.low)}, {number(claim.high)}]"
+        rows.append(
+            [
+                claim.what,
+                f"{claim.published:g} {claim.unit}",
+                here,
+                claim.verdict + (f", direction {claim.direction}" if claim.direction else ""),
+                claim.reason,
+            ]
+        )
+    return markdown(["published", "value", "here", "verdict", "because"], rows)

@@ -1,0 +1,1 @@
+"""The pipeline: one module per stage, run() and glue. Imports every room below."""

@@ -1,0 +1,188 @@
+"""Attribute: the scores of every neuron for every prompt of a set's attribute split.
+
+Scores go to disk shard by shard, so that memory does not grow with the number of prompts, and a
+run that was killed goes on after its last finished shard, with the same numbers. Started as several
+processes (torchrun, accelerate launch, Slurm), each takes every n-th shard. The folder that later
+stages read appears at the end, whole.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from tqdm import tqdm
+
+from sparc3.base import parallel
+from sparc3.base.artifacts import (
+    OUTPUTS,
+    metrics_path,
+    model_digest,
+    read_prompts,
+    scores_digest,
+    scores_folder,
+)
+from sparc3.base.errors import InputError
+from sparc3.base.files import digest, digest_text, write_json, write_tensors
+from sparc3.base.params import Params, scores_of
+from sparc3.model import families, loading
+from sparc3.relevance import lrp, scores
+from sparc3.relevance.scores import SCORES, TARGETS, Prompt, Target, score
+
+log = logging.getLogger(__name__)
+
+
+VISIBLE = 120.0  # seconds until a network file system shows what another machine has written
+
+
+def by_target(names: Sequence[str], default: Target) -> dict[Target, dict[str, str]]:
+    """Target -> {name: score}. `lrp-abs@max-logit` is the score lrp-abs of that target, whatever
+    the set's own; a name without one is of the set's, `default`.
+    """
+    found: dict[Target, dict[str, str]] = {}
+    for name in names:
+        score_name, _, target = name.partition("@")
+        found.setdefault(cast(Target, target or default), {})[name] = score_name
+    return found
+
+
+def encode(rows: list[dict[str, Any]], tokenizer: Any, target: str) -> list[Prompt]:
+    """Rows of a prompt set as token ids: the text, or for `pair` the row's two texts."""
+    prompts = []
+    for row in rows:
+        texts = row.get("pair") if target == "pair" else [row["text"]]
+        if texts is None:
+            raise InputError(
+                f"prompt {row['id']} has no pair, which target pair needs; use another target, or "
+                "a source of pairs"
+            )
+        encoded = loading.encode(tokenizer, texts)
+        prompts.append(Prompt(row["id"], tuple(encoded)))
+    return prompts
+
+
+def partial_folder(
+    params: Params, prompt_set: str, names: Sequence[str], prompts: Sequence[Prompt]
+) -> Path:
+    """Where finished shards wait for the others: one folder for all that decides their numbers.
+
+    So a run goes on only with shards of the same prompts, parameters, model, code and packages.
+    """
+    spec, attribute = params.prompt_sets[prompt_set], params.attribute
+    identity = json.dumps(
+        [
+            [(p.id, p.sequences) for p in prompts],
+            [names, spec.target, attribute.batch_tokens, attribute.shard_prompts],
+            [params.model.dtype, params.model.device, model_digest(Path(params.model.path))],
+            [digest(Path(str(module.__file__))) for module in (scores, lrp, families, loading)],
+            digest(Path(__file__)),
+            [version(package) for package in ("torch", "transformers", "lxt")],
+        ]
+    )
+    return OUTPUTS / "partial" / prompt_set / digest_text(identity)[:16]
+
+
+def publish(
+    partial: Path, folder: Path, names: Sequence[str], shards: int, visible: float = VISIBLE
+) -> None:
+    """Move all shards to `folder`, in place of what is there; other parts of the set are removed.
+
+    InputError if a shard is not there, not even after `visible` seconds.
+    """
+    wanted = [partial / name / f"{n:05}.safetensors" for n in range(shards) for name in names]
+    deadline = time.monotonic() + visible
+    while missing := [path for path in wanted if not path.exists()]:
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{missing[0]}: file not found, though a process has written it; start all "
+                "processes in one folder, on a file system that every machine sees"
+            )
+        time.sleep(1)
+    for leftover in partial.glob("*/.*"):  # of a write that was killed
+        leftover.unlink()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        folder.replace(tempfile.mkdtemp(dir=partial.parent))
+    partial.replace(folder)
+    shutil.rmtree(partial.parent)
+
+
+def run(params: Params, prompt_set: str) -> dict[str, float]:
+    spec, attribute = params.prompt_sets[prompt_set], params.attribute
+    names = scores_of(params, prompt_set)
+    if not names:
+        raise InputError(f"params: no scores for prompt set {prompt_set}; give at least one")
+    targets = by_target(names, spec.target)
+    for target, own in targets.items():
+        for name, score_name in own.items():
+            if score_name not in SCORES or target not in TARGETS:
+                raise InputError(
+                    f"params: attribute.scores names {name!r}; expected any of "
+                    f"{', '.join(SCORES)}, alone or with one of @{', @'.join(TARGETS)}"
+                )
+    here = parallel.place()
+    device = parallel.device(here, params.model.device)
+    tokenizer = loading.tokenizer(params.model.path, params.model.revision)
+    rows = read_prompts(prompt_set, "attribute")
+    encoded = {target: encode(rows, tokenizer, target) for target in targets}
+    size = attribute.shard_prompts
+    shards = [rows[start : start + size] for start in range(0, len(rows), size)]
+    every = [prompt for prompts in encoded.values() for prompt in prompts]
+    partial = partial_folder(params, prompt_set, names, every)
+
+    with parallel.joined(here):
+        parallel.agree(here, str(partial))
+        *_, last = (name for own in targets.values() for name in own)  # that a shard writes
+        done = {int(path.stem) for path in (partial / last).glob("*.safetensors")}
+        if done:
+            log.info("attribute %s: going on after %d finished shards", prompt_set, len(done))
+        mine = [n for n in range(len(shards)) if here.shares(n) and n not in done]
+        if mine:
+            model = loading.load(
+                params.model.path, params.model.revision, params.model.dtype, device
+            )
+            with tqdm(
+                total=len(targets) * sum(len(shards[n]) for n in mine),
+                desc=f"attribute {prompt_set}",
+                unit="prompt",
+                disable=here.rank > 0,
+            ) as bar:
+                streams = [
+                    score(
+                        model,
+                        encoded[target],
+                        list(own.values()),
+                        target=target,
+                        batch_tokens=attribute.batch_tokens,
+                        shard=size,
+                        skip=set(range(len(shards))).difference(mine),
+                        progress=bar.update,
+                    )
+                    for target, own in targets.items()
+                ]
+                for number in mine:
+                    ids = json.dumps([row["id"] for row in shards[number]])
+                    for stream, own in zip(streams, targets.values(), strict=True):
+                        _, found = next(stream)
+                        for name, score_name in own.items():
+                            path = partial / name / f"{number:05}.safetensors"
+                            write_tensors(path, {"scores": found[score_name]}, {"ids": ids})
+        parallel.wait(here)
+
+    tokens = [sum(map(len, prompt.sequences)) for prompt in every]
+    metrics = {
+        "prompts": float(len(rows)),
+        "tokens": float(sum(tokens)),
+        "mean_tokens": float(np.mean(tokens)),
+    }
+    if here.rank == 0:
+        publish(partial, scores_folder(prompt_set), names, len(shards))
+        found = {**metrics, "sha256": scores_digest(prompt_set)}
+        write_json(metrics_path("attribute", prompt_set), found)
+    return metrics
