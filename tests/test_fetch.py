@@ -343,7 +343,8 @@ def test_the_tables_fit_the_committed_pin(fetched):
 def test_with_everything_there_torch_is_not_loaded(fetched, run_in):
     code = (
         "import sys; from pathlib import Path; from sparc3.stages import fetch; "
-        "from sparc3.base.params import load; fetch.run(load(Path('params.yaml'))); sys.exit('torch' in sys.modules)"
+        "from sparc3.base.params import load; fetch.run(load(Path('params.yaml'))); "
+        "sys.exit('torch' in sys.modules)"
     )
     done = run_in(fetched, sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
