@@ -6,7 +6,7 @@ import pytest
 from sparc3.base.errors import InputError
 from sparc3.base.files import markdown
 from sparc3.commands.readme import IN_README, cost_table, readme_with
-from sparc3.reporting.tables import interval, summary, verdict
+from sparc3.reporting.tables import interval, overshot, summary, verdict
 
 
 @pytest.mark.parametrize("name", IN_README)
@@ -45,8 +45,8 @@ def test_a_verdict_needs_a_small_p_and_names_what_could_have_been_found() -> Non
         measured = {"moved": 20, "n": 30, "mde_holm": 9.0, **reduction}
         return {
             "differences": {"reduction": measured} if reduction else {},
-            "degenerate": None,
-            "baseline": {"ss": None, "degenerate": None},
+            "broken": False,
+            "overshot": False,
         }
 
     def beside(control: float, **more: Any) -> dict:
@@ -64,13 +64,14 @@ def test_a_verdict_needs_a_small_p_and_names_what_could_have_been_found() -> Non
     assert few == "not shown; 2 of 30 groups changed at all"
     assert verdict(row(value=5.0, low=1.0, high=9.0)) == "control"
     assert verdict(row()) == "not measured"
-    broken = {"degenerate": 9.0, "baseline": {"ss": None, "degenerate": 2.0}}
-    assert verdict(beside(1.0, **broken)) == "degenerate"
-    turned = beside(1.0, baseline={"ss": 60.0, "degenerate": None})
-    turned["differences"]["ss"] = {"value": -20.0}
-    assert verdict(turned) == "overshot"
-    turned["differences"]["ss"] = {"value": -19.0}
-    assert verdict(turned) == "reduced, beyond each of 2 random draws"
+    assert verdict(beside(1.0, broken=True)) == "degenerate"
+    assert verdict(beside(1.0, overshot=True)) == "overshot"
+
+
+def test_a_level_overshoots_where_it_is_no_nearer_to_the_even_one() -> None:
+    assert overshot(50.0, before=60.0, change=-20.0)
+    assert not overshot(50.0, before=60.0, change=-19.0)
+    assert overshot(50.0, before=60.0, change=1.0)
 
 
 def test_draws_are_summarised_by_mean_and_range() -> None:

@@ -77,7 +77,7 @@ class Behaviour:
     prompts: str
     reference: str
     method: str
-    measure: Literal["completions", "pairs"]
+    instruments: tuple[str, ...]
     second: str | None = None
     scorers: tuple[str, ...] = ()
     on_fail: Literal["warn", "stop"] = "stop"
@@ -382,17 +382,16 @@ def _check_names(params: Params) -> None:
         if spec.second is not None:
             known(f"{key}.second", spec.second, sets, "test_sets or prompt_sets")
             paired.append(spec.second)
-        if spec.measure == "completions" and not spec.scorers:
+        if "completions" in spec.instruments and not spec.scorers:
             raise InputError(
                 f"params: {key}.scorers is empty; completions need one of "
                 f"{', '.join(params.scorers)}"
             )
-        for part in paired if spec.measure == "pairs" else paired[1:]:
+        for part in paired if "pairs" in spec.instruments else paired[1:]:
             if sets[part].source not in PAIRED:
                 raise InputError(
-                    f"params: {key}.measure is {spec.measure!r}, with prompt set {part} whose "
-                    f"source {sets[part].source!r} has no pairs; sources that have: "
-                    f"{', '.join(PAIRED)}"
+                    f"params: {key}: prompt set {part}, whose source is "
+                    f"{sets[part].source!r}, has no pairs; sources that have: {', '.join(PAIRED)}"
                 )
     known("differential.general", params.differential.general, params.prompt_sets, "prompt_sets")
     known("evaluate.general", params.evaluate.general, sets, "test_sets or prompt_sets")

@@ -291,7 +291,7 @@ def _behaviour_texts(
 ) -> Work:
     """A behaviour's texts or items, read by the model and without each of `times` - 1 circuits."""
     spec = params.behaviours[behaviour]
-    kind = "packed" if spec.measure == "pairs" else "text"
+    kind = "packed" if "pairs" in spec.instruments else "text"
     return _texts(params, model, times, flat(sample(spec.prompts, split, kind)[:count]), batch)
 
 
@@ -313,7 +313,7 @@ def _sweep(params: Params, model: Shape, sample: Sample, behaviour: str) -> Work
 def _evaluate(params: Params, model: Shape, sample: Sample, behaviour: str) -> Work:
     spec, evaluate = params.behaviours[behaviour], params.evaluate
     batch = evaluate.batch_tokens
-    pairs = spec.measure == "pairs"
+    pairs = "pairs" in spec.instruments
     count = evaluate.items if pairs else evaluate.prompts
     splits = ["test", "attribute"] if params.prepare.splits["test"] > 0 else ["attribute"]
     every = {n: len(circuit_names(n, method)) for n, method in params.methods.items()}

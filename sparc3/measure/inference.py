@@ -61,6 +61,7 @@ MIN_CLUSTERS = 6
 
 # Up to here all 2**k swaps are enumerated; beyond, they are sampled.
 MAX_ENUMERATED = 16
+LEVEL = 0.95  # of every interval
 POWER = 0.8
 
 
@@ -86,7 +87,7 @@ class Difference:
     """What changed between two models measured on the same prompts.
 
     `p` is two-sided. `n` counts clusters. `mde` is the minimum detectable effect, in the units of
-    `value`: the true change that a two-sided test at 1 - level finds with 80 % power; 0 where
+    `value`: the true change that a two-sided test at 1 - LEVEL finds with 80 % power; 0 where
     nothing varies. `moved` counts the clusters that differ at all: p is at least 2 / 2**moved.
     Before and after identical: value, low, high and mde are 0 and p is 1.
     """
@@ -216,7 +217,6 @@ def bootstrap(
     width: int = 0,
     resamples: int = 10_000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Estimate:
     """Value and interval of any statistic of weighted units.
 
@@ -240,15 +240,12 @@ def bootstrap(
             f"{n} prompts or groups of prompts are too few for an interval, at least "
             f"{MIN_CLUSTERS} are needed; raise the set's count or the share of this split"
         )
-    if not 0 < level < 1 or resamples < 1:
-        raise InputError(
-            f"level {level}, resamples {resamples}: expected a level between 0 and 1 and at "
-            "least one resample; 0.95 and 10000 are usual"
-        )
+    if resamples < 1:
+        raise InputError(f"resamples {resamples}: expected at least 1, and 10000 is usual")
     rng = np.random.default_rng(seed)
     blocks = _resample_counts(sizes, resamples, width, rng)
     drawn = np.concatenate([statistic(weights) for weights in blocks])
-    reach = math.sqrt(n / (n - 1)) * _student_quantile((1 + level) / 2, n - 1)
+    reach = math.sqrt(n / (n - 1)) * _student_quantile((1 + LEVEL) / 2, n - 1)
     tail = math.erfc(reach / math.sqrt(2)) / 2
     # Order statistics, not interpolated: infinite draws outside the interval do no harm.
     low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")
@@ -273,7 +270,6 @@ def mean_interval(
     *,
     resamples: int = 10_000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Estimate:
     """Interval of a mean over prompts, or of a statistic of several such means, for one model.
 
@@ -287,7 +283,7 @@ def mean_interval(
         totals = _totals(weights, sums)
         return statistic(totals[:, :-1] / totals[:, -1:])
 
-    return bootstrap(of_weights, len(sums), resamples=resamples, seed=seed, level=level)
+    return bootstrap(of_weights, len(sums), resamples=resamples, seed=seed)
 
 
 # --- paired comparisons ----------------------------------------------------------------------
@@ -345,7 +341,6 @@ def _paired(
     effect: Contrast,
     resamples: int,
     seed: int,
-    level: float,
 ) -> Difference:
     """`value` with its interval, `effect` tested by swaps; columns as in `paired_difference`."""
     _same_rows(before, after, "before, after")
@@ -357,9 +352,9 @@ def _paired(
         drawn = _totals(weights, size)
         return value(_totals(weights, b) / drawn, _totals(weights, a) / drawn)
 
-    found = bootstrap(of_weights, len(size), resamples=resamples, seed=seed, level=level)
+    found = bootstrap(of_weights, len(size), resamples=resamples, seed=seed)
     # Half the interval is t * standard error; power adds its own quantile to t.
-    t_level, t_power = (_student_quantile(q, found.n - 1) for q in ((1 + level) / 2, POWER))
+    t_level, t_power = (_student_quantile(q, found.n - 1) for q in ((1 + LEVEL) / 2, POWER))
     return Difference(
         value=found.value,
         low=found.low,
@@ -379,7 +374,6 @@ def paired_difference(
     *,
     resamples: int = 10_000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Difference:
     """`statistic` after minus before, each of means over the same prompts.
 
@@ -395,7 +389,7 @@ def paired_difference(
         return statistic(a) - statistic(b)
 
     tables = _table(before, "before"), _table(after, "after")
-    return _paired(*tables, clusters, change, change, resamples, seed, level)
+    return _paired(*tables, clusters, change, change, resamples, seed)
 
 
 def _difference_of_means(before: Array, after: Array) -> Array:
@@ -416,7 +410,6 @@ def relative_change(
     *,
     resamples: int = 10_000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Difference:
     """100 (mean after - mean before) / mean before, in percent of the mean before.
 
@@ -437,7 +430,7 @@ def relative_change(
             "relative change: the mean before is 0, expected a positive baseline; "
             "report the difference instead"
         )
-    return _paired(b, a, clusters, _percent_change, _difference_of_means, resamples, seed, level)
+    return _paired(b, a, clusters, _percent_change, _difference_of_means, resamples, seed)
 
 
 def reduction(
@@ -447,10 +440,9 @@ def reduction(
     *,
     resamples: int = 10_000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Difference:
     """`relative_change` with the sign turned: a positive number is less of the behaviour."""
-    change = relative_change(before, after, clusters, resamples=resamples, seed=seed, level=level)
+    change = relative_change(before, after, clusters, resamples=resamples, seed=seed)
     # 0 - x, so that no change is 0 and not -0.
     return replace(change, value=0 - change.value, low=0 - change.high, high=0 - change.low)
 
@@ -463,7 +455,6 @@ def perplexity_change(
     *,
     resamples: int = 10_000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Difference:
     """Change of perplexity exp(sum of nll / sum of tokens), in percent of the value before.
 
@@ -482,7 +473,7 @@ def perplexity_change(
     def percent(b: Array, a: Array) -> Array:
         return 100 * np.expm1((a[:, 0] - b[:, 0]) / b[:, 1])
 
-    return _paired(before, after, clusters, percent, _difference_of_means, resamples, seed, level)
+    return _paired(before, after, clusters, percent, _difference_of_means, resamples, seed)
 
 
 # --- controls and families -------------------------------------------------------------------
@@ -523,14 +514,14 @@ def holm(p_values: Sequence[float] | Array) -> list[float]:
     return adjusted.tolist()
 
 
-def mde_of_family(mde: float, n: int, tests: int, level: float = 0.95) -> float:
+def mde_of_family(mde: float, n: int, tests: int) -> float:
     """The minimum detectable effect of one among `tests` tests, from that of a test by itself.
 
-    Holm's first step asks for (1 - level) / tests of the smallest p; `n` counts clusters.
+    Holm's first step asks for (1 - LEVEL) / tests of the smallest p; `n` counts clusters.
     """
     power = _student_quantile(POWER, n - 1)
     alone, strict = (
-        _student_quantile(1 - (1 - level) / (2 * count), n - 1) for count in (1, max(tests, 1))
+        _student_quantile(1 - (1 - LEVEL) / (2 * count), n - 1) for count in (1, max(tests, 1))
     )
     return mde * (strict + power) / (alone + power)
 
@@ -580,7 +571,6 @@ def rank_agreement(
     *,
     resamples: int = 10_000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Estimate:
     """Spearman correlation of two scorers over the same prompts, ties at their mid-rank.
 
@@ -602,5 +592,5 @@ def rank_agreement(
         return _pearson(np.stack([part.sum(axis=1) for part in parts], axis=-1))
 
     n = int(codes.max(initial=-1)) + 1
-    found = bootstrap(spearman, n, width=len(a), resamples=resamples, seed=seed, level=level)
+    found = bootstrap(spearman, n, width=len(a), resamples=resamples, seed=seed)
     return found if a.any() and b.any() else Estimate(0.0, -1.0, 1.0, found.n)

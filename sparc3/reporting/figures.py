@@ -6,8 +6,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import numpy as np
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib_venn import venn2, venn3
 
@@ -166,26 +169,25 @@ def pairwise_overlap(path: Path, overlaps: Mapping[str, Mapping[str, Any]]) -> N
 def pareto(
     path: Path,
     sweeps: Mapping[str, Sequence[Mapping[str, str]]],
-    quantity: Mapping[str, tuple[str, str]],
+    objectives: Mapping[str, str],
     methods: Sequence[str],
 ) -> None:
-    """Behaviour against perplexity, a panel per behaviour and a curve per method and protection.
+    """Objective against perplexity, a panel per behaviour and a curve per method and protection.
 
-    `quantity` gives each behaviour's column of its sweep and the axis title. `methods`: all of the
-    run's.
+    `objectives` gives each behaviour's axis title; larger is less of the behaviour. `methods`: all
+    of the run's.
     """
     colours = coloured(methods)
     with drawing(path, columns=len(sweeps), size=(5.5, 4.5)) as (figure, axes):
         panels = np.atleast_1d(axes)
         for axis, (behaviour, rows) in zip(panels, sweeps.items(), strict=True):
-            column, title = quantity[behaviour]
             swept = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "none"))
             shares = sorted({float(r["protect"]) for r in rows if r["method"] != "none"})
             for method, (s, share) in product(swept, enumerate(shares)):
                 points = [r for r in rows if r["method"] == method and float(r["protect"]) == share]
                 axis.plot(
                     [float(r["ppl_delta"]) for r in points],
-                    [float(r[column]) for r in points],
+                    [float(r["objective"]) for r in points],
                     marker="os^Dv"[s % 5],
                     ms=4,
                     lw=1,
@@ -194,11 +196,11 @@ def pareto(
                 )
             for row in rows:
                 if row["method"] == "none":
-                    axis.axhline(float(row[column]), color="black", lw=0.8)
-            if max(abs(float(r["ppl_delta"])) for r in rows) > WIDE:
+                    axis.axhline(float(row["objective"]), color="black", lw=0.8)
+            if max((abs(float(r["ppl_delta"])) for r in rows), default=0) > WIDE:
                 axis.set_xscale("symlog", linthresh=1)
             axis.set_xlabel("perplexity change, %")
-            axis.set_ylabel(title)
+            axis.set_ylabel(objectives[behaviour])
             axis.set_title(behaviour)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
 

@@ -236,7 +236,7 @@ def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]
             name: {k: perplexity * (1 + change[k] / 100) for k in ("value", "low", "high")},
         },
     }
-    if spec.measure == "pairs":  # what was published are scores of completions
+    if "completions" not in spec.instruments:  # what was published are scores of completions
         return found
     prefix = "" if split == "test" else f"{split}_"
     for quantity in ("reduction", "improved"):

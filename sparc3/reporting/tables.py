@@ -8,14 +8,26 @@ from typing import Any
 
 import numpy as np
 
-from sparc3.base.artifacts import METRICS, OUTPUTS, circuit_names, circuit_path, metrics_path
+from sparc3.base.artifacts import (
+    METRICS,
+    OUTPUTS,
+    circuit_names,
+    circuit_path,
+    metrics_path,
+)
 from sparc3.base.files import markdown, read_json
-from sparc3.base.params import Behaviour, Params
+from sparc3.base.params import Params
 from sparc3.measure import inference
+from sparc3.measure.instruments import instruments_of
 
 FOLDER = OUTPUTS / "report"
 TABLE = METRICS / "table.md"
 BROKEN = 5.0  # points that the share of degenerate completions may rise by
+
+
+def first_split(params: Params) -> str:
+    """Held-out prompts where there are any, else those that the circuit was chosen on."""
+    return "test" if params.prepare.splits["test"] > 0 else "in_sample"
 
 
 def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -> dict[str, Any]:
@@ -24,37 +36,47 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
     A method with several draws is summarised by the mean over draws, with their range as low and
     high and no p-value: the draws are the distribution that the others are held against.
     """
-    circuits = [results["circuits"][name] for name in circuit_names(method, params.methods[method])]
+    names, split = circuit_names(method, params.methods[method]), first_split(params)
+    circuits, completions = [results["circuits"][name] for name in names], results["completions"]
     sources = {
         "": [c.get("test", {}) for c in circuits],
         "in_sample_": [c.get("in_sample", {}) for c in circuits],
         "against_control_": [c.get("against_control", {}) for c in circuits],
         "second_": [c.get("second", {}) for c in circuits],
     }
-    split, completions = first_split(params), results["completions"]
     broken = [
         completions[name][split]["degenerate_percent"]
-        for name in circuit_names(method, params.methods[method])
+        for name in names
         if split in completions.get(name, {})
     ]
-    found: dict[str, Any] = {"ppl_delta": summary([c["ppl_delta"] for c in circuits])}
+    differences: dict[str, Any] = {"ppl_delta": summary([c["ppl_delta"] for c in circuits])}
     for prefix, parts in sources.items():
         for name in parts[0]:
             if name != "values":
-                found[prefix + name] = summary([part[name] for part in parts])
+                differences[prefix + name] = summary([part[name] for part in parts])
+    before = {name: results["baseline"].get(f"{split}_{name}") for name in differences}
+    unpruned = completions.get("none", {}).get(split, {}).get("degenerate_percent")
     return {
         "behaviour": behaviour,
         "method": method,
         "draws": len(circuits),
         "num_neurons": circuits[0]["num_neurons"],
-        "differences": found,
+        "differences": differences,
         "degenerate": float(np.mean(broken)) if broken else None,
-        "baseline": {
-            "ss": results["baseline"].get(f"{split}_ss"),
-            "degenerate": completions.get("none", {}).get(split, {}).get("degenerate_percent"),
-        },
-        "circuit": circuit_path(behaviour, circuit_names(method, params.methods[method])[0]),
+        "broken": bool(broken) and float(np.mean(broken)) > unpruned + BROKEN,
+        "overshot": any(
+            overshot(value.even, before[value.name], differences[value.name]["value"])
+            for instrument in instruments_of(params.behaviours[behaviour]).values()
+            for value in instrument.values
+            if value.even is not None and before.get(value.name) is not None
+        ),
+        "circuit": circuit_path(behaviour, names[0]),
     }
+
+
+def overshot(even: float, before: float, change: float) -> bool:
+    """Whether a level ends up at least as far from the even one as it was before."""
+    return abs(before + change - even) >= abs(before - even)
 
 
 def summary(differences: list[dict[str, float]]) -> dict[str, float]:
@@ -77,12 +99,11 @@ def cells(params: Params) -> list[dict[str, Any]]:
         drawn = [draw["reduction"]["value"] for draw in draws if "reduction" in draw]
         for method in params.methods:
             row = cell(params, behaviour, method, results)
-            table.append(row | {"differential": gate["differential"], "drawn": drawn})
+            table.append(row | {"gap": gate["gap"], "drawn": drawn})
     tested = [row["differences"].get("reduction", {}) for row in table]
     tested = [difference for difference in tested if "p" in difference]
-    for difference, p in zip(
-        tested, inference.holm([difference["p"] for difference in tested]), strict=True
-    ):
+    adjusted = inference.holm([difference["p"] for difference in tested])
+    for difference, p in zip(tested, adjusted, strict=True):
         difference["p_holm"] = p
         difference["mde_holm"] = inference.mde_of_family(
             difference["mde"], int(difference["n"]), len(tested)
@@ -96,26 +117,25 @@ def verdict(row: dict[str, Any]) -> str:
     "reduced" takes a control of equal size: the interval against the mean of its draws lies above
     0, and no draw reduces as much. The interval alone has nothing of the spread between draws.
     """
-    found = row["differences"].get("reduction")
-    if found is None:
+    reduction = row["differences"].get("reduction")
+    if reduction is None:
         return "not measured"
-    if "p_holm" not in found:
+    if "p_holm" not in reduction:
         return "control"
-    if found["moved"] < inference.MIN_CLUSTERS:
-        return f"not shown; {found['moved']} of {found['n']} groups changed at all"
-    if found["p_holm"] >= 0.05:
-        return f"not shown; {found['mde_holm']:.0f} % would have been"
-    if found["value"] < 0:
+    if reduction["moved"] < inference.MIN_CLUSTERS:
+        return f"not shown; {reduction['moved']} of {reduction['n']} groups changed at all"
+    if reduction["p_holm"] >= 0.05:
+        return f"not shown; {reduction['mde_holm']:.0f} % would have been"
+    if reduction["value"] < 0:
         return "increased"
-    if row["degenerate"] is not None and row["degenerate"] > row["baseline"]["degenerate"] + BROKEN:
+    if row["broken"]:
         return "degenerate"
-    ss, change = row["baseline"]["ss"], row["differences"].get("ss")
-    if ss is not None and change is not None and abs(ss + change["value"] - 50) >= abs(ss - 50):
+    if row["overshot"]:
         return "overshot"
     control = row["differences"].get("against_control_reduction")
     if control is None:
         return "reduced; no control of its size"
-    if control["low"] <= 0 or found["value"] <= max(row["drawn"]):
+    if control["low"] <= 0 or reduction["value"] <= max(row["drawn"]):
         return "reduced, not beyond the control"
     return f"reduced, beyond each of {len(row['drawn'])} random draws"
 
@@ -128,87 +148,83 @@ def interval(difference: dict[str, float] | None, digits: int = 1) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def number(value: float | None, digits: int = 4) -> str:
+    """A number of so many significant digits, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
 def result_table(params: Params, table: list[dict[str, Any]]) -> str:
     """The table that `make repro` prints and README shows."""
-    held_out = first_split(params) == "test"
     text = [
-        "Held-out prompts" if held_out else "In sample: nothing is held out",
+        "Held-out prompts" if first_split(params) == "test" else "In sample: nothing is held out",
         "; 95 % intervals by cluster bootstrap; p by sign flips, Holm-adjusted over all rows. Rows "
         "with several draws show their mean and range.\n",
     ]
-    for behaviour, spec in params.behaviours.items():
-        results = read_json(metrics_path("evaluate", behaviour))
+    for behaviour in params.behaviours:
         rows = [row for row in table if row["behaviour"] == behaviour]
-        text.append(f"\n**{behaviour}**: {headline(params, spec, results, rows[0])}\n\n")
-        own = (
-            [("nll_shift", "NLL shift, nats", 3), ("emt", "EMT", 3)]
-            if spec.measure == "completions"
-            else [("ss", "SS", 1), ("lms", "LMS", 1), ("icat", "ICAT", 1)]
-        )
-        header = [
-            "method",
-            "neurons",
-            "perplexity %",
-            "reduction %",
-            "beyond control %" if held_out else "beyond control, in sample %",
-            "in sample %",
-            *(title for _, title, _ in own),
-            *(["degenerate %"] if spec.measure == "completions" else []),
-            "p",
-            "verdict",
-        ]
-        lines = []
-        for row in rows:
-            found = row["differences"]
-            p = found.get("reduction", {}).get("p_holm")
-            draws = f" ({row['draws']} draws)" if row["draws"] > 1 else ""
-            lines.append(
-                [
-                    row["method"] + draws,
-                    str(row["num_neurons"]),
-                    interval(found["ppl_delta"]),
-                    interval(found.get("reduction")),
-                    interval(found.get("against_control_reduction")),
-                    interval(found.get("in_sample_reduction")),
-                    *(interval(found.get(key), digits) for key, _, digits in own),
-                    *([number(row["degenerate"], 2)] if spec.measure == "completions" else []),
-                    "-" if p is None else f"{p:.3g}",
-                    verdict(row),
-                ]
-            )
-        text.append(markdown(header, lines))
+        text.append(f"\n**{behaviour}**: {headline(params, behaviour, rows[0])}\n\n")
+        text.append(behaviour_table(params, behaviour, rows))
     return "".join(text)
 
 
-def headline(params: Params, spec: Behaviour, results: dict[str, Any], row: dict[str, Any]) -> str:
+def behaviour_table(params: Params, behaviour: str, rows: list[dict[str, Any]]) -> str:
+    """A line per method; after the columns of all behaviours those of its instruments."""
+    instruments = instruments_of(params.behaviours[behaviour]).values()
+    values = [value for each in instruments for value in each.values if value.title]
+    writes = any(each.writes for each in instruments)
+    held_out = first_split(params) == "test"
+    header = [
+        "method",
+        "neurons",
+        "perplexity %",
+        "reduction %",
+        "beyond control %" if held_out else "beyond control, in sample %",
+        "in sample %",
+        *(value.title for value in values),
+        *(["degenerate %"] if writes else []),
+        "p",
+        "verdict",
+    ]
+    lines = []
+    for row in rows:
+        differences = row["differences"]
+        p = differences.get("reduction", {}).get("p_holm")
+        draws = f" ({row['draws']} draws)" if row["draws"] > 1 else ""
+        lines.append(
+            [
+                row["method"] + draws,
+                str(row["num_neurons"]),
+                interval(differences["ppl_delta"]),
+                interval(differences.get("reduction")),
+                interval(differences.get("against_control_reduction")),
+                interval(differences.get("in_sample_reduction")),
+                *(interval(differences.get(value.name), value.digits) for value in values),
+                *([number(row["degenerate"], 2)] if writes else []),
+                "-" if p is None else f"{p:.3g}",
+                verdict(row),
+            ]
+        )
+    return markdown(header, lines)
+
+
+def headline(params: Params, behaviour: str, row: dict[str, Any]) -> str:
     """The unpruned model's own numbers, and the gate's."""
-    values = results["baseline"]
-    split = first_split(params)
-    if spec.measure == "completions":
-        name = f"{split}_{spec.scorers[0]}"
-        own = (
-            f"mean {spec.scorers[0]} score {values[name]:.3f}, EMT {values[f'{name}_emt']:.3f}, "
-            f"degenerate {number(row['baseline']['degenerate'], 2)} %"
-        )
-    else:
-        own = ", ".join(
-            f"{key.upper()} {values[f'{split}_{key}']:.1f}"
-            for key in ("ss", "lms", "icat")
-            if f"{split}_{key}" in values
-        )
+    results, split = read_json(metrics_path("evaluate", behaviour)), first_split(params)
+    levels = results["baseline"]
+    shown = []
+    for instrument in instruments_of(params.behaviours[behaviour]).values():
+        shown += [
+            form.format(levels[f"{split}_{name}"])
+            for name, form in instrument.headline
+            if f"{split}_{name}" in levels
+        ]
+        if instrument.writes:
+            broken = results["completions"]["none"][split]["degenerate_percent"]
+            shown.append(f"degenerate {number(broken, 2)} %")
     return (
-        f"unpruned {own}, perplexity {values['perplexity']:.2f}; "
-        f"differential {interval(row['differential'])} %"
+        f"unpruned {', '.join(shown)}, perplexity {levels['perplexity']:.2f}; "
+        f"relevance gap {interval(row['gap'])} %"
     )
-
-
-def first_split(params: Params) -> str:
-    """Held-out prompts where there are any, else those that the circuit was chosen on."""
-    return "test" if params.prepare.splits["test"] > 0 else "in_sample"
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"
 
 
 def transfer_matrix(params: Params) -> tuple[list[str], np.ndarray, list[list[str]]]:
@@ -217,23 +233,23 @@ def transfer_matrix(params: Params) -> tuple[list[str], np.ndarray, list[list[st
     Larger is less of the behaviour, and for general text more perplexity.
     """
     transfer = read_json(metrics_path("transfer"))
-    shown: dict[str, tuple[str, str, str, float]] = {
-        name: ("nll_shift", f"{name}\nNLL shift", "{:+.3f}", 1)
-        if spec.measure == "completions"
-        else ("ss", f"{name}\nfall of SS", "{:+.1f}", -1)
-        for name, spec in params.behaviours.items()
-    }
+    shown: list[tuple[str, str, str, int, int]] = []  # measured, quantity, title, digits, sign
+    for name, spec in params.behaviours.items():
+        instrument = next(each for each in instruments_of(spec).values() if each.swept)
+        value = next(value for value in instrument.values if value.name == instrument.cell)
+        title = value.title if value.less > 0 else f"fall of {value.title}"
+        shown.append((name, value.name, f"{name}\n{title}", value.digits, value.less))
     for name in params.transfer.texts:
-        shown[name] = ("ppl_delta", f"{name}\nperplexity %", "{:+.2f}", 1)
+        shown.append((name, "ppl_delta", f"{name}\nperplexity %", 2, 1))
     values = np.zeros((len(params.behaviours), len(shown)))
     labels = []
     for i, pruned_for in enumerate(params.behaviours):
         line = []
-        for j, (name, (quantity, _, form, sign)) in enumerate(shown.items()):
-            found = transfer[pruned_for][name][quantity]
-            low, high = sorted(0 + sign * found[key] for key in ("low", "high"))  # no -0.0
-            values[i, j] = 0 + sign * found["value"]
-            line.append(f"{form.format(values[i, j])}\n[{form.format(low)}, {form.format(high)}]")
+        for j, (name, quantity, _, digits, sign) in enumerate(shown):
+            change = transfer[pruned_for][name][quantity]
+            low, high = sorted(0 + sign * change[key] for key in ("low", "high"))  # no -0.0
+            values[i, j] = 0 + sign * change["value"]
+            line.append(f"{values[i, j]:+.{digits}f}\n[{low:+.{digits}f}, {high:+.{digits}f}]")
         labels.append(line)
     scale = np.abs(values).max(axis=0)
-    return [row[1] for row in shown.values()], values / np.where(scale > 0, scale, 1), labels
+    return [title for _, _, title, *_ in shown], values / np.where(scale > 0, scale, 1), labels

@@ -5,9 +5,8 @@ differences are paired. What is measured on the prompts that the circuit was cho
 reproduction did, stands beside under its own name, `in_sample`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,313 +22,50 @@ from sparc3.base.artifacts import (
 )
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_json, write_csv, write_json, write_jsonl
-from sparc3.base.params import Evaluate, Params
+from sparc3.base.params import Params
 from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, refuse_leak
-from sparc3.measure import inference, stereotypes
-from sparc3.measure.differences import (
-    TOXIC,
+from sparc3.measure import inference
+from sparc3.measure.instrument import (
     Differences,
-    completion_differences,
-    completion_table,
-    improved,
-    pair_differences,
-    perplexity_difference,
-    shift_difference,
-    term_differences,
+    How,
+    Instrument,
+    Measured,
+    Reading,
+    Sample,
+    differences,
+    effects,
+    mean_reading,
 )
-from sparc3.measure.generate import complete, quality
-from sparc3.measure.measures import (
-    Items,
-    Likelihood,
-    Texts,
-    items,
-    joined,
-    joined_likelihood,
-    likelihood,
-    mean_nll,
-    nll_shift,
-    perplexity,
-    preferences,
-    texts,
-    windowed_likelihood,
-)
-from sparc3.measure.scorers import Scorer, ScorerSpec, describe, scorer
+from sparc3.measure.instruments import completions, instruments_of, pairs, perplexity
+from sparc3.measure.scorers import ScorerSpec, describe, scorer
 from sparc3.model import loading
 
 UNPRUNED = "none"  # the name of the model as it is, among those of circuits
 
 
-# --- measuring models ----------------------------------------------------------------------
-
-
-class Sample(NamedTuple):
-    """The prompts of one split: as texts for completions, as items for pairs."""
-
-    name: str  # test, or in_sample
-    texts: Texts
-    items: Items | None
-
-
-def score_completions(
-    model: PreTrainedModel,
-    circuits: Mapping[str, Circuit],
-    tokenizer: PreTrainedTokenizerBase,
-    sample: Sample,
-    scorers: Mapping[str, Scorer],
-    evaluate: Evaluate,
-) -> tuple[dict[str, dict[str, Array]], list[dict[str, Any]]]:
-    """Of the model without each of `circuits`: scores (prompt, completion) by scorer, and one row
-    per completion with text and quality.
-    """
-    prompts = sample.texts
-    total = len(circuits) * len(prompts.ids)
-    with tqdm(total=total, desc=f"completions, {sample.name}", unit="prompt") as bar:
-        drawn = complete(
-            model,
-            list(circuits.values()),
-            prompts.tokens,
-            keys=prompts.ids,
-            completions=evaluate.completions,
-            new_tokens=evaluate.new_tokens,
-            temperature=evaluate.temperature,
-            top_p=evaluate.top_p,
-            seed=evaluate.seed,
-            progress=bar.update,
-        )
-    scores: dict[str, dict[str, Array]] = {}
-    every: list[dict[str, Any]] = []
-    for circuit, by_prompt in zip(circuits, drawn, strict=True):
-        rows: list[dict[str, Any]] = []
-        for prompt, completions in zip(prompts.ids, by_prompt, strict=True):
-            decoded = tokenizer.batch_decode(completions, skip_special_tokens=True)
-            for number, (tokens, text) in enumerate(zip(completions, decoded, strict=True)):
-                about = {"circuit": circuit, "split": sample.name, "prompt": prompt}
-                rows.append({**about, "completion": number, "text": text, **quality(tokens)})
-        scores[circuit] = {}
-        for name, score in scorers.items():
-            flat = score([row["text"] for row in rows])
-            for row, value in zip(rows, flat.tolist(), strict=True):
-                row[name] = value
-            scores[circuit][name] = flat.reshape(len(prompts.ids), evaluate.completions)
-        every += rows
-    return scores, every
-
-
-class Measured(NamedTuple):
-    """One model's numbers on one split; what the behaviour does not measure is absent."""
-
-    text: Likelihood | None = None
-    log_p: Array | None = None
-    scores: dict[str, Array] | None = None
-
-
-class Outcome(NamedTuple):
-    """What one model gives in a setting; a sample that was not asked for is absent."""
-
-    general: Likelihood
-    second: Array | None
-    samples: dict[str, Measured]
-
-
-def _means(measured: Measured, terms: Sequence[str]) -> dict[str, float]:
-    """The plain values of one model, to stand beside the differences."""
-    found = {}
-    if measured.text is not None:
-        found["nll"] = mean_nll(measured.text)
-    for name, scores in (measured.scores or {}).items():
-        found |= {
-            name: float(scores.mean()),
-            f"{name}_emt": float(scores.max(1).mean()),
-            f"{name}_toxic_probability": 100 * float((scores.max(1) >= TOXIC).mean()),
-        }
-    if measured.log_p is not None:
-        found |= stereotypes.values(measured.log_p, terms, least=inference.MIN_CLUSTERS)
-    return found
-
-
-def compare(
-    before: Measured,
-    after: Measured,
-    general: tuple[Likelihood, Likelihood],
-    terms: Sequence[str],
-    resamples: int,
-) -> Differences:
-    """All differences of one split. The first scorer's go by their plain names."""
-    found: Differences = {}
-    if before.text is not None and after.text is not None:
-        found["nll_shift"] = shift_difference(
-            (before.text, general[0]), (after.text, general[1]), terms, resamples
-        )
-    if before.log_p is not None and after.log_p is not None:
-        found |= pair_differences(before.log_p, after.log_p, terms, resamples)
-    if before.scores is not None and after.scores is not None:
-        for position, name in enumerate(after.scores):
-            old, new = completion_table(before.scores[name]), completion_table(after.scores[name])
-            differences = {
-                **completion_differences(old, new, terms, resamples),
-                "improved": improved(old, new, terms, resamples),
-            }
-            suffix = "" if position == 0 else f"_{name}"
-            found |= {f"{key}{suffix}": value for key, value in differences.items()}
-    return found
-
-
-def against(
-    control: Sequence[Measured], after: Measured, terms: Sequence[str], resamples: int
-) -> Differences:
-    """A circuit against the mean of the control's draws, of as many neurons.
-
-    Each draw is reduced to prompts, or to target terms, before the mean is taken: the largest of
-    averaged scores is not the average of the largest.
-    """
-    found: Differences = {}
-    if after.log_p is not None:
-        tables = [
-            stereotypes.per_term(*measured.log_p.T, terms=terms)
-            for measured in (*control, after)
-            if measured.log_p is not None
-        ]
-        names, new = tables[-1]
-        drawn = np.mean([table for _, table in tables[:-1]], axis=0)
-        found |= term_differences(names, drawn, new, resamples)
-    for position, (name, scores) in enumerate((after.scores or {}).items()):
-        drawn = [completion_table(m.scores[name]) for m in control if m.scores is not None]
-        if drawn:
-            differences = completion_differences(
-                np.mean(drawn, axis=0), completion_table(scores), terms, resamples
-            )
-            suffix = "" if position == 0 else f"_{name}"
-            found |= {f"{key}{suffix}": value for key, value in differences.items()}
-    return found
-
-
-def effects(before: Outcome, after: Outcome, name: str, terms: Sequence[str]) -> dict[str, float]:
-    """How much less of the behaviour there is, larger is less: what controls are ranked by.
-
-    nll: the rise beyond that of general text; margin: how much nearer to 0 it is.
-    """
-    old, new = before.samples[name], after.samples[name]
-    found = {}
-    if old.text is not None and new.text is not None:
-        found["nll"] = nll_shift((old.text, before.general), (new.text, after.general))
-    if old.log_p is not None and new.log_p is not None:
-        margins = [
-            abs(float(stereotypes.pairs(stereotypes.per_term(*log_p.T, terms=terms)[1])["margin"]))
-            for log_p in (old.log_p, new.log_p)
-        ]
-        found["margin"] = margins[0] - margins[1]
-    for scorer_name, scores in (new.scores or {}).items():
-        if old.scores is not None:
-            found[scorer_name] = float(old.scores[scorer_name].mean() - scores.mean())
-    return found
-
-
-def among(
-    after: Outcome, control: Sequence[Outcome], before: Outcome, name: str, terms: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """A circuit's effects among those of the control's draws, with their rank p; several draws."""
-    if len(control) < 2:
-        return {}
-    own = effects(before, after, name, terms)
-    drawn = [effects(before, outcome, name, terms) for outcome in control]
-    return {
-        key: inference.against_draws(value, [effect[key] for effect in drawn]).as_dict()
-        for key, value in own.items()
-        if all(key in effect for effect in drawn)
-    }
-
-
-def writing(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Quality of the completions by circuit and split: means of length, distinct-n and repetition,
-    and the percentage that is degenerate.
-    """
-    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault((row["circuit"], row["split"]), []).append(row)
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for (circuit, split), own in cells.items():
-        means = {
-            key: float(np.mean([row[key] for row in own]))
-            for key in ("length", "distinct_1", "distinct_2", "repetition")
-        }
-        broken = 100 * float(np.mean([row["degenerate"] for row in own]))
-        found.setdefault(circuit, {})[split] = {**means, "degenerate_percent": broken}
-    return found
-
-
-def agreement(
-    scores: Mapping[str, Array], groups: Sequence[str], resamples: int
-) -> dict[str, dict[str, float]]:
-    """Spearman correlation, over prompts, of every two scorers' mean scores."""
-    return {
-        f"{a}-{b}": inference.rank_agreement(
-            scores[a].mean(1), scores[b].mean(1), groups, resamples=resamples
-        ).as_dict()
-        for a, b in combinations(scores, 2)
-    }
-
-
 class Setting(NamedTuple):
-    """Everything that is measured on, the same for every circuit."""
+    """Everything that is measured on, the same for every circuit.
 
-    general: Texts
-    samples: list[Sample]
-    second: Items | None
-    rows: list[dict[str, Any]]  # all that must be held out
-
-
-def load_setting(
-    params: Params, behaviour: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Setting, dict[str, float]]:
-    """The setting, and the mean score by which each sample's prompts were chosen, if they were.
-
-    Without a share for the test split nothing is held out, and only the prompts that the circuit
-    was chosen on are measured: the published protocol.
+    samples: by split (test, in_sample), as each instrument takes it.
+    rows: all that must be held out.
+    elicited: by split, the mean score by which its prompts were chosen, if they were.
     """
-    spec, evaluate = params.behaviours[behaviour], params.evaluate
-    held_out = params.prepare.splits["test"] > 0
-    found = {"test": "test"} if held_out else {}
-    count = evaluate.prompts if spec.measure == "completions" else evaluate.items
-    by_name = {
-        name: read_prompts(spec.prompts, split)[:count]
-        for name, split in {**found, "in_sample": "attribute"}.items()
-    }
-    for name, rows in by_name.items():
-        count = len({row["group"] for row in rows})
-        if count < inference.MIN_CLUSTERS:
-            raise InputError(
-                f"params: behaviours.{behaviour}.prompts: {spec.prompts} has {count} groups of "
-                f"prompts for {name}, at least {inference.MIN_CLUSTERS} are needed for an "
-                "interval; raise its count, or the share of the test split"
-            )
-    general = read_prompts(
-        evaluate.general, None if evaluate.general in params.test_sets else "test"
-    )[: evaluate.texts]
-    second = read_prompts(spec.second, None)[: evaluate.items] if spec.second else []
-    samples = [
-        Sample(
-            name,
-            texts(rows, tokenizer),
-            items(rows, tokenizer) if spec.measure == "pairs" else None,
-        )
-        for name, rows in by_name.items()
-    ]
-    elicited = {
-        name: float(np.mean([row["elicited"] for row in rows]))
-        for name, rows in by_name.items()
-        if all("elicited" in row for row in rows)
-    }
-    setting = Setting(
-        (joined if evaluate.joined else texts)(general, tokenizer),
-        samples,
-        items(second, tokenizer) if second else None,
-        [*by_name.get("test", []), *general, *second],
-    )
-    return setting, elicited
+
+    instruments: dict[str, Instrument]
+    samples: dict[str, dict[str, Sample]]
+    general: Sample
+    second: Sample | None
+    rows: list[dict[str, Any]]
+    elicited: dict[str, float]
+
+    @property
+    def first(self) -> str:
+        """The split that verdicts are of."""
+        return next(iter(self.samples))
 
 
 class Asked(NamedTuple):
-    """What is measured of one model: by sample, whether completions are drawn; and whether the
+    """What is measured of one model: by split, whether completions are drawn; and whether the
     second opinion is asked for. General text is read without each circuit.
     """
 
@@ -337,58 +73,107 @@ class Asked(NamedTuple):
     second: bool
 
 
+class Outcome(NamedTuple):
+    """What one model gives in a setting; what was not asked for is absent."""
+
+    general: Reading
+    second: Reading | None
+    samples: dict[str, dict[str, Reading]]
+
+    def measured(self, split: str, instrument: str) -> Measured:
+        return Measured(self.samples[split][instrument], self.general)
+
+
+def load_setting(params: Params, behaviour: str, tokenizer: PreTrainedTokenizerBase) -> Setting:
+    """The prompts of a behaviour by split, general text, and the second opinion's items.
+
+    Without a share for the test split nothing is held out, and only the prompts that the circuit
+    was chosen on are measured: the published protocol.
+    """
+    spec, evaluate = params.behaviours[behaviour], params.evaluate
+    instruments = instruments_of(spec)
+    paired = any(instrument.reads == "pair" for instrument in instruments.values())
+    splits = {"test": "test"} if params.prepare.splits["test"] > 0 else {}
+    by_split = {
+        name: read_prompts(spec.prompts, split)[: evaluate.items if paired else evaluate.prompts]
+        for name, split in {**splits, "in_sample": "attribute"}.items()
+    }
+    for name, rows in by_split.items():
+        groups = len({row["group"] for row in rows})
+        if groups < inference.MIN_CLUSTERS:
+            raise InputError(
+                f"params: behaviours.{behaviour}.prompts: {spec.prompts} has {groups} groups of "
+                f"prompts for {name}, at least {inference.MIN_CLUSTERS} are needed for an "
+                "interval; raise its count, or the share of the test split"
+            )
+    general = read_prompts(
+        evaluate.general, None if evaluate.general in params.test_sets else "test"
+    )[: evaluate.texts]
+    second = read_prompts(spec.second, None)[: evaluate.items] if spec.second else []
+    encode = perplexity.encode_joined if evaluate.joined else perplexity.encode
+    return Setting(
+        instruments,
+        {
+            split: {
+                name: instrument.encode(rows, tokenizer) for name, instrument in instruments.items()
+            }
+            for split, rows in by_split.items()
+        },
+        encode(general, tokenizer),
+        pairs.encode(second, tokenizer) if second else None,
+        [*by_split.get("test", []), *general, *second],
+        {
+            split: float(np.mean([row["elicited"] for row in rows]))
+            for split, rows in by_split.items()
+            if all("elicited" in row for row in rows)
+        },
+    )
+
+
+# --- measuring models ----------------------------------------------------------------------
+
+
 def outcomes(
     model: PreTrainedModel,
     circuits: Mapping[str, Circuit],
     asked: Mapping[str, Asked],
-    tokenizer: PreTrainedTokenizerBase,
-    scorers: Mapping[str, Scorer],
-    evaluate: Evaluate,
     setting: Setting,
-) -> tuple[dict[str, Outcome], list[dict[str, Any]]]:
-    """Measure the model without each of `circuits`, and the completions that were written."""
-    batch = evaluate.batch_tokens
-    measured: dict[str, dict[str, Measured]] = {name: {} for name in circuits}
-    completions: list[dict[str, Any]] = []
-    for sample in setting.samples:
-        own = {n: circuit for n, circuit in circuits.items() if sample.name in asked[n].samples}
-        chosen = list(own.values())
-        with progress(len(own), sample.texts, sample.name) as bar:
-            if sample.items is not None:
-                found = preferences(model, chosen, sample.items, batch, bar.update)
-                for name, log_p in zip(own, found, strict=True):
-                    measured[name][sample.name] = Measured(log_p=log_p)
-                continue
-            read = likelihood(model, chosen, sample.texts, batch, bar.update)
-        writers = {n: circuit for n, circuit in own.items() if asked[n].samples[sample.name]}
-        scores, rows = score_completions(model, writers, tokenizer, sample, scorers, evaluate)
-        completions += rows
-        for name, text in zip(own, read, strict=True):
-            measured[name][sample.name] = Measured(text=text, scores=scores.get(name))
-    with progress(len(circuits), setting.general, "general") as bar:
-        general = (joined_likelihood if evaluate.joined else windowed_likelihood)(
-            model,
-            list(circuits.values()),
-            setting.general,
-            evaluate.window,
-            evaluate.stride,
-            batch,
-            bar.update,
-        )
-    second: dict[str, Array] = {}
-    if setting.second:
-        own = {n: circuit for n, circuit in circuits.items() if asked[n].second}
-        with progress(len(own), setting.second, "second") as bar:
-            found = preferences(model, list(own.values()), setting.second, batch, bar.update)
-        second = dict(zip(own, found, strict=True))
-    return {
-        name: Outcome(text, second.get(name), measured[name])
-        for name, text in zip(circuits, general, strict=True)
-    }, completions
+    how: How,
+) -> dict[str, Outcome]:
+    """Measure the model without each of `circuits`."""
+
+    def read(
+        instrument: Callable[..., list[Reading]], names: Sequence[str], sample: Sample, title: str
+    ) -> dict[str, Reading]:
+        total = len(names) * len(sample.ids)
+        with tqdm(total=total, desc=f"evaluate {title}", unit="prompt") as bar:
+            chosen = [circuits[name] for name in names]
+            readings = instrument(model, chosen, sample, how, bar.update)
+        return dict(zip(names, readings, strict=True))
+
+    samples: dict[str, dict[str, dict[str, Reading]]] = {
+        name: {split: {} for split in asked[name].samples} for name in circuits
+    }
+    for split, by_instrument in setting.samples.items():
+        for key, sample in by_instrument.items():
+            instrument = setting.instruments[key]
+            names = [
+                name
+                for name in circuits
+                if split in asked[name].samples
+                and (asked[name].samples[split] or not instrument.writes)
+            ]
+            for name, reading in read(instrument.read, names, sample, f"{key}, {split}").items():
+                samples[name][split][key] = reading
+    general = read(perplexity.read, list(circuits), setting.general, "general text")
+    second: dict[str, Reading] = {}
+    if setting.second is not None:
+        names = [name for name in circuits if asked[name].second]
+        second = read(pairs.read, names, setting.second, "second opinion")
+    return {name: Outcome(general[name], second.get(name), samples[name]) for name in circuits}
 
 
-def progress(circuits: int, texts: Texts | Items, name: str) -> "tqdm[Any]":
-    return tqdm(total=circuits * len(texts.ids), desc=f"evaluate {name}", unit="text")
+# --- comparing them ------------------------------------------------------------------------
 
 
 def result(
@@ -399,139 +184,204 @@ def result(
     resamples: int,
 ) -> dict[str, Any]:
     """All differences of one circuit; `control`: outcomes of the draws of a control of its size."""
-    pair = before.general, after.general
-    found: dict[str, Any] = {"ppl_delta": perplexity_difference(*pair, resamples)}
-    for sample in setting.samples:
-        if sample.name in after.samples:
-            old, new = before.samples[sample.name], after.samples[sample.name]
-            terms = sample.texts.groups
-            found[sample.name] = {
-                **compare(old, new, pair, terms, resamples),
-                "values": _means(new, terms),
-            }
-    first = setting.samples[0]
+    found: dict[str, Any] = {
+        "ppl_delta": perplexity.change(before.general, after.general, resamples).as_dict()
+    }
+    for split, readings in after.samples.items():
+        changes: Differences = {}
+        for key in readings:
+            values = setting.instruments[key].values
+            both = before.measured(split, key), after.measured(split, key)
+            changes |= differences(values, *both, resamples)
+        found[split] = {**changes, "values": levels(readings)}
     if control:
-        terms = first.texts.groups
-        drawn = [outcome.samples[first.name] for outcome in control]
-        found["among_controls"] = among(after, control, before, first.name, terms)
-        found["against_control"] = against(drawn, after.samples[first.name], terms, resamples)
-    if setting.second and before.second is not None and after.second is not None:
-        groups = setting.second.groups
-        found["second"] = pair_differences(before.second, after.second, groups, resamples)
+        found["among_controls"] = among(before, after, control, setting)
+        found["against_control"] = against(control, after, setting, resamples)
+    if before.second is not None and after.second is not None:
+        both = Measured(before.second, before.general), Measured(after.second, after.general)
+        found["second"] = differences(pairs.VALUES, *both, resamples)
     return found
+
+
+def levels(readings: Mapping[str, Reading]) -> dict[str, float]:
+    """The plain values of one model, to stand beside the differences."""
+    return {name: level for reading in readings.values() for name, level in reading.levels.items()}
+
+
+def against(
+    control: Sequence[Outcome], after: Outcome, setting: Setting, resamples: int
+) -> Differences:
+    """A circuit against the mean of the control's draws, of as many neurons."""
+    found: Differences = {}
+    split = setting.first
+    for key, reading in after.samples[split].items():
+        drawn = [draw.samples[split][key] for draw in control if key in draw.samples[split]]
+        values = [value for value in setting.instruments[key].values if value.controlled]
+        if drawn and values:
+            mean = Measured(mean_reading(drawn), after.general)
+            found |= differences(values, mean, Measured(reading, after.general), resamples)
+    return found
+
+
+def among(
+    before: Outcome, after: Outcome, control: Sequence[Outcome], setting: Setting
+) -> dict[str, dict[str, float]]:
+    """A circuit's effects among those of the control's draws, with their rank p; several draws."""
+    if len(control) < 2:
+        return {}
+    found = {}
+    split = setting.first
+    for key in after.samples[split]:
+        if any(key not in draw.samples[split] for draw in control):
+            continue
+        instrument, start = setting.instruments[key], before.measured(split, key)
+        effect = effects(instrument, start, after.measured(split, key))
+        drawn = [effects(instrument, start, draw.measured(split, key)) for draw in control]
+        for name, value in effect.items():
+            ranked = inference.against_draws(value, [draw[name] for draw in drawn])
+            found[name] = ranked.as_dict()
+    return found
+
+
+# --- the stage -----------------------------------------------------------------------------
+
+
+def read_circuits(
+    params: Params, behaviour: str, held_out: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[str, Circuit]]:
+    """Circuits of a behaviour by name, with their methods. InputError: one saw what is held out."""
+    circuits = {}
+    for method, row in params.methods.items():
+        for name in circuit_names(method, row):
+            path = circuit_path(behaviour, name)
+            refuse_leak(held_out, read_json(path.with_suffix(".json")), str(path))
+            circuits[name] = (method, read_circuit(path))
+    return circuits
+
+
+def asked_of(
+    params: Params, behaviour: str, circuits: Mapping[str, tuple[str, Circuit]], setting: Setting
+) -> dict[str, Asked]:
+    """What is measured of the unpruned model and of every circuit: of the behaviour's own method
+    all there is.
+    """
+    spec, evaluate = params.behaviours[behaviour], params.evaluate
+    asked = {UNPRUNED: Asked(dict.fromkeys(setting.samples, True), second=True)}
+    for name, (method, _) in circuits.items():
+        leads = method == spec.method
+        samples = {setting.first: leads or method in evaluate.completed}
+        if method in evaluate.in_sample:
+            samples["in_sample"] = True
+        asked[name] = Asked(samples, second=leads)
+    return asked
+
+
+def baseline(params: Params, behaviour: str, before: Outcome, setting: Setting) -> dict[str, float]:
+    """The unpruned model's own values, and by how much the score that chose a split's prompts
+    exceeds what the same scorer gives to new completions of them.
+    """
+    found = {"perplexity": perplexity.perplexity(before.general)}
+    keep = params.prompt_sets[params.behaviours[behaviour].prompts].keep
+    for split, readings in before.samples.items():
+        own = levels(readings)
+        found |= {f"{split}_{name}": value for name, value in own.items()}
+        if keep is not None and keep.scorer in own and split in setting.elicited:
+            found[f"{split}_elicited_gap"] = setting.elicited[split] - own[keep.scorer]
+    return found
+
+
+def written(by_name: Mapping[str, Outcome], setting: Setting) -> list[dict[str, Any]]:
+    """A row per completion: circuit, split and what the instrument says."""
+    return [
+        {"circuit": name, "split": split, **row}
+        for split in setting.samples
+        for name, outcome in by_name.items()
+        for reading in outcome.samples.get(split, {}).values()
+        for row in reading.written
+    ]
+
+
+def quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Quality of the completions by circuit and split."""
+    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["circuit"], row["split"]), []).append(row)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (circuit, split), members in cells.items():
+        found.setdefault(circuit, {})[split] = completions.writing(members)
+    return found
+
+
+def prompt_table(
+    by_name: Mapping[str, Outcome], setting: Setting
+) -> tuple[list[dict[str, object]], list[str]]:
+    """Rows (circuit, split, prompt) and their columns: what every prompt gave under every model."""
+    rows: list[dict[str, object]] = []
+    columns = ["circuit", "split", "prompt", "group"]
+    for name, outcome in by_name.items():
+        for split, by_instrument in setting.samples.items():
+            values: dict[str, Array] = {}
+            for reading in outcome.samples.get(split, {}).values():
+                values |= reading.prompts
+            columns += [key for key in values if key not in columns]
+            sample = next(iter(by_instrument.values()))
+            for i, prompt in enumerate(sample.ids if values else ()):
+                about = {"circuit": name, "split": split, "prompt": prompt}
+                numbers = {key: float(column[i]) for key, column in values.items()}
+                rows.append({**about, "group": sample.groups[i], **numbers})
+    return rows, columns
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, evaluate = params.behaviours[behaviour], params.evaluate
     tokenizer = loading.tokenizer(params.model.path, params.model.revision)
-    setting, elicited = load_setting(params, behaviour, tokenizer)
-    first = setting.samples[0].name
-    circuits = {}
-    for method, row in params.methods.items():
-        for name in circuit_names(method, row):
-            path = circuit_path(behaviour, name)
-            refuse_leak(setting.rows, read_json(path.with_suffix(".json")), str(path))
-            circuits[name] = (method, read_circuit(path))
-    scorers = {
-        name: scorer(ScorerSpec(**asdict(params.scorers[name])), params.model.device)
-        for name in spec.scorers
-    }
+    setting = load_setting(params, behaviour, tokenizer)
+    circuits = read_circuits(params, behaviour, setting.rows)
+    specs = {name: ScorerSpec(**asdict(params.scorers[name])) for name in spec.scorers}
+    scorers = {name: scorer(each, params.model.device) for name, each in specs.items()}
     model = loading.load(
         params.model.path, params.model.revision, params.model.dtype, params.model.device
     )
-    asked = {UNPRUNED: Asked({sample.name: True for sample in setting.samples}, second=True)}
-    for name, (method, _) in circuits.items():
-        own = method == spec.method  # of the behaviour: it alone is measured by all there is
-        asked[name] = Asked({first: own or method in evaluate.completed}, second=own)
-        if method in evaluate.in_sample:
-            asked[name].samples["in_sample"] = True
-    found_by, completions = outcomes(
+    by_name = outcomes(
         model,
         {UNPRUNED: INTACT, **{name: circuit for name, (_, circuit) in circuits.items()}},
-        asked,
-        tokenizer,
-        scorers,
-        evaluate,
+        asked_of(params, behaviour, circuits, setting),
         setting,
+        How(evaluate, evaluate.batch_tokens, tokenizer, scorers),
     )
-    before = found_by[UNPRUNED]
-    after = {name: found_by[name] for name in circuits}
-
-    drawn = circuit_names(evaluate.control, params.methods[evaluate.control])
-    size = len(circuits[drawn[0]][1])
+    before = by_name[UNPRUNED]
+    draws = circuit_names(evaluate.control, params.methods[evaluate.control])
     results = {}
     for name, (method, circuit) in circuits.items():
-        of_size = method != evaluate.control and len(circuit) == size
-        control = [after[draw] for draw in drawn] if of_size else []
+        of_size = method != evaluate.control and len(circuit) == len(circuits[draws[0]][1])
+        control = [by_name[draw] for draw in draws] if of_size else []
         try:
-            differences = result(before, after[name], control, setting, evaluate.resamples)
+            changes = result(before, by_name[name], control, setting, evaluate.resamples)
         except InputError as error:
             raise InputError(
                 f"evaluate: {behaviour}, circuit {name}: {error}; evaluate.prompts and "
                 "evaluate.items say how many are read"
             ) from None
-        results[name] = {"method": method, "num_neurons": len(circuit), **differences}
-    baseline = {"perplexity": perplexity(before.general)}
-    for sample in setting.samples:
-        values = _means(before.samples[sample.name], sample.texts.groups)
-        baseline |= {f"{sample.name}_{key}": value for key, value in values.items()}
-        if sample.name in elicited:
-            gap = elicited[sample.name] - values[spec.scorers[0]]
-            baseline[f"{sample.name}_elicited_gap"] = gap
+        results[name] = {"method": method, "num_neurons": len(circuit), **changes}
+    rows = written(by_name, setting)
     found: dict[str, Any] = {
-        "baseline": baseline,
+        "baseline": baseline(params, behaviour, before, setting),
         "circuits": results,
-        "completions": writing(completions),
+        "completions": quality(rows),
     }
-    scores = before.samples[first].scores
-    if scores:
-        groups = setting.samples[0].texts.groups
-        found["scorer_agreement"] = agreement(scores, groups, evaluate.resamples)
-        found["scorers"] = {
-            name: describe(ScorerSpec(**asdict(params.scorers[name]))) for name in spec.scorers
-        }
+    if "completions" in setting.instruments:
+        scored = before.samples[setting.first]["completions"]
+        found["scorer_agreement"] = completions.agreement(scored, list(specs), evaluate.resamples)
+        found["scorers"] = {name: describe(each) for name, each in specs.items()}
     folder = evaluation_folder(behaviour)
-    write_jsonl(folder / "completions.jsonl", completions)
-    write_csv(folder / "prompts.csv", *prompt_table(found_by, setting.samples))
+    write_jsonl(folder / "completions.jsonl", rows)
+    write_csv(folder / "prompts.csv", *prompt_table(by_name, setting))
     write_json(metrics_path("evaluate", behaviour), found)
     return {
         f"{name}.{key}": value
         for name, row in results.items()
         for key, value in (
             ("ppl_delta", row["ppl_delta"]["value"]),
-            *((k, v["value"]) for k, v in row[first].items() if k != "values"),
+            *((k, v["value"]) for k, v in row[setting.first].items() if k != "values"),
         )
     }
-
-
-def prompt_table(
-    outcomes: Mapping[str, Outcome], samples: Sequence[Sample]
-) -> tuple[list[dict[str, object]], list[str]]:
-    """Rows (circuit, split, prompt) and their columns: what every prompt gave under every model."""
-    rows: list[dict[str, object]] = []
-    columns = ["circuit", "split", "prompt", "group"]
-    for name, measured in outcomes.items():
-        for sample in samples:
-            if sample.name not in measured.samples:
-                continue
-            found = measured.samples[sample.name]
-            values: dict[str, Array] = {}
-            if found.text is not None:
-                values |= {"nll": found.text.nll, "tokens": found.text.tokens}
-            if found.log_p is not None:
-                values |= dict(zip(("stereotype", "anti", "unrelated"), found.log_p.T, strict=True))
-            for key, scores in (found.scores or {}).items():
-                values |= {f"{key}_mean": scores.mean(1), f"{key}_max": scores.max(1)}
-            columns += [key for key in values if key not in columns]
-            for i, (prompt, group) in enumerate(
-                zip(sample.texts.ids, sample.texts.groups, strict=True)
-            ):
-                row: dict[str, object] = {
-                    "circuit": name,
-                    "split": sample.name,
-                    "prompt": prompt,
-                    "group": group,
-                }
-                row |= {key: float(column[i]) for key, column in values.items()}
-                rows.append(row)
-    return rows, columns

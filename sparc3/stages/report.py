@@ -1,6 +1,7 @@
 """Report: the result table, the figures and the claims table, from the metrics files alone."""
 
 import math
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparc3.base.artifacts import (
 )
 from sparc3.base.files import read_csv, read_json, write_text
 from sparc3.base.params import Params
+from sparc3.measure.instruments import instruments_of
 from sparc3.reporting.published import claims_table
 from sparc3.reporting.tables import (
     FOLDER,
@@ -25,26 +27,19 @@ from sparc3.reporting.tables import (
 
 
 def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
-    """All figures; returns their paths."""
+    """All figures; returns their paths, in the order of the page."""
     from sparc3.reporting import figures  # matplotlib takes a second to import
 
-    overlap = read_json(metrics_path("overlap"))
-    behaviours = list(params.behaviours)
-    paths = {
-        name: FOLDER / f"{name}.png"
-        for name in (
-            "bars",
-            "pareto",
-            "transfer",
-            "venn",
-            "overlaps",
-            "correlations",
-            "layers",
-            "stability",
-        )
-    }
+    overlap, behaviours = read_json(metrics_path("overlap")), list(params.behaviours)
+    methods = list(params.methods)
+    drawn: list[Path] = []
+
+    def at(name: str) -> Path:
+        drawn.append(FOLDER / f"{name}.png")
+        return drawn[-1]
+
     figures.bars(
-        paths["bars"],
+        at("bars"),
         table,
         {
             "reduction": "reduction on held-out prompts, %",
@@ -52,8 +47,37 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
             "ppl_delta": "perplexity change, %",
         },
     )
-    figures.layer_distribution(paths["layers"], overlap["layers"])
-    curves = {
+    sweeps = {name: read_csv(sweep_path(name)) for name in behaviours}
+    figures.pareto(at("pareto"), sweeps, objectives(params), methods)
+    if first_split(params) == "test":
+        columns, values, labels = transfer_matrix(params)
+        title = "Pruned for (row), measured on (column)"
+        figures.heat_map(at("transfer"), values, behaviours, columns, title, labels=labels)
+    if len(behaviours) in (2, 3):
+        figures.venn(at("venn"), overlap["regions"], behaviours)
+    if len(behaviours) > 1:
+        figures.pairwise_overlap(at("overlaps"), overlap["overlaps"])
+        matrix = np.eye(len(behaviours))
+        for (i, a), (j, b) in combinations(enumerate(behaviours), 2):
+            matrix[i, j] = matrix[j, i] = overlap["correlations"][f"{a}-{b}"]["pearson"]
+        title = "Correlation of differentials"
+        figures.heat_map(at("correlations"), matrix, behaviours, behaviours, title, limit=1)
+    figures.layer_distribution(at("layers"), overlap["layers"])
+    figures.rank_stability(at("stability"), stability_curves(params), methods)
+    return drawn
+
+
+def objectives(params: Params) -> dict[str, str]:
+    """Behaviour -> title of what its sweep maximises."""
+    return {
+        name: next(each.axis for each in instruments_of(spec).values() if each.swept)
+        for name, spec in params.behaviours.items()
+    }
+
+
+def stability_curves(params: Params) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """Behaviour -> method -> points (prompts, overlap) of its curve of agreement."""
+    return {
         behaviour: {
             method: [
                 {key: float(row[key]) for key in ("prompts", "overlap")}
@@ -63,47 +87,8 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
             for method, spec in params.methods.items()
             if spec.score != "random"
         }
-        for behaviour in behaviours
+        for behaviour in params.behaviours
     }
-    figures.rank_stability(paths["stability"], curves, list(params.methods))
-    sweeps = {name: read_csv(sweep_path(name)) for name in behaviours}
-    titles = {
-        "completions": ("nll_shift", "rise of NLL, nats"),
-        "pairs": ("margin", "preference margin, nats"),
-    }
-    figures.pareto(
-        paths["pareto"],
-        sweeps,
-        {n: titles[b.measure] for n, b in params.behaviours.items()},
-        list(params.methods),
-    )
-    if len(behaviours) > 1:
-        figures.pairwise_overlap(paths["overlaps"], overlap["overlaps"])
-        matrix = np.eye(len(behaviours))
-        for i, a in enumerate(behaviours):
-            for j, b in enumerate(behaviours[i + 1 :], start=i + 1):
-                matrix[i, j] = matrix[j, i] = overlap["correlations"][f"{a}-{b}"]["pearson"]
-        figures.heat_map(
-            paths["correlations"],
-            matrix,
-            behaviours,
-            behaviours,
-            "Correlation of differentials",
-            limit=1,
-        )
-    if len(behaviours) in (2, 3):
-        figures.venn(paths["venn"], overlap["regions"], behaviours)
-    if first_split(params) == "test":
-        columns, values, labels = transfer_matrix(params)
-        figures.heat_map(
-            paths["transfer"],
-            values,
-            behaviours,
-            columns,
-            "Pruned for (row), measured on (column)",
-            labels=labels,
-        )
-    return [path for path in paths.values() if path.exists()]
 
 
 def run(params: Params) -> dict[str, float]:

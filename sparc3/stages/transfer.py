@@ -1,11 +1,10 @@
 """Transfer: prune for one behaviour, measure all of them, and general text by its kind.
 
-The circuit of each behaviour's own method, one load of the model, deterministic quantities of the
-test split only.
+The circuit of each behaviour's own method, one load of the model, test split only, by the
+instruments that a sweep reads.
 """
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -13,102 +12,93 @@ from tqdm import tqdm
 from sparc3.base.artifacts import OUTPUTS, circuit_path, metrics_path, read_prompts
 from sparc3.base.files import read_json, write_csv, write_json
 from sparc3.base.params import Params
-from sparc3.circuits.circuit import INTACT, read_circuit, refuse_leak
-from sparc3.measure.differences import (
-    Differences,
-    pair_differences,
-    perplexity_difference,
-    shift_difference,
-)
-from sparc3.measure.measures import (
-    Items,
-    Texts,
-    items,
-    likelihood,
-    preferences,
-    texts,
-    windowed_likelihood,
-)
+from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, refuse_leak
+from sparc3.measure.instrument import Differences, How, Measured, Reading, differences
+from sparc3.measure.instruments import instruments_of, perplexity
 from sparc3.model import loading
 
 log = logging.getLogger(__name__)
 
-
 COLUMNS = ("pruned_for", "measured", "quantity", "value", "low", "high")
+
+Rows = dict[str, list[dict[str, Any]]]
+
+
+def read_rows(params: Params) -> tuple[Rows, Rows]:
+    """The first test prompts of every behaviour, and of every kind of general text."""
+    count = params.transfer.items
+    behaviours = {
+        name: read_prompts(spec.prompts, "test")[:count] for name, spec in params.behaviours.items()
+    }
+    return behaviours, {text: read_prompts(text, "test")[:count] for text in params.transfer.texts}
+
+
+def read_circuits(params: Params, held_out: Rows) -> dict[str, Circuit]:
+    """Each behaviour's own circuit. InputError: it was chosen on what is held out."""
+    circuits = {}
+    for name, spec in params.behaviours.items():
+        path = circuit_path(name, spec.method)
+        for rows in held_out.values():
+            refuse_leak(rows, read_json(path.with_suffix(".json")), str(path))
+        circuits[name] = read_circuit(path)
+    return circuits
+
+
+def compare(params: Params, read: dict[tuple[str, str], list[Reading]]) -> dict[str, Any]:
+    """Pruned for -> measured -> differences. `read`: by behaviour and instrument, or text and
+    "perplexity", the readings of the unpruned model and without each behaviour's circuit.
+    """
+    resamples, first = params.transfer.resamples, params.transfer.texts[0]
+    results: dict[str, dict[str, Differences]] = {}
+    for place, pruned_for in enumerate(params.behaviours, start=1):
+        found: dict[str, Differences] = {}
+        for text in params.transfer.texts:
+            readings = read[text, "perplexity"]
+            change = perplexity.change(readings[0], readings[place], resamples)
+            found[text] = {"ppl_delta": change.as_dict()}
+        for name, spec in params.behaviours.items():
+            found[name] = {}
+            for key, instrument in instruments_of(spec).items():
+                if instrument.swept:
+                    before, after = (
+                        Measured(read[name, key][at], read[first, "perplexity"][at])
+                        for at in (0, place)
+                    )
+                    found[name] |= differences(instrument.values, before, after, resamples)
+        results[pruned_for] = found
+    return results
 
 
 def run(params: Params) -> dict[str, float]:
-    transfer, evaluate = params.transfer, params.evaluate
+    transfer = params.transfer
     if params.prepare.splits["test"] == 0:
         log.warning("transfer: prepare.splits leaves no test split, so nothing is measured")
         write_csv(OUTPUTS / "transfer" / "matrix.csv", [], COLUMNS)
         write_json(metrics_path("transfer"), {})
         return {}
+    behaviours, texts = read_rows(params)
+    circuits = [INTACT, *read_circuits(params, {**behaviours, **texts}).values()]
     tokenizer = loading.tokenizer(params.model.path, params.model.revision)
-    rows = {
-        name: read_prompts(spec.prompts, "test")[: transfer.items]
+    encoded = {
+        (text, "perplexity"): (perplexity.read, perplexity.encode(rows, tokenizer))
+        for text, rows in texts.items()
+    } | {
+        (name, key): (instrument.read, instrument.encode(behaviours[name], tokenizer))
         for name, spec in params.behaviours.items()
-    }
-    circuits = {}
-    for name in params.behaviours:
-        path = circuit_path(name, params.behaviours[name].method)
-        for tested in rows.values():
-            refuse_leak(tested, read_json(path.with_suffix(".json")), str(path))
-        circuits[name] = read_circuit(path)
-    general = {
-        name: texts(read_prompts(name, "test")[: transfer.items], tokenizer)
-        for name in transfer.texts
-    }
-    measured: dict[str, Texts | Items] = {
-        name: (items if spec.measure == "pairs" else texts)(rows[name], tokenizer)
-        for name, spec in params.behaviours.items()
+        for key, instrument in instruments_of(spec).items()
+        if instrument.swept
     }
     model = loading.load(
         params.model.path, params.model.revision, params.model.dtype, params.model.device
     )
-
-    samples = {**general, **measured}
-    pruned_by = [INTACT, *circuits.values()]
-    found_on: dict[str, Sequence[Any]] = {}
-    total = len(pruned_by) * sum(len(sample.ids) for sample in samples.values())
+    how = How(params.evaluate, transfer.batch_tokens, tokenizer)
+    total = len(circuits) * sum(len(sample.ids) for _, sample in encoded.values())
     with tqdm(total=total, desc="transfer", unit="text") as bar:
-        fixed = transfer.batch_tokens, bar.update
-        for name, sample in samples.items():
-            if isinstance(sample, Items):
-                found_on[name] = preferences(model, pruned_by, sample, *fixed)
-            elif name in general:
-                windows = evaluate.window, evaluate.stride
-                found_on[name] = windowed_likelihood(model, pruned_by, sample, *windows, *fixed)
-            else:
-                found_on[name] = likelihood(model, pruned_by, sample, *fixed)
-    before, *others = (
-        dict(zip(found_on, values, strict=True)) for values in zip(*found_on.values(), strict=True)
-    )
-
-    results: dict[str, dict[str, Differences]] = {}
-    for pruned_for, after in zip(circuits, others, strict=True):
-        found: dict[str, Differences] = {}
-        for name in general:
-            found[name] = {
-                "ppl_delta": perplexity_difference(before[name], after[name], transfer.resamples)
-            }
-        first = transfer.texts[0]
-        for name, sample in measured.items():
-            if isinstance(sample, Items):
-                found[name] = pair_differences(
-                    before[name], after[name], sample.groups, transfer.resamples
-                )
-            else:
-                found[name] = {
-                    "nll_shift": shift_difference(
-                        (before[name], before[first]),
-                        (after[name], after[first]),
-                        sample.groups,
-                        transfer.resamples,
-                    ),
-                }
-        results[pruned_for] = found
-
+        readings = {
+            key: read(model, circuits, sample, how, bar.update)
+            for key, (read, sample) in encoded.items()
+        }
+    results = compare(params, readings)
     table = [
         {
             "pruned_for": pruned_for,
@@ -117,8 +107,8 @@ def run(params: Params) -> dict[str, float]:
             **{key: difference[key] for key in ("value", "low", "high")},
         }
         for pruned_for, found in results.items()
-        for name, differences in found.items()
-        for quantity, difference in differences.items()
+        for name, changes in found.items()
+        for quantity, difference in changes.items()
     ]
     write_csv(OUTPUTS / "transfer" / "matrix.csv", table, COLUMNS)
     write_json(metrics_path("transfer"), results)

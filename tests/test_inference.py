@@ -521,7 +521,6 @@ def test_minimum_detectable_effect_is_found_four_times_in_five():
         ),
         (lambda: inference.perplexity_change([1] * 8, [1] * 8, [1] * 7 + [0]), "drop empty"),
         (lambda: inference.perplexity_change([1] * 8, [1] * 8, [1] * 7), "nll, tokens"),
-        (lambda: inference.mean_interval([0] * 8, level=1), "level 1"),
         (lambda: inference.mean_interval([0] * 8, resamples=0), "resamples 0"),
         (lambda: inference.rank_agreement([0] * 8, [0] * 7), "x, y"),
         (lambda: inference.against_draws(1, [1]), "at least 2"),

@@ -1,0 +1,209 @@
+"""An instrument: one way to measure a model on a sample, and what may be said of two readings.
+
+An instrument turns rows into a sample and reads models on it. A reading is a table with a row per
+unit (a prompt, a text, a target term) and its grouping keys; every number is a function of means
+over units. So differences, intervals, controls, twins in sample, transfer and the columns of tables
+are written once, here and in the stages, for every instrument. A new one is one file in
+`instruments`, whose `instrument(behaviour)` gives its row.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from sparc3.base.files import Array
+from sparc3.base.params import Evaluate
+from sparc3.circuits.circuit import Circuit
+from sparc3.measure import inference
+from sparc3.measure.inference import Difference, Estimate, Statistic, first_column
+from sparc3.measure.scorers import Scorer
+
+if TYPE_CHECKING:  # the names of instruments and of their values are needed without torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[int], object]  # called with the number of prompts just finished
+Differences = dict[str, dict[str, float]]
+
+
+class Sample(NamedTuple):
+    """Prompts of a set, tokenised: each as one sequence, or as the sentences of an item.
+
+    `joined`: the prompts are the pieces of one text, in their order.
+    """
+
+    ids: list[str]
+    groups: list[str]
+    tokens: list[Any]
+    joined: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one model gave on a sample.
+
+    columns: values (unit,) by name; NaN where a unit has none.
+    groups: the grouping key of every unit; None where each is a group of its own.
+    levels: the plain values of this model, to stand beside differences.
+    prompts: what every prompt gave, (prompt,) by name.
+    written: a row per completion.
+    """
+
+    columns: Mapping[str, Array]
+    groups: Sequence[str] | None = None
+    levels: Mapping[str, float] = field(default_factory=dict)
+    prompts: Mapping[str, Array] = field(default_factory=dict)
+    written: Sequence[dict[str, Any]] = ()
+
+
+class Measured(NamedTuple):
+    """One model: its reading of a sample, and of general text."""
+
+    reading: Reading
+    general: Reading
+
+
+class How(NamedTuple):
+    """With what an instrument reads, the same for all models that are compared."""
+
+    evaluate: Evaluate
+    batch_tokens: int
+    tokenizer: "PreTrainedTokenizerBase"
+    scorers: Mapping[str, Scorer] = {}
+
+
+class Value(NamedTuple):
+    """A number that is reported of two models: before and after something was removed.
+
+    change: (before, after, resamples) -> the difference with its interval; None where too few
+        units have what it needs.
+    title, digits: of its column in tables; without a title it has none.
+    less: the sign by which a positive change is less of the behaviour.
+    controlled: the circuit is also compared with the mean of the control's draws.
+    even: the level at which the model prefers neither side, if there is one.
+    """
+
+    name: str
+    change: Callable[[Measured, Measured, int], Estimate | Difference | None]
+    title: str = ""
+    digits: int = 1
+    less: Literal[1, -1] = 1
+    controlled: bool = True
+    even: float | None = None
+
+
+# (before, after) -> how little of the behaviour there is after; larger is less.
+Objective = Callable[[Measured, Measured], float]
+
+
+class Instrument(NamedTuple):
+    """One way to measure a model.
+
+    encode: rows of a prompt set and a tokenizer -> the sample.
+    read: a model, circuits, a sample, how, progress -> a reading without each circuit, in order.
+    values: what is reported. The one called `reduction`, in percent, has the verdict.
+    objectives: by name; the first is what a sweep maximises, all are ranked among controls.
+    axis: title of the first objective.
+    headline: levels that open a table, each with the form it takes.
+    cell: the value that the transfer matrix shows.
+    reads: the prompt's text, or the sentences of a pair, packed.
+    writes: it draws completions, which only some circuits do (`evaluate.completed`).
+    swept: sweep and transfer read it.
+    """
+
+    encode: Callable[[Sequence[Mapping[str, Any]], "PreTrainedTokenizerBase"], Sample]
+    read: Callable[
+        ["PreTrainedModel", Sequence[Circuit], Sample, How, Progress | None], list[Reading]
+    ]
+    values: tuple[Value, ...]
+    objectives: Mapping[str, Objective]
+    axis: str = ""
+    headline: tuple[tuple[str, str], ...] = ()
+    cell: str = ""
+    reads: Literal["text", "pair"] = "text"
+    writes: bool = False
+    swept: bool = True
+
+
+# --- changes between two readings ------------------------------------------------------------
+
+
+def paired(
+    *columns: str, statistic: Statistic = first_column
+) -> Callable[[Measured, Measured, int], Difference | None]:
+    """Change of a statistic of the means of some columns, tested by swaps within groups.
+
+    Units without one of the columns are left out; too few with all of them: None.
+    """
+
+    def change(before: Measured, after: Measured, resamples: int) -> Difference | None:
+        old, new = (
+            np.column_stack([each.reading.columns[name] for name in columns])
+            for each in (before, after)
+        )
+        groups = before.reading.groups
+        whole = np.flatnonzero(~np.isnan(old).any(axis=1))
+        if len(whole) < len(old):
+            if len(whole) < inference.MIN_CLUSTERS:
+                return None
+            old, new = old[whole], new[whole]
+            groups = None if groups is None else [groups[i] for i in whole.tolist()]
+        return inference.paired_difference(old, new, groups, statistic, resamples=resamples)
+
+    return change
+
+
+def reduced(column: str) -> Callable[[Measured, Measured, int], Difference]:
+    """Fall of the mean of a column, in percent of before."""
+
+    def change(before: Measured, after: Measured, resamples: int) -> Difference:
+        return inference.reduction(
+            before.reading.columns[column],
+            after.reading.columns[column],
+            before.reading.groups,
+            resamples=resamples,
+        )
+
+    return change
+
+
+def share_fallen(column: str) -> Callable[[Measured, Measured, int], Estimate]:
+    """Percentage of units whose value falls, a tie counting half: 50 under no effect."""
+
+    def change(before: Measured, after: Measured, resamples: int) -> Estimate:
+        old, new = (each.reading.columns[column] for each in (before, after))
+        fell = 50.0 * (1 + np.sign(old - new))
+        return inference.mean_interval(fell, before.reading.groups, resamples=resamples)
+
+    return change
+
+
+def differences(
+    values: Sequence[Value], before: Measured, after: Measured, resamples: int
+) -> Differences:
+    """Every value that there are units for, by name."""
+    changes = {value.name: value.change(before, after, resamples) for value in values}
+    return {name: change.as_dict() for name, change in changes.items() if change is not None}
+
+
+def mean_reading(readings: Sequence[Reading]) -> Reading:
+    """The mean of the draws of a control, unit by unit.
+
+    Each draw was reduced to units before: the largest of averaged scores is not the average of the
+    largest.
+    """
+    first = readings[0]
+    columns = {
+        name: np.mean([reading.columns[name] for reading in readings], axis=0)
+        for name in first.columns
+    }
+    return Reading(columns, first.groups)
+
+
+def effects(instrument: Instrument, before: Measured, after: Measured) -> dict[str, float]:
+    """How much less of the behaviour there is by each objective: what controls are ranked by."""
+    return {
+        name: objective(before, after) - objective(before, before)
+        for name, objective in instrument.objectives.items()
+    }

@@ -1,0 +1,21 @@
+"""The instruments, by name: every module here is one, and offers `instrument(behaviour)`.
+
+They are known without torch, which they import when they read a model.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
+
+from sparc3.base.params import Behaviour
+from sparc3.measure.instrument import Instrument
+
+INSTRUMENTS: dict[str, Callable[[Behaviour], Instrument]] = {
+    module.name: import_module(f"{__name__}.{module.name}").instrument
+    for module in iter_modules(__path__)
+}
+
+
+def instruments_of(behaviour: Behaviour) -> dict[str, Instrument]:
+    """The instruments that a behaviour names, in its order."""
+    return {name: INSTRUMENTS[name](behaviour) for name in behaviour.instruments}
