@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import replacing
-from sparc3.base.secrets import first_line
+from sparc3.base.secrets import first_line, masked
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -48,10 +48,11 @@ def tracking_uri() -> str:
 
 
 def public_uri() -> str:
-    """`tracking_uri()` without a user name and password: fit for messages."""
+    """`tracking_uri()` without user name, password and token: fit for messages."""
     uri = tracking_uri()
     user, at, _ = urlsplit(uri).netloc.rpartition("@")
-    return uri.replace(f"{user}{at}", "", 1)  # urlunsplit would drop slashes of sqlite:////
+    # urlunsplit would drop slashes of sqlite:////
+    return masked(uri.replace(f"{user}{at}", "", 1))
 
 
 @contextmanager
