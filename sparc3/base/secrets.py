@@ -22,13 +22,13 @@ LINE = 5000  # letters of one line of an error
 
 def secrets() -> list[str]:
     """Values that must not be seen, the longest first: one may hold another."""
-    found: set[str] = set()
+    values: set[str] = set()
     for name, value in [*os.environ.items(), *_env_file().items()]:
         if "://" in value:
-            found |= _in_address(value)
+            values |= _in_address(value)
         if SECRET.search(name) and len(value) >= SHORT:
-            found.add(value)
-    return sorted(found, key=lambda secret: (-len(secret), secret))
+            values.add(value)
+    return sorted(values, key=lambda secret: (-len(secret), secret))
 
 
 def masked(value: object, limit: int | None = None) -> str:
@@ -97,5 +97,5 @@ def _in_address(address: str) -> set[str]:
         if value and SECRET.search(name):
             pairs.add(part)
             values.add(value)
-    found = pairs | {value for value in values if len(value) >= SHORT}
-    return found | {unquote(secret) for secret in found}
+    written = pairs | {value for value in values if len(value) >= SHORT}
+    return written | {unquote(secret) for secret in written}

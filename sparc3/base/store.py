@@ -99,14 +99,14 @@ def _experiment(client: "MlflowClient", uri: str) -> str:
     if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return given
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    found = client.get_experiment_by_name(name)
-    if found:
-        if found.lifecycle_stage != "active":
+    experiment = client.get_experiment_by_name(name)
+    if experiment:
+        if experiment.lifecycle_stage != "active":
             raise InputError(
                 f"MLflow experiment {name!r} was deleted; restore it with: "
-                f"mlflow experiments restore --experiment-id {found.experiment_id}"
+                f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
             )
-        return found.experiment_id
+        return experiment.experiment_id
     path = database(uri)
     if path is None:
         return client.create_experiment(name)

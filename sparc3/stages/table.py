@@ -74,10 +74,10 @@ def check_axis(params: Params, word: str, axes: dict[str, str]) -> None:
 
 def shown_files(word: str, value: str | None) -> list[Path]:
     """Files of a stage for the MLflow UI: those of the table, then its metrics if it has any."""
-    found: list[Path] = []
+    shown: list[Path] = []
     for product in STAGES[word].shown:
         path = OUTPUTS / product.format(value)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        found += [file for file in files if not file.is_dir()]
+        shown += [file for file in files if not file.is_dir()]
     metrics = metrics_path(word, value)
-    return [*found, metrics] if metrics.is_file() else found
+    return [*shown, metrics] if metrics.is_file() else shown
