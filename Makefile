@@ -60,7 +60,7 @@ repro: env
 	@echo "Running the pipeline: each stage says what it does."
 	@$(IN_ENV) dvc repro
 	@cat metrics/table.md
-	@$(IN_ENV) python -c 'from sparc3 import tracking; print("The runs are in", tracking.public_uri())'
+	@$(IN_ENV) python -c 'from sparc3.base import store; print("The runs are in", store.public_uri())'
 	@echo "See them with: make ui"
 
 test: env

@@ -12,7 +12,9 @@ from typing import ClassVar
 
 import pytest
 
-from sparc3.stages.fetch import pin_text
+from sparc3.base.artifacts import model_digest
+from sparc3.base.errors import InputError
+from sparc3.stages.fetch import hub_model, pin_text
 
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -129,8 +131,8 @@ def test_without_access_there_is_one_clear_line_and_no_token_in_it(
 RUN = """
 from dataclasses import replace
 from pathlib import Path
-from sparc3 import fetch
-from sparc3.params import Fetch, load
+from sparc3.stages import fetch
+from sparc3.base.params import Fetch, load
 params = load(Path({params!r}))
 given = Fetch(model=None, repository="team/open", revision={revision!r})
 model = replace(params.model, path="models/given")
@@ -170,3 +172,29 @@ def test_a_download_that_failed_goes_on_and_another_commit_is_not_taken_for_it(
     assert "move the folder away" in last
     (folder / "sparc3-origin.json").unlink()  # a folder of the user's own
     assert python(hub, tmp_path, other).returncode == 0
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", COMMIT[:7]])
+def test_only_a_commit_pins_a_repository(tmp_path: Path, revision: str | None) -> None:
+    with pytest.raises(InputError, match=r"^params: fetch\.revision is .* 40 digits of a commit"):
+        hub_model("team/open", revision, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_of_the_hub_has_a_digest_like_any_other(hub: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"^params: model\.path: team/open is no folder; .* fetch$"
+    ):
+        model_digest(Path("team/open"))
+    fetch(hub, tmp_path, "team/open", None)
+    folder = tmp_path / "model"
+    before = model_digest(folder)
+    (folder / ".cache").mkdir(exist_ok=True)  # the client's notes are no part of it
+    (folder / ".cache" / "note").write_text("x")
+    (folder / ".gitattributes").write_text("x")
+    assert model_digest(folder) == before
+    digests = {before}
+    for name in ("config.json", "model.safetensors", "tokenizer.model", "merges.txt"):
+        (folder / name).write_text("another")
+        digests.add(model_digest(folder))
+    assert len(digests) == 5

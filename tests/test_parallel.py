@@ -31,7 +31,8 @@ BOUND = 240  # seconds after which a process counts as hung, on a machine with m
 FORKED = """
 import os, sys
 from pathlib import Path
-from sparc3 import attribute, params
+from sparc3.base import params
+from sparc3.stages import attribute
 world, prompt_set = int(sys.argv[1]), sys.argv[2]
 ranks = []
 for rank in range(world):
@@ -49,7 +50,8 @@ sys.exit(any(os.waitpid(child, 0)[1] for child in ranks))
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from sparc3 import attribute, params
+from sparc3.base import params
+from sparc3.stages import attribute
 write = attribute.write_tensors
 def dying(path, *arguments):
     if path.stem == "00001" and path.parent.name == "activation":
@@ -62,8 +64,8 @@ attribute.run(params.load(Path("params.yaml")), sys.argv[1])
 # Rank 1 of a job of two, to which the test is rank 0. It outlives its stay in neither of them.
 PEER = """
 import sys, time
-from sparc3 import parallel
-from sparc3.errors import InputError
+from sparc3.base import parallel
+from sparc3.base.errors import InputError
 here = parallel.place()
 with parallel.joined(here):
     parallel.agree(here, "same")

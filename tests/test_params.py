@@ -1,14 +1,10 @@
-import ast
-import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from sparc3.__main__ import STAGES
 from sparc3.base.errors import InputError
-from sparc3.base.params import PAIRED, Params, load
+from sparc3.base.params import PAIRED, load
 from sparc3.circuits.methods import check_methods
 from sparc3.prompts.sources import SOURCES
 
@@ -110,82 +106,6 @@ def test_sources_of_pairs_are_those_whose_rows_are_pairs(fetched: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.yaml: file not found"):
         load(tmp_path / "none.yaml")
-
-
-def test_one_word_names_a_stage_everywhere() -> None:
-    """Stage word = module = dvc.yaml stage = MLproject entry point = params section, in order."""
-    words = list(STAGES)
-    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
-    assert list(pipeline) == words
-    entries = yaml.safe_load(Path("MLproject").read_text())["entry_points"]
-    assert list(entries) == ["main", "fetch", *words]
-    assert all(Path("sparc3/stages", f"{word}.py").is_file() for word in words)
-    sections = [f.name for f in fields(Params) if f.name in words]
-    assert sections == words == [key for key in TREE if key in words]
-
-
-def test_commands_are_the_same_in_dvc_and_mlproject() -> None:
-    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
-    entries = yaml.safe_load(Path("MLproject").read_text())["entry_points"]
-    for word, axis in STAGES.items():
-        stage = pipeline[word]
-        expected = f"python -m sparc3 {word}"
-        if axis is None:
-            assert stage["cmd"] == entries[word]["command"] == expected
-        else:
-            flag = f"--{axis.replace('_', '-')}"
-            assert stage["foreach"] == f"${{{axis}s}}"
-            assert stage["do"]["cmd"] == f"{expected} {flag} ${{key}}"
-            assert entries[word]["command"] == f"{expected} {flag} {{{axis}}}"
-            assert list(entries[word]["parameters"]) == [axis]
-
-
-# What no number depends on: how errors are named, processes joined, runs logged.
-ASIDE = {"errors", "parallel", "secrets"}
-
-
-def imported(module: Path) -> set[Path]:
-    """Files of the package that a file imports, in functions too, but not for types only."""
-    tree = ast.parse(module.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            node.body = []
-    found: set[Path] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparc3."):
-            home = Path(str(node.module).replace(".", "/"))
-            files = {home.with_suffix(".py"), *(home / f"{a.name}.py" for a in node.names)}
-            found |= {file for file in files if file.is_file()}
-    return found
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_runs_again_when_code_that_it_uses_changes(stage: str) -> None:
-    used = new = {Path("sparc3/stages", f"{stage}.py")}
-    while new:
-        new = set().union(*map(imported, new)) - used
-        used |= new
-    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
-    deps = {Path(dep) for dep in pipeline[stage].get("do", pipeline[stage])["deps"]}
-    needed = {file for file in used if file.stem not in ASIDE}
-    assert all(deps & {file, *file.parents} for file in needed), needed
-    assert Path("requirements.txt") in deps
-    code = {dep for dep in deps if dep.parts[0] == "sparc3"}
-    idle = {dep for dep in code if not any(dep in {file, *file.parents} for file in used)}
-    # Every behaviour's stage depends on the sets of all second opinions, by what makes them.
-    assert idle == ({Path("sparc3/prompts")} if stage == "evaluate" else set())
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_runs_again_when_a_section_that_it_reads_changes(stage: str) -> None:
-    code = Path("sparc3/stages", f"{stage}.py").read_text()
-    if stage == "report":
-        for name in ("tables", "published"):
-            code += Path("sparc3/reporting", f"{name}.py").read_text()
-    read = set(re.findall(r"\bparams\.(\w+)", code)) & {f.name for f in fields(Params)}
-    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
-    keys = pipeline[stage].get("do", pipeline[stage])["params"]
-    assert {key.partition(".")[0] for key in keys} == read
 
 
 def test_no_key_is_one_that_the_run_cache_of_dvc_ignores() -> None:

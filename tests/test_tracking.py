@@ -19,7 +19,9 @@ import pytest
 from sparc3.base import comparison, runs, store
 from sparc3.base.errors import InputError
 from sparc3.base.files import write_text
+from sparc3.base.secrets import first_line, hub_reason, masked, secrets
 from sparc3.commands import ui
+from sparc3.commands.stage import as_metrics
 
 REPOSITORY = Path(__file__).parent.parent
 FOREIGN = re.compile(r"MLFLOW_|DVC_|SPARC3_|HF_TOKEN|GIT_")
@@ -164,6 +166,8 @@ def test_the_users_server_is_used_and_its_password_not_shown(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@runs.example:8443/mlflow")
     assert store.tracking_uri() == "https://me:secret@runs.example:8443/mlflow"
     assert store.public_uri() == "https://runs.example:8443/mlflow"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@runs.example/?token=abc&x=1")
+    assert store.public_uri() == "https://runs.example/?***&x=1"
     for plain in ("sqlite:////srv/runs/mlflow.db", "http://127.0.0.1:5000"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", plain)
         assert store.public_uri() == plain
@@ -198,11 +202,6 @@ def test_a_deleted_experiment_is_named(here):
     assert f"/experiments/{run.experiment}/" in link
     with pytest.raises(InputError, match=f"restore --experiment-id {run.experiment}"):
         ui.ui_link()
-
-
-def test_importing_tracking_does_not_import_mlflow():
-    code = "import sys, sparc3.tracking; sys.exit('mlflow' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 # A stage's run
@@ -348,34 +347,95 @@ def test_many_and_long_values_fit_and_stay_distinct(here):
         assert len(logged["a"]) <= 6000
 
 
-def test_secrets_reach_neither_the_database_nor_the_artifacts(here, tmp_path, monkeypatch):
-    secret = "hf_neverToBeSeenAnywhere"
-    monkeypatch.setenv("HF_TOKEN", secret)
-    write_text(tmp_path / "completions.jsonl", f"... {secret} ...")
+SECRET = "hf_neverToBeSeenAnywhere"
+GIVEN = {  # where a secret is given: variables of the environment, and lines of .env
+    "environment": ({"HF_TOKEN": SECRET}, ""),
+    "another variable": ({"my_api_key": SECRET}, ""),
+    ".env": ({}, f"# mine\nexport HF_TOKEN='{SECRET}'  # of the hub\n"),
+    "another variable of .env": ({}, f'WANDB_API_KEY="{SECRET}"\n'),
+    "password of an address": ({"REGISTRY": f"https://me:{SECRET}@runs.example/x"}, ""),
+    "token of an address": ({"REGISTRY": f"https://runs.example/?x=1&token={SECRET}"}, ""),
+    "user of an address": ({}, f"PIP_INDEX_URL=https://{SECRET}@pip.example/simple\n"),
+}
+
+
+@pytest.mark.parametrize(("variables", "lines"), GIVEN.values(), ids=list(GIVEN))
+def test_secrets_reach_neither_the_database_nor_the_artifacts(
+    here, tmp_path, monkeypatch, variables, lines
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'mlflow.db'}")
+    monkeypatch.setattr(sys, "argv", ["sparc3", SECRET])
+    write_text(tmp_path / ".env", lines)
+    write_text(tmp_path / "completions.jsonl", f"... {SECRET} ...")
     with pytest.raises(InputError, match="holds a token"), opened() as run:
         run.log_artifact(tmp_path / "completions.jsonl")
     with (
         pytest.raises(RuntimeError),
-        opened(params={"url": f"x?{secret}"}, tags={"t": secret}) as run,
+        opened(params={"url": f"x?{SECRET}"}, tags={"t": SECRET}) as run,
     ):
-        run.set_tags({"u": f"bearer {secret}"})
-        raise RuntimeError(f"401 for https://hub?token={secret}")
+        run.set_tags({"u": f"bearer {SECRET}"})
+        raise RuntimeError(f"401 for https://hub?key={SECRET}")
     data = recorded(run).data
     assert data.params["url"] == "x?***"
-    assert data.tags["sparc3.error"] == "RuntimeError: 401 for https://hub?token=***"
+    assert data.tags["sparc3.error"] == "RuntimeError: 401 for https://hub?key=***"
     files = [here / "mlflow.db", *(p for p in (here / "mlruns").rglob("*") if p.is_file())]
     assert len(files) > 1
-    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
-def test_flatten_and_interval():
+@pytest.mark.parametrize(("variables", "lines"), GIVEN.values(), ids=list(GIVEN))
+def test_error_messages_hold_no_secrets(tmp_path, monkeypatch, capsys, variables, lines):
+    from sparc3.__main__ import main
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / ".env", lines)
+    error = OSError(f"\n401 for {SECRET}\nand more")
+    assert first_line(error) == "401 for ***"
+    assert "(OSError: 401 for ***); " in hub_reason(error)
+    write_text(tmp_path / "params.yaml", f"{SECRET}: 1\n")
+    assert main(["report"]) == 2
+    printed = capsys.readouterr().err
+    assert "***" in printed
+    assert SECRET not in printed
+
+
+def test_what_is_masked_is_a_secret_and_no_word(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+    assert secrets() == []
+    variables = {
+        "HF_TOKEN": "1",  # a switch
+        "NAME": "no secret at all",
+        "DATABASE": "postgresql://research:p%40ss@host/runs",  # short, and escaped
+        "TRUSTED": "postgresql://research@host/runs",
+        "DOCS": "see http://[ and ://",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    text = "1 research in postgresql://research:p%40ss@host/runs of research:p@ss@host"
+    assert masked(text) == "1 research in postgresql://***host/runs of ***host"
+    monkeypatch.setenv("A_SECRET", "abcdefgh")
+    monkeypatch.setenv("B_SECRET", "abcdefghijkl")  # holds the other
+    assert masked("abcdefghijkl abcdefgh") == "*** ***"
+    (tmp_path / ".env").write_bytes(b"HF_TOKEN=\xff\n")
+    with pytest.raises(InputError, match=r"^\.env: not UTF-8"):
+        secrets()
+
+
+def test_flatten_and_as_metrics():
     nested = {"a": {"b": {"c": 1}, "d": [1, {"e": 2}]}, "f": None, "g": {}, "h": True}
     flat = {"a.b.c": "1", "a.d": '[1, {"e": 2}]', "f": "null", "g": "{}", "h": "true"}
     assert runs.flatten(nested) == flat
     assert runs.flatten(runs.flatten(nested)) == flat
     difference = {"value": -3.0, "low": -5.0, "high": -1.0, "p": 0.01, "mde": None}
     named = {"reduction": -3.0, "reduction_low": -5.0, "reduction_high": -1.0, "reduction_p": 0.01}
-    assert runs.interval("reduction", difference) == named
+    assert as_metrics("reduction", difference) == named
 
 
 # Nesting
@@ -409,7 +469,7 @@ def test_a_stage_of_main_is_nested_and_one_started_alone_is_that_run(here, monke
 
 def test_mlflow_run_opens_the_stages_run_and_is_the_parent_of_mains(project):
     entry = (
-        "import os, subprocess; from sparc3.tracking import hand_down; "
+        "import os, subprocess; from sparc3.base.runs import hand_down; "
         "env = hand_down(os.environ); "
         "subprocess.run(['python', 'stage.py', 'inner', '0'], env=env, check=True)"
     )
@@ -616,7 +676,7 @@ def get(address):
 def test_the_ui_shows_the_runs_and_their_artifacts(project):
     run = next(r for r in all_runs(project, "sparc3") if r.info.run_name == "stage1")
     port = free_port()
-    code = f"from sparc3.tracking import serve; serve({port})"
+    code = f"from sparc3.commands import ui; ui.run({port})"
     server = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=project,
@@ -643,7 +703,7 @@ def test_a_port_that_is_taken_is_named(here):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"PORT: {port} .* make ui PORT={port + 1}"):
-            ui.serve(port)
+            ui.run(port)
 
 
 def test_the_link_of_a_server_is_the_servers(here, monkeypatch):

@@ -96,41 +96,25 @@ def read_scores(prompt_set: str, score: str) -> tuple[list[str], Array]:
     return ids, np.concatenate(blocks)
 
 
-def logged_files(stage: str, axis: str | None) -> list[Path]:
-    """The files of a stage that are worth a look in the MLflow UI; never tensors."""
-    name = str(axis)
-    folders = {
-        "prepare": [OUTPUTS / "prompts"],
-        "select": [OUTPUTS / "circuits" / name, OUTPUTS / "stability" / name],
-        "evaluate": [evaluation_folder(name)],
-        "transfer": [OUTPUTS / "transfer"],
-        "overlap": [OUTPUTS / "overlap"],
-        "report": [OUTPUTS / "report"],
-    }
-    files = {"gate": OUTPUTS / "gate" / f"{name}.csv", "sweep": sweep_path(name)}
-    found = [files[stage]] if stage in files else []
-    for folder in folders.get(stage, []):
-        found += sorted(path for path in folder.iterdir() if path.is_file())
-    metrics = metrics_path(stage, axis)
-    return [*found, metrics] if metrics.is_file() else found
-
-
 def scores_digest(prompt_set: str) -> str:
     """One digest of all scores of a set."""
     folder = scores_folder(prompt_set)
     return _digest_of(folder, sorted(folder.rglob("*.safetensors")))
 
 
-def _digest_of(folder: Path, files: Sequence[Path]) -> str:
-    return digest_text("\n".join(f"{path.relative_to(folder)} {digest(path)}" for path in files))
-
-
 def model_digest(folder: Path) -> str:
-    """One digest of a model folder: configuration, tokenizer, weights. InputError: no folder."""
+    """One digest of a model folder: configuration, tokenizer, weights, each in whatever files.
+
+    InputError: no folder.
+    """
     if not folder.is_dir():
         raise InputError(
-            f"params: model.path: {folder} is no folder; run python -m sparc3 fetch, or name one "
-            "with config.json, safetensors and tokenizer.json"
+            f"params: model.path: {folder} is no folder; name one with config.json, safetensors "
+            "and tokenizer.json, or one that fetch is to make: python -m sparc3 fetch"
         )
-    suffixes = (".json", ".safetensors")
-    return _digest_of(folder, [f for f in sorted(folder.iterdir()) if f.suffix in suffixes])
+    files = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
+    return _digest_of(folder, sorted(files))
+
+
+def _digest_of(folder: Path, files: Sequence[Path]) -> str:
+    return digest_text("\n".join(f"{path.relative_to(folder)} {digest(path)}" for path in files))

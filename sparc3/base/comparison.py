@@ -62,7 +62,7 @@ def pipeline_run(
     with locked(tracking_uri()):
         makers = {name: _maker(report, name, digest) for name, digest in products.items()}
         made = {name: maker for name, maker in makers.items() if maker}
-        parent = _found(report, state, "all") or main or create(client, report.experiment, None)
+        parent = _existing(report, state, "all") or main or create(client, report.experiment, None)
         # Main's own run is ended by `mlflow run`, when all of main has ended.
         with closing(parent) if parent != main else nullcontext():
             title = os.environ.get("DVC_EXP_NAME") or f"pipeline {state[:8]}"
@@ -72,7 +72,7 @@ def pipeline_run(
                 parent.log_artifact(path)
             for row in rows:
                 name = f"{row.behaviour}/{row.method}"
-                run = _found(report, state, name) or create(client, parent.experiment, parent)
+                run = _existing(report, state, name) or create(client, parent.experiment, parent)
                 with closing(run):
                     by = [made[stage] for stage in row.stages if stage in made]
                     run.set_tags({"mlflow.runName": name, **_identity(state, name, by)})
@@ -105,12 +105,14 @@ def _search(report: Run, tags: Mapping[str, str]) -> list["Record"]:
     )
 
 
-def _found(report: Run, state: str, row: str) -> Run | None:
+def _existing(report: Run, state: str, row: str) -> Run | None:
+    """The run of the comparison that an earlier report left for this state."""
     records = _search(report, {"sparc3.state": state, "sparc3.row": row})
     return Run(report.client, report.experiment, records[0].info.run_id) if records else None
 
 
 def _maker(report: Run, name: str, digest: str) -> "Record | None":
+    """The stage run that made a product: the latest finished one of that name and digest."""
     records = _search(report, {"sparc3.name": name, "sparc3.product": digest})
     return next((r for r in records if r.info.status == "FINISHED"), None)
 
@@ -118,7 +120,7 @@ def _maker(report: Run, name: str, digest: str) -> "Record | None":
 def latest_metrics(names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Name of a stage run -> these metrics of its latest finished run that has them all."""
     client, experiment = connect()
-    found: dict[str, dict[str, float]] = {}
+    latest: dict[str, dict[str, float]] = {}
     token = None
     while True:
         page = client.search_runs(
@@ -129,8 +131,8 @@ def latest_metrics(names: Sequence[str]) -> dict[str, dict[str, float]]:
         )
         for record in page:
             name, metrics = record.data.tags.get("sparc3.name"), record.data.metrics
-            if name and name not in found and all(key in metrics for key in names):
-                found[name] = {key: metrics[key] for key in names}
+            if name and name not in latest and all(key in metrics for key in names):
+                latest[name] = {key: metrics[key] for key in names}
         token = page.token
         if not token:
-            return found
+            return latest

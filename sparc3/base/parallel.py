@@ -41,18 +41,18 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     if "RANK" not in given:
         return Place()
     try:
-        found = Place(*(int(given[name]) for name in names))
+        here = Place(*(int(given[name]) for name in names))
     except (KeyError, ValueError):
-        found = None
-    if found is None or not (
-        0 <= found.rank < found.world and 0 <= found.local_rank < found.local_world
+        here = None
+    if here is None or not (
+        0 <= here.rank < here.world and 0 <= here.local_rank < here.local_world
     ):
         shown = " ".join(f"{name}={given.get(name)}" for name in names)
         raise InputError(
             f"environment: {shown} is no place in a job; start the processes with torchrun, or "
             "unset RANK to run only one"
         )
-    return found
+    return here
 
 
 @contextmanager
@@ -86,10 +86,10 @@ def agree(here: Place, identity: str) -> None:
         return
     from torch import distributed
 
-    found = [""] * here.world
+    identities = [""] * here.world
     with _others():
-        distributed.all_gather_object(found, identity)
-    other = next((rank for rank, value in enumerate(found) if value != found[0]), None)
+        distributed.all_gather_object(identities, identity)
+    other = next((n for n, value in enumerate(identities) if value != identities[0]), None)
     if other is not None:
         raise InputError(
             f"rank {other} has other prompts, parameters, model files or packages than rank 0; "

@@ -58,18 +58,6 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def interval(name: str, difference: Mapping[str, float | None]) -> dict[str, float]:
-    """A difference {"value", "low", "high", "p", ...} as metrics `name`, `name_low`, ...
-
-    What is None (a bound that does not exist) is left out.
-    """
-    return {
-        name if key == "value" else f"{name}_{key}": value
-        for key, value in difference.items()
-        if value is not None
-    }
-
-
 @dataclass(frozen=True)
 class Run:
     """A run that exists in the tracking store, open or ended."""
@@ -112,8 +100,8 @@ class Run:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """A file, under `folder` of the run's artifacts; one of the same name is replaced.
 
-        Raises InputError if the file is missing or holds a secret of the environment, ValueError
-        for tensors: DVC keeps those, and their digest belongs in a tag.
+        Raises InputError if the file is missing or holds a secret (`secrets`), ValueError for
+        tensors: DVC keeps those, and their digest belongs in a tag.
         """
         if path.suffix == ".safetensors":
             raise ValueError(f"{path}: tensors are kept by DVC; log their digest as a tag")
@@ -121,7 +109,9 @@ class Run:
             raise InputError(f"{path}: file not found; an artifact must be a file")
         content = path.read_bytes()
         if any(secret.encode() in content for secret in secrets()):
-            raise InputError(f"{path}: holds a token or password of the environment; not logged")
+            raise InputError(
+                f"{path}: holds a token or password of the environment or .env; not logged"
+            )
         self.client.log_artifact(self.id, str(path), folder)
 
     def end(self, status: str) -> None:

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import replacing
-from sparc3.base.secrets import first_line
+from sparc3.base.secrets import first_line, masked
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -48,10 +48,11 @@ def tracking_uri() -> str:
 
 
 def public_uri() -> str:
-    """`tracking_uri()` without a user name and password: fit for messages."""
+    """`tracking_uri()` without user name, password and token: fit for messages."""
     uri = tracking_uri()
     user, at, _ = urlsplit(uri).netloc.rpartition("@")
-    return uri.replace(f"{user}{at}", "", 1)  # urlunsplit would drop slashes of sqlite:////
+    # urlunsplit would drop slashes of sqlite:////
+    return masked(uri.replace(f"{user}{at}", "", 1))
 
 
 @contextmanager
@@ -98,14 +99,14 @@ def _experiment(client: "MlflowClient", uri: str) -> str:
     if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return given
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    found = client.get_experiment_by_name(name)
-    if found:
-        if found.lifecycle_stage != "active":
+    experiment = client.get_experiment_by_name(name)
+    if experiment:
+        if experiment.lifecycle_stage != "active":
             raise InputError(
                 f"MLflow experiment {name!r} was deleted; restore it with: "
-                f"mlflow experiments restore --experiment-id {found.experiment_id}"
+                f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
             )
-        return found.experiment_id
+        return experiment.experiment_id
     path = database(uri)
     if path is None:
         return client.create_experiment(name)

@@ -1,2 +1,2 @@
-"""What is typed after `python -m sparc3` and is no stage: one module per word. Imports every room
-below."""
+"""What is typed after `python -m sparc3`: one module per word, and `stage` for all stages. Imports
+every room below."""

@@ -21,7 +21,7 @@ from sparc3.base import params as parameters
 from sparc3.base.artifacts import circuit_names, prompts_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.params import Params, PromptSet, scores_of
-from sparc3.base.secrets import hub_token
+from sparc3.base.secrets import first_line, hub_token
 from sparc3.commands import cost
 from sparc3.commands.cost import Shape
 from sparc3.model import loading
@@ -502,16 +502,12 @@ def configuration(params: Params) -> PretrainedConfig:
                 f"params: model.path: {path} is not there yet; with this profile as params.yaml, "
                 "bring it by: python -m sparc3 fetch"
             )
-    token = hub_token()
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, token=token)
+        return AutoConfig.from_pretrained(path, revision=revision, token=hub_token())
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        if token:
-            reason = reason.replace(token, "***")
         raise InputError(
-            f"params: {key}: no config.json of {path} ({reason}); put the model's config.json "
-            f"into the folder {params.model.path}, or plan where the hub can be reached"
+            f"params: {key}: no config.json of {path} ({first_line(error)}); put the model's "
+            f"config.json into the folder {params.model.path}, or plan where the hub can be reached"
         ) from None
 
 

@@ -3,9 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from sparc3.base.comparison import latest_metrics
 from sparc3.base.errors import InputError
 from sparc3.base.files import markdown, read_text, write_text
+from sparc3.commands import plan
 from sparc3.reporting.tables import TABLE
+from sparc3.stages.table import STAGES
+
+LARGE = ("llama3-8b", "llama3-8b-sound")  # profiles whose costs README foretells
 
 IN_README = {  # its blocks, and the tables that they show
     "results": TABLE,
@@ -44,3 +49,12 @@ def write_readme(blocks: Mapping[str, str]) -> None:
     for name, content in {**tables, **blocks}.items():
         text = readme_with(text, name, content)
     write_text(path, text)
+
+
+def run() -> None:
+    """Renew README's blocks: the result tables, what the latest runs of the stages cost, and what
+    the experiment on LLaMA-3-8B is expected to.
+    """
+    costs = latest_metrics(("seconds", "peak_megabytes"))
+    header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
+    write_readme({"costs": cost_table(list(STAGES), costs), "plan": markdown(header, rows)})

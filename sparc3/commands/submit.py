@@ -1,7 +1,8 @@
 """Submit: one stage as a Slurm job, by a script that params.cluster and the plan fill in.
 
-Attribution runs as one process per task, every other stage as one process. The script is kept in
-outputs/slurm; the job runs in this folder, with this Python, on a file system that the nodes share.
+A stage that can do so runs as one process per task, any other as one process. The script is kept
+in outputs/slurm; the job runs in this folder, with this Python, on a file system that the nodes
+share.
 """
 
 import math
@@ -15,12 +16,12 @@ from sparc3.base.artifacts import OUTPUTS
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, write_text
 from sparc3.base.params import Cluster, Params
+from sparc3.stages.table import STAGES, axis_flag, check_axis
 
 PARAMS = Path("params.yaml")
 MARGIN = 1.25  # of the memory that the plan expects
 LATE = 2.0  # of the time that the plan expects, on top of
 SPARE = 30  # minutes
-ON_CARDS = ("prepare", "attribute", "sweep", "evaluate", "transfer")
 
 
 def requested(
@@ -56,7 +57,7 @@ def script(params: Params, stage: str, axes: Mapping[str, str]) -> str:
             f"params: cluster.tasks is {cluster.tasks} with {cluster.gpus} gpus and model.device "
             f"{device}; expected a card for each task, or one task in all for auto"
         )
-    nodes, tasks = (cluster.nodes, cluster.tasks) if stage == "attribute" else (1, 1)
+    nodes, tasks = (cluster.nodes, cluster.tasks) if STAGES[stage].parallel else (1, 1)
     memory, minutes = requested(params, cluster, job, nodes, tasks)
     name = job.replace("@", "-")
     options = {
@@ -71,10 +72,10 @@ def script(params: Params, stage: str, axes: Mapping[str, str]) -> str:
     }
     if cluster.partition is not None:
         options["partition"] = cluster.partition
-    if device != "cpu" and stage in ON_CARDS:
+    if device != "cpu" and STAGES[stage].model:
         options["gpus-per-node"] = cluster.gpus if auto else tasks
-    flags = "".join(f" --{axis.replace('_', '-')} {shlex.quote(v)}" for axis, v in axes.items())
-    command = f"{shlex.quote(sys.executable)} -m sparc3 {stage}{flags}"
+    flags = [f"{axis_flag(STAGES[stage])} {shlex.quote(value)}" for value in axes.values()]
+    command = " ".join([shlex.quote(sys.executable), "-m sparc3", stage, *flags])
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items()),
@@ -87,7 +88,7 @@ def script(params: Params, stage: str, axes: Mapping[str, str]) -> str:
     ]
     if nodes * tasks > 1:
         lines += [
-            "# The processes of a job, as sparc3.parallel reads them.",
+            "# The processes of a job, as base/parallel.py reads them.",
             'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
             'export MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"',
             f"export WORLD_SIZE={nodes * tasks} LOCAL_WORLD_SIZE={tasks}",
@@ -98,6 +99,13 @@ def script(params: Params, stage: str, axes: Mapping[str, str]) -> str:
     else:
         lines.append(f"srun --cpus-per-task={cluster.cpus} {command}")
     return "\n".join(lines) + "\n"
+
+
+def run(params: Params, stage: str, **axes: str) -> None:
+    """Submit a stage and print the job's number. InputError: as `submit`, or an unknown axis."""
+    check_axis(params, stage, axes)
+    job = submit(params, stage, axes)
+    print(f"job {job}: follow it with squeue, and in outputs/slurm")
 
 
 def submit(params: Params, stage: str, axes: Mapping[str, str]) -> str:

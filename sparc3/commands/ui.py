@@ -11,7 +11,7 @@ from sparc3.base.store import connect, public_uri, tracking_uri
 def ui_link(port: int = 5000) -> str:
     """The page with the runs as a table: MLflow's own first page is another.
 
-    For a tracking server it is on that server, else on the one that `serve` starts at `port`.
+    For a tracking server it is on that server, else on the one that `run` starts at `port`.
     """
     _, experiment = connect()
     uri = public_uri()
@@ -19,7 +19,7 @@ def ui_link(port: int = 5000) -> str:
     return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
 
 
-def serve(port: int) -> None:
+def run(port: int) -> None:
     """Print the link and become MLflow's server on 127.0.0.1; the user's own server is only named.
 
     Raises InputError if the port is taken.
@@ -39,6 +39,6 @@ def serve(port: int) -> None:
             ) from None
     print(f"The runs are at {ui_link(port)}\nStarting the server; Ctrl-C ends it.", flush=True)
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # more processes, for nothing here
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # a command line, and so a password, is for all
     options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    stores = ["--backend-store-uri", uri]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *options, *stores])
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *options])

@@ -12,6 +12,7 @@ from typing import Any
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, write_json, write_text
+from sparc3.base.secrets import first_line
 
 SHARD = 2**30  # bytes of weights in one file, at most (or a single tensor)
 
@@ -35,8 +36,9 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
     try:
         config = AutoConfig.from_pretrained(**source)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{gguf}: not a GGUF file that transformers reads ({reason})") from None
+        raise InputError(
+            f"{gguf}: not a GGUF file that transformers reads ({first_line(error)})"
+        ) from None
     family(config.model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])

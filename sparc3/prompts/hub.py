@@ -9,7 +9,7 @@ from typing import Any
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest_text
-from sparc3.base.secrets import hub_token
+from sparc3.base.secrets import hub_reason, hub_token
 from sparc3.prompts.embedded import _item, _toxic
 from sparc3.prompts.row import Row, Where
 
@@ -109,16 +109,11 @@ def _load(where: Where, path: str, name: str | None, split: str, streaming: bool
 @contextmanager
 def _hub_errors(where: Where, path: str) -> Iterator[None]:
     """Any failure to read a data set as one line, without the token."""
-    token = hub_token()
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        if token:
-            reason = reason.replace(token, "***")
-        given = "HF_TOKEN was given" if token else "no HF_TOKEN was given"
         at = f" at revision {where['revision']}" if "revision" in where else ""
         raise InputError(
-            f"cannot read data set {path}{at} ({type(error).__name__}: {reason}); {given}; "
-            "check the path, the revision, the network and, for a gated data set, the access"
+            f"cannot read data set {path}{at} {hub_reason(error)}; check the path, the "
+            "revision, the network and, for a gated data set, the access"
         ) from None

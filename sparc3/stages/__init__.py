@@ -1,1 +1,2 @@
-"""The pipeline: one module per stage, run() and glue. Imports every room below."""
+"""The pipeline: one module per stage, run() and glue, and the table of them. Imports every room
+below."""

@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 from tqdm import tqdm
 
-from sparc3.base import parallel
+from sparc3.base import files, parallel
 from sparc3.base.artifacts import (
     OUTPUTS,
     metrics_path,
@@ -38,6 +38,11 @@ from sparc3.relevance.scores import SCORES, TARGETS, Prompt, Target, score
 log = logging.getLogger(__name__)
 
 
+# What decides the numbers of a shard, beside the packages.
+CODE = [
+    Path(__file__),
+    *(Path(str(module.__file__)) for module in (scores, lrp, families, loading, files)),
+]
 VISIBLE = 120.0  # seconds until a network file system shows what another machine has written
 
 
@@ -80,8 +85,7 @@ def partial_folder(
             [(p.id, p.sequences) for p in prompts],
             [names, spec.target, attribute.batch_tokens, attribute.shard_prompts],
             [params.model.dtype, params.model.device, model_digest(Path(params.model.path))],
-            [digest(Path(str(module.__file__))) for module in (scores, lrp, families, loading)],
-            digest(Path(__file__)),
+            [digest(path) for path in CODE],
             [version(package) for package in ("torch", "transformers", "lxt")],
         ]
     )

@@ -1,0 +1,107 @@
+"""One stage, or fetch, inside its MLflow run: scalars, files and digests are logged, never tensors.
+
+The mathematics does not see MLflow: what a stage returns and leaves is logged here.
+"""
+
+import dataclasses
+import gc
+import importlib
+import json
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import sparc3
+from sparc3.base import comparison, parallel, runs
+from sparc3.base.artifacts import metrics_path, model_digest
+from sparc3.base.errors import InputError
+from sparc3.base.files import digest, digest_text
+from sparc3.base.params import Params
+from sparc3.stages.table import STAGES, Stage, check_axis, shown_files
+
+
+def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
+    """Run the stage `word`; `options` are its axis ({"behaviour": "toxicity"}) or fetch's flags.
+
+    InputError: an axis's value that params does not have, several processes where the stage runs
+    in one, a tracking store that cannot be used, and what the stage itself refuses.
+    """
+    stage = STAGES.get(word, Stage("fetch"))
+    axes = {stage.axis: options[stage.axis]} if stage.axis else {}
+    check_axis(params, word, axes)
+    here = parallel.place()
+    if here.world > 1 and not stage.parallel:
+        raise InputError(f"{word}: runs in one process, not {here.world}; start it with python -m")
+    gc.disable()  # it would search what is imported, a million objects, again and again
+    module = importlib.import_module(f"sparc3.stages.{word}")
+    gc.freeze()
+    gc.enable()
+    if here.rank > 0:  # rank 0 has the run
+        module.run(params, **options)
+        return
+    tags = {"sparc3.digest.data": digest(Path("data.dvc"))}
+    if stage.model:
+        tags["sparc3.digest.model"] = model_digest(Path(params.model.path))
+    with runs.stage_run(word, axes, parameters(params, word, axes), tags) as opened:
+        metrics = module.run(params, **options)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        cost = {"seconds": time.monotonic() - sparc3.STARTED, "peak_megabytes": memory}
+        opened.log_metrics({**metrics, **cost})
+        if word not in STAGES:
+            return
+        value = next(iter(axes.values()), None)
+        for path in shown_files(word, value):
+            opened.log_artifact(path)
+        if word == "report":
+            compare(params, opened)
+        else:
+            opened.set_product(digest(metrics_path(word, value)))
+
+
+def parameters(params: Params, word: str, axes: Mapping[str, str]) -> dict[str, Any]:
+    """What an MLflow run records: the stage's section, the axis's row and the model."""
+    tree = dataclasses.asdict(params)
+    rows = {f"{axis}s": tree[f"{axis}s"][value] for axis, value in axes.items()}
+    return {word: tree[word], "model": tree["model"], **rows}
+
+
+def as_metrics(name: str, difference: Mapping[str, float | None]) -> dict[str, float]:
+    """A difference {"value", "low", "high", "p", ...} as metrics `name`, `name_low`, ...
+
+    What is None (a bound that does not exist) is left out.
+    """
+    return {
+        name if key == "value" else f"{name}_{key}": value
+        for key, value in difference.items()
+        if value is not None
+    }
+
+
+def compare(params: Params, report: runs.Run) -> None:
+    """Log the comparison: a parent run for this state of the pipeline, a row for every cell."""
+    from sparc3.reporting.tables import cells  # here: no other stage needs it
+
+    rows = []
+    for cell in cells(params):
+        metrics = {"num_neurons": cell["num_neurons"]}
+        for name, difference in {
+            "differential": cell["differential"],  # the gate's percentage
+            **cell["differences"],
+        }.items():
+            metrics |= as_metrics(name, difference)
+        behaviour = cell["behaviour"]
+        made = [f"{word}@{behaviour}" for word in ("gate", "select", "evaluate")]
+        rows.append(comparison.Row(behaviour, cell["method"], metrics, [cell["circuit"]], made))
+    values = {None: [None], "prompt_set": params.prompt_sets, "behaviour": params.behaviours}
+    products = {
+        word if value is None else f"{word}@{value}": digest(metrics_path(word, value))
+        for word, stage in STAGES.items()
+        if word != "report"
+        for value in values[stage.axis]
+    }
+    everything = dataclasses.asdict(params)
+    state = digest_text(json.dumps([everything, products], sort_keys=True))
+    files = shown_files("report", None)
+    comparison.pipeline_run(report, state, everything, rows, products, files)
