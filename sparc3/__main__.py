@@ -12,9 +12,9 @@ from pathlib import Path
 
 import sparc3
 from sparc3.base.errors import InputError
-from sparc3.base.params import load
 from sparc3.base.secrets import masked
 from sparc3.commands import stage
+from sparc3.stages.checks import load
 from sparc3.stages.table import STAGES, axis_flag
 
 WITH_PARAMS = ("export", "plan", "submit")  # commands that take params; the others do without

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparc3.base.params import load
 from sparc3.measure.instrument import Differences, How, Measured, Reading, differences
 from sparc3.measure.instruments import pairs
+from sparc3.stages.checks import load
 
 FEW = 400  # resamples: the values are exact whatever their number
 
@@ -40,5 +40,5 @@ def measured(reading: Reading, general: Reading | None = None) -> Measured:
 
 def pair_difference(before: np.ndarray, after: np.ndarray, terms: list[str]) -> Differences:
     """All differences from log-probabilities (item, 3)."""
-    both = (measured(pairs.reading(table, terms)) for table in (before, after))
-    return differences(pairs.VALUES, *both, FEW)
+    old, new = (measured(pairs.reading(table, terms)) for table in (before, after))
+    return differences(pairs.VALUES, old, new, FEW)

@@ -15,7 +15,7 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import read_jsonl, write_jsonl
 from sparc3.model import loading
 from sparc3.relevance.scores import Prompt, score
-from sparc3.stages import attribute
+from sparc3.stages import attribute, checks
 from sparc3.stages.attribute import by_target
 
 
@@ -30,7 +30,7 @@ def with_set(folder: Path, scores: list[str], **changes: Any) -> parameters.Para
     tree = yaml.safe_load((folder / "params.yaml").read_text())
     tree["prompt_sets"]["talk"] |= {"scores": scores, **changes}
     (folder / "params.yaml").write_text(yaml.safe_dump(tree))
-    return parameters.load()
+    return checks.load()
 
 
 def test_names_by_target() -> None:

@@ -2,10 +2,10 @@ import pytest
 from naive import likelihood
 
 from sparc3.base.errors import InputError
-from sparc3.base.params import load
 from sparc3.circuits.circuit import refuse_leak
 from sparc3.measure.instrument import Sample
 from sparc3.measure.instruments import INSTRUMENTS
+from sparc3.stages.checks import load
 from sparc3.stages.evaluate import Outcome, Setting, among
 
 

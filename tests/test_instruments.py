@@ -10,7 +10,6 @@ import tiny
 from naive import FEW, how, likelihood, log_p, measured, pair_difference
 
 from sparc3.base.errors import InputError
-from sparc3.base.params import load
 from sparc3.circuits.circuit import INTACT
 from sparc3.measure.generate import quality
 from sparc3.measure.instrument import (
@@ -24,6 +23,7 @@ from sparc3.measure.instrument import (
 )
 from sparc3.measure.instruments import INSTRUMENTS, completions, nll, pairs, perplexity
 from sparc3.model import loading
+from sparc3.stages.checks import load
 
 RNG = np.random.default_rng(0)
 TOXICITY = load().behaviours["toxicity"]  # scored by profanity

@@ -87,7 +87,7 @@ def compare(params: Params, report: runs.Run) -> None:
     for cell in cells(params):
         metrics = {"num_neurons": cell["num_neurons"]}
         for name, difference in {
-            "differential": cell["differential"],  # the gate's percentage
+            "differential": cell["gap"],  # the gate's percentage
             **cell["differences"],
         }.items():
             metrics |= as_metrics(name, difference)

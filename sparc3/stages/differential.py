@@ -9,7 +9,7 @@ from tqdm import tqdm
 from sparc3.base.artifacts import differential_path, metrics_path, read_scores, score_shards
 from sparc3.base.files import Array, write_json, write_tensors
 from sparc3.base.params import Params
-from sparc3.circuits.methods import check_methods, noise
+from sparc3.circuits.methods import noise
 from sparc3.relevance.contrasts import CONTRASTS
 
 
@@ -25,7 +25,6 @@ def importance(prompt_set: str, score: str) -> Array:
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    check_methods(params)
     spec = params.behaviours[behaviour]
     general = importance(params.differential.general, params.differential.importance)
     scalars: dict[str, float] = {}
@@ -33,7 +32,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         if method.score == "random":
             values = noise(params.select.seed, f"{behaviour}/{name}/0", general.shape)
         else:
-            assert method.contrast is not None  # check_methods
+            assert method.contrast is not None  # stages.checks
             _, reference = read_scores(spec.reference, method.score)
             _, prompts = read_scores(spec.prompts, method.score)
             values = CONTRASTS[method.contrast](reference, prompts).astype(np.float32)

@@ -334,14 +334,12 @@ def prompt_table(
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, evaluate = params.behaviours[behaviour], params.evaluate
-    tokenizer = loading.tokenizer(params.model.path, params.model.revision)
+    tokenizer = loading.tokenizer(params.model.path)
     setting = load_setting(params, behaviour, tokenizer)
     circuits = read_circuits(params, behaviour, setting.rows)
     specs = {name: ScorerSpec(**asdict(params.scorers[name])) for name in spec.scorers}
     scorers = {name: scorer(each, params.model.device) for name, each in specs.items()}
-    model = loading.load(
-        params.model.path, params.model.revision, params.model.dtype, params.model.device
-    )
+    model = loading.load(params.model.path, None, params.model.dtype, params.model.device)
     by_name = outcomes(
         model,
         {UNPRUNED: INTACT, **{name: circuit for name, (_, circuit) in circuits.items()}},

@@ -20,13 +20,11 @@ from sparc3.base.artifacts import (
     read_prompts,
     read_scores,
 )
-from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_tensors, write_csv, write_json
 from sparc3.base.params import Params
 from sparc3.circuits import correlation, nulls
 from sparc3.circuits import overlap as sets_of
 from sparc3.circuits.choose import choose, protected
-from sparc3.circuits.methods import check_methods
 from sparc3.relevance.contrasts import CONTRASTS
 
 REGION_COLUMNS = ("behaviours", "layer", "neuron")
@@ -97,13 +95,9 @@ def compare_sets(sets: dict[str, Array], layers: int, width: int) -> dict[str, A
 
 
 def run(params: Params) -> dict[str, float]:
-    check_methods(params)
     overlap = params.overlap
     method = params.methods[overlap.method]
-    if method.contrast is None:
-        raise InputError(
-            f"params: overlap.method {overlap.method!r} is random; name one that scores"
-        )
+    assert method.contrast is not None  # stages.checks
     sets, differentials, importance = {}, {}, None
     for behaviour in params.behaviours:
         tensors, _ = read_tensors(differential_path(behaviour, overlap.method))

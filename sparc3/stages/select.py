@@ -24,7 +24,7 @@ from sparc3.base.files import Array, read_csv, read_tensors, write_csv, write_js
 from sparc3.base.params import Params
 from sparc3.circuits.choose import choose, choose_per_layer, protected, scales
 from sparc3.circuits.circuit import Circuit, write_circuit
-from sparc3.circuits.methods import check_methods, leader, noise
+from sparc3.circuits.methods import leader, noise
 from sparc3.circuits.stability import (
     CANDIDATES,
     SHARES,
@@ -116,7 +116,6 @@ def measure_stability(
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    check_methods(params)
     spec, select = params.behaviours[behaviour], params.select
     rows = read_csv(sweep_path(behaviour))
     sizes = params.sweep.num_neurons if select.num_neurons is None else (select.num_neurons,)

@@ -15,7 +15,6 @@ from sparc3.base.files import read_tensors, write_csv, write_json
 from sparc3.base.params import Method, Params
 from sparc3.circuits.choose import circuit_at
 from sparc3.circuits.circuit import INTACT, Circuit
-from sparc3.circuits.methods import check_methods
 from sparc3.measure.instrument import How, Instrument, Measured, Reading
 from sparc3.measure.instruments import instruments_of, perplexity
 from sparc3.model import loading
@@ -54,9 +53,7 @@ def measure(
     rows = read_prompts(params.behaviours[behaviour].prompts, "tune")[: sweep.items]
     texts = read_prompts(params.differential.general, "tune")[: sweep.texts]
     general = perplexity.encode(texts, tokenizer)
-    model = loading.load(
-        params.model.path, params.model.revision, params.model.dtype, params.model.device
-    )
+    model = loading.load(params.model.path, None, params.model.dtype, params.model.device)
     how = How(params.evaluate, sweep.batch_tokens, tokenizer)
     total = len(circuits) * (len(texts) + len(instruments) * len(rows))
     with tqdm(total=total, desc=f"sweep {behaviour}", unit="text") as bar:
@@ -72,7 +69,6 @@ def measure(
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    check_methods(params)
     swept = {
         n: each for n, each in instruments_of(params.behaviours[behaviour]).items() if each.swept
     }
@@ -86,7 +82,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         write_csv(sweep_path(behaviour), [], COLUMNS)
         write_json(metrics_path("sweep", behaviour), {"points": 0.0})
         return {"points": 0.0}
-    tokenizer = loading.tokenizer(params.model.path, params.model.revision)
+    tokenizer = loading.tokenizer(params.model.path)
     by_circuit, general, groups = measure(params, behaviour, swept, circuits, tokenizer)
     leading, instrument = next(iter(swept.items()))
     objective = next(iter(instrument.objectives.values()))
