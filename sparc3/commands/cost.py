@@ -115,14 +115,11 @@ class Work:
 
 def together(stage: str, parts: Sequence[Work]) -> Work:
     """One stage of several parts, one after the other."""
+    most, sums = ("prompts", "memory"), ("tokens", "passes", "drawn", "steps")
     return Work(
         stage,
-        prompts=max((part.prompts for part in parts), default=0),
-        tokens=sum(part.tokens for part in parts),
-        passes=sum(part.passes for part in parts),
-        drawn=sum(part.drawn for part in parts),
-        steps=sum(part.steps for part in parts),
-        memory=max((part.memory for part in parts), default=0),
+        **{name: max((getattr(part, name) for part in parts), default=0) for name in most},
+        **{name: sum(getattr(part, name) for part in parts) for name in sums},
     )
 
 

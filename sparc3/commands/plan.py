@@ -7,7 +7,7 @@ the first layer; those that do not cost less (`ablate.without_each`).
 
 import os
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -99,11 +99,7 @@ def product_rate(dtype: str) -> float:
     """Operations per second of this machine's matrix products, of the size that an MLP's have."""
     loading.prefer_onednn()
     left, right = (torch.randn(1024, 1024, dtype=loading.DTYPES[dtype]) for _ in range(2))
-    taken = []
-    for _ in range(20):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        taken.append(time.perf_counter() - start)
+    taken = timeit.repeat(lambda: torch.mm(left, right), number=1, repeat=20)
     return 2 * 1024**3 / statistics.median(taken)
 
 
