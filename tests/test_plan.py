@@ -267,6 +267,22 @@ def test_stages_do_what_params_say() -> None:
     assert {f"attribute@{name}" for name in params.prompt_sets} <= set(first)
 
 
+def test_a_set_that_is_there_for_tests_is_read_whole() -> None:
+    """By evaluate and transfer alike, up to what they ask for."""
+    params = parameters.load()
+    (name,) = set(params.transfer.texts) & set(params.test_sets)
+    count = params.test_sets[name].count
+    assert count is not None
+    setup = of_llama(params)
+    assert len(setup.held_out(name, most=1000)) == count
+    assert len(setup.held_out(name, most=count - 1)) == count - 1
+    shares = params.prepare.splits
+    general = params.prompt_sets[params.differential.general]
+    assert general.count is not None
+    expected = general.count * len(general.seeds) * shares["test"] / sum(shares.values())
+    assert len(setup.held_out(params.differential.general, most=1000)) == round(expected)
+
+
 # --- devices ---------------------------------------------------------------------------------
 
 

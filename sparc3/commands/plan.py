@@ -182,9 +182,14 @@ class Setup:
             _contrast(self, "overlap"),
         ]
 
-    def lengths(self, name: str, split: str | None, kind: Kind, most: int | None) -> list[int]:
+    def lengths(self, name: str, split: str | None, kind: Kind, most: int) -> list[int]:
         """Tokens of each sequence of a set, at most so many prompts."""
         return [length for prompt in self.sample(name, split, kind)[:most] for length in prompt]
+
+    def held_out(self, name: str, most: int) -> list[int]:
+        """Tokens of each text of the test split; a set that is there for tests alone is whole."""
+        split = None if name in self.params.test_sets else "test"
+        return self.lengths(name, split, "text", most)
 
     def changed(self, **sections: Any) -> "Setup":
         """With other sections of params."""
@@ -284,8 +289,7 @@ def _evaluate(setup: Setup, name: str) -> Work:
 
     every, in_sample = without(*circuits), without(*evaluate.in_sample)
     completed = without(behaviour.method, *evaluate.completed)
-    general = evaluate.general, None if evaluate.general in params.test_sets else "test"
-    texts = setup.lengths(*general, "text", evaluate.texts)
+    texts = setup.held_out(evaluate.general, evaluate.texts)
     parts = [_windows(setup, every, [sum(texts)] if evaluate.joined else texts, batch)]
     if behaviour.second:
         packed = setup.lengths(behaviour.second, None, "packed", evaluate.items)
@@ -316,7 +320,7 @@ def _transfer(setup: Setup) -> Work:
                 lengths = instrument.lengths(setup, behaviour, "test", transfer.items)
                 parts.append(cost.likelihood(setup.model, times, lengths, batch))
     for name in transfer.texts:
-        texts = setup.lengths(name, "test", "text", transfer.items)
+        texts = setup.held_out(name, transfer.items)
         parts.append(_windows(setup, times, texts, batch))
     return cost.together("transfer", parts)
 
