@@ -40,6 +40,15 @@ LLAMA_3_8B: dict[str, Any] = {
 }
 
 
+def of_llama(params: parameters.Params) -> plan.Setup:
+    shape = cost.shape(LlamaConfig(**LLAMA_3_8B), params.model.dtype)
+    return plan.Setup(params, shape, plan.assumed(params))
+
+
+def fits(setup: plan.Setup, name: str, cards: int = 1) -> bool:
+    return plan.fits(setup, setup.works, plan.Place(name, cards))
+
+
 class Products(TorchDispatchMode):
     """Counts the operations of every matrix product, forward and backward."""
 
@@ -88,7 +97,8 @@ def test_shape_of_llama_3_8b_without_its_weights() -> None:
     embedding, layer = 128256 * 4096, 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336 + 2 * 4096
     assert shape.parameters == 8_030_261_248 == 2 * embedding + 32 * layer + 4096
     assert shape.neurons == 458_752
-    assert cost.weights(shape, "bfloat16") == 2 * 8_030_261_248
+    assert shape.weights == 4 * 8_030_261_248
+    assert cost.shape(LlamaConfig(**LLAMA_3_8B), "bfloat16").weights == 2 * 8_030_261_248
 
 
 # --- operations ------------------------------------------------------------------------------
@@ -110,8 +120,8 @@ def test_operations_of_attribution(family: str, names: list[str], target: scores
     shape = cost.shape(model.config)
     lengths = [[12, 12]] * 3 if target == "pair" else [[12]] * 3
     found = counted(lambda: list(scores.score(model, prompts(lengths), names, target=target)))
-    expected = cost.attribution(shape, lengths, names, target)
-    assert found == pytest.approx(expected, rel=0.003)  # rotary angles
+    expected = cost.attribution(shape, lengths, names, target, batch_tokens=1024)
+    assert found == pytest.approx(expected.operations, rel=0.003)  # rotary angles
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,7 +129,8 @@ def test_operations_of_likelihood(family: str) -> None:
     model = tiny.model(family)
     lengths = [9, 9, 9]
     found = counted(lambda: likelihood.token_nll(model, [INTACT], tiny.sequences(lengths)))
-    assert found == pytest.approx(cost.likelihood(cost.shape(model.config), lengths), rel=0.003)
+    expected = cost.likelihood(cost.shape(model.config), 1, lengths, batch_tokens=1024)
+    assert found == pytest.approx(expected.operations, rel=0.003)
 
 
 def test_operations_of_generation() -> None:
@@ -139,25 +150,10 @@ def test_operations_of_generation() -> None:
             **settings,
         )
     )
-    expected = cost.generation(cost.shape(model.config), lengths, completions, new_tokens)
-    assert found == pytest.approx(expected, rel=0.003)
+    expected = cost.generation(cost.shape(model.config), 1, lengths, completions, new_tokens)
+    assert found == pytest.approx(expected.operations, rel=0.003)
     batch = inspect.signature(generate.complete).parameters["batch"]
     assert batch.default == cost.COMPLETIONS_AT_ONCE
-
-
-@pytest.mark.parametrize(
-    ("length", "window", "stride"),
-    [(10, 16, 4), (16, 16, 4), (17, 16, 4), (50, 16, 4), (50, 16, 16)],
-)
-def test_windows_are_those_of_perplexity(length: int, window: int, stride: int) -> None:
-    model = tiny.model("llama")
-    read: list[int] = []
-    families.body(model).register_forward_pre_hook(
-        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    texts = tiny.sequences([length])
-    likelihood.window_nll(model, [INTACT], texts, window, stride, batch_tokens=1)
-    assert sorted(plan.window_lengths(length, window, stride)) == sorted(read)
 
 
 # --- memory ----------------------------------------------------------------------------------
@@ -196,7 +192,7 @@ def test_memory_that_attribution_keeps(family: str, dtype: str) -> None:
     rows, length = 2, 40
     model = tiny.model(family, loading.DTYPES[dtype])
     found = kept_by_autograd(model, rows, length)
-    expected = cost.saved(cost.shape(model.config), rows * length, length, set(), dtype)
+    expected = cost.saved(cost.shape(model.config, dtype), rows * length, length, set())
     statistics = rows * length * tiny.LAYERS * 128
     spared = 1.0 if family not in ("opt", "gpt2") else 0.6
     assert spared * expected <= found <= expected + statistics
@@ -206,9 +202,8 @@ def test_disk_is_what_attribution_writes(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(small.write_project(tmp_path))
     params = checks.load()
     attribute.run(params, "general")
-    sample = plan.prepared(loading.tokenizer("model"))
-    shape = cost.shape(plan.configuration(params))
-    work = next(w for w in plan.plan(params, shape, sample) if w.stage == "attribute@general")
+    works = plan.setup(params, exact=True).works
+    work = next(work for work in works if work.stage == "attribute@general")
     written = [small.scores(tmp_path, "general", name).nbytes for name in params.attribute.scores]
     assert work.disk == sum(written)
     assert (work.prompts, work.tokens) == (7, sum(range(4, 11)))
@@ -248,10 +243,9 @@ def test_lengths_of_prompts_that_are_not_prepared() -> None:
 def test_stages_do_what_params_say() -> None:
     """Twice the completions are twice the drawing; one more circuit is one more evaluation."""
     params = checks.load()
-    shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
 
-    def works(changed: parameters.Params) -> dict[str, plan.Work]:
-        return {w.stage: w for w in plan.plan(changed, shape, plan.assumed(changed))}
+    def works(changed: parameters.Params) -> dict[str, cost.Work]:
+        return {work.stage: work for work in of_llama(changed).works}
 
     first = works(params)
     count = params.evaluate.completions
@@ -273,6 +267,22 @@ def test_stages_do_what_params_say() -> None:
     assert {f"attribute@{name}" for name in params.prompt_sets} <= set(first)
 
 
+def test_a_set_that_is_there_for_tests_is_read_whole() -> None:
+    """By evaluate and transfer alike, up to what they ask for."""
+    params = checks.load()
+    (name,) = set(params.transfer.texts) & set(params.test_sets)
+    count = params.test_sets[name].count
+    assert count is not None
+    setup = of_llama(params)
+    assert len(setup.held_out(name, most=1000)) == count
+    assert len(setup.held_out(name, most=count - 1)) == count - 1
+    shares = params.prepare.splits
+    general = params.prompt_sets[params.differential.general]
+    assert general.count is not None
+    expected = general.count * len(general.seeds) * shares["test"] / sum(shares.values())
+    assert len(setup.held_out(params.differential.general, most=1000)) == round(expected)
+
+
 # --- devices ---------------------------------------------------------------------------------
 
 
@@ -289,21 +299,18 @@ def big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(big: Path, capsys: Any) -> None:
     assert main(["plan", "--device", "A100-40"]) == 0
-    half = checks.load()
-    half = replace(half, model=replace(half.model, dtype="bfloat16"))
-    shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
-    works = plan.plan(half, shape, plan.assumed(half))
-    assert not plan.unfit(half, shape, works, "L4", 1)
+    full = of_llama(checks.load())
+    model = full.params.model
+    assert fits(full.changed(model=replace(model, dtype="bfloat16")), "L4")
     capsys.readouterr()
     assert main(["plan", "--device", "L4"]) == 2
     error = capsys.readouterr().err
     assert "GB on L4, which has 23.6 GB" in error
     assert "model.dtype: bfloat16" in error
     cards = int(error.partition("auto over ")[2].split()[0])
-    spread = replace(checks.load(), model=replace(half.model, dtype="float32", device="auto"))
-    works = plan.plan(spread, shape, plan.assumed(spread))
-    assert not plan.unfit(spread, shape, works, "L4", cards)
-    assert plan.unfit(spread, shape, works, "L4", cards - 1)
+    spread = full.changed(model=replace(model, device="auto"))
+    assert fits(spread, "L4", cards)
+    assert not fits(spread, "L4", cards - 1)
 
 
 def test_a_job_that_cannot_fit_is_not_submitted(big: Path) -> None:
@@ -323,39 +330,40 @@ def test_a_smaller_batch_is_named_where_it_helps(big: Path) -> None:
         model=replace(params.model, dtype="bfloat16"),
         attribute=replace(params.attribute, batch_tokens=2**15),
     )
-    shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
-    sample = plan.assumed(params)
-    assert plan.unfit(params, shape, plan.plan(params, shape, sample), "A100-40", 1)
-    (advice, *_) = plan.remedies(params, shape, sample, "A100-40", 1)
+    setup = of_llama(params)
+    assert not fits(setup, "A100-40")
+    (advice, *_) = plan.remedies(setup, plan.Place("A100-40"))
     tokens = int(advice.split()[1])
-    smaller = replace(params, attribute=replace(params.attribute, batch_tokens=tokens))
-    assert not plan.unfit(smaller, shape, plan.plan(smaller, shape, sample), "A100-40", 1)
-    larger = replace(params, attribute=replace(params.attribute, batch_tokens=2 * tokens))
-    assert plan.unfit(larger, shape, plan.plan(larger, shape, sample), "A100-40", 1)
+    smaller = replace(params.attribute, batch_tokens=tokens)
+    assert fits(setup.changed(attribute=smaller), "A100-40")
+    larger = replace(params.attribute, batch_tokens=2 * tokens)
+    assert not fits(setup.changed(attribute=larger), "A100-40")
 
 
 def test_time_is_operations_over_what_is_reached() -> None:
     params = checks.load()
-    shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
-    passes = plan.Work("evaluate@x", passes=312e12 * 0.35 * 60)
     half = replace(params, model=replace(params.model, dtype="bfloat16", device="cuda"))
+    setup = of_llama(half)
+
+    def seconds(work: cost.Work, cards: int = 1) -> float:
+        return plan.needs(setup, work, plan.Place("A100-80", cards)).seconds
+
+    passes = cost.Work("evaluate@x", passes=312e12 * 0.35 * 60)
     loaded = plan.START + 16.060522496  # 8 billion weights of 2 bytes, at 1 GB/s
-    assert plan.seconds(passes, shape, half, "A100-80", 1) == pytest.approx(loaded + 60)
-    assert plan.seconds(passes, shape, half, "A100-80", 4) == pytest.approx(loaded + 60)
+    assert seconds(passes) == pytest.approx(loaded + 60)
+    assert seconds(passes, cards=4) == pytest.approx(loaded + 60)
     shared = replace(passes, stage="attribute@x")
-    assert plan.seconds(shared, shape, half, "A100-80", 4) == pytest.approx(loaded + 15)
+    assert seconds(shared, cards=4) == pytest.approx(loaded + 15)
     # Drawing one completion at a time is a matter of reading 16 GB of weights for each token.
-    drawn = plan.Work("evaluate@x", drawn=1e9, steps=1000)
-    expected = loaded + 1000 * 2 * 8_030_261_248 / 2039e9
-    assert plan.seconds(drawn, shape, half, "A100-80", 1) == pytest.approx(expected)
+    drawn = cost.Work("evaluate@x", drawn=1e9, steps=1000)
+    assert seconds(drawn) == pytest.approx(loaded + 1000 * 2 * 8_030_261_248 / 2039e9)
 
 
 def test_this_machines_time_is_of_its_own_measured_rate() -> None:
-    params = checks.load()
-    shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
-    work = plan.Work("sweep@x", passes=0.8 * plan.product_rate("float32") * 60)
+    work = cost.Work("sweep@x", passes=0.8 * plan.product_rate("float32") * 60)
     loaded = plan.START + 32.121044992
-    assert plan.seconds(work, shape, params, "CPU", 1) == pytest.approx(loaded + 60)
+    needs = plan.needs(of_llama(checks.load()), work, plan.Place("CPU"))
+    assert needs.seconds == pytest.approx(loaded + 60)
 
 
 def test_the_stage_that_elicits_is_planned_by_its_own_name() -> None:

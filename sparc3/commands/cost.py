@@ -18,18 +18,16 @@ from sparc3.relevance.scores import POSITIONS_AT_ONCE, PRODUCTS_AT_ONCE, SCORES
 COMPLETIONS_AT_ONCE = 200  # of generate.complete
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-
-# Lengths in tokens: of a text, of the two sequences of a pair, ...
-Lengths = Sequence[int]
+Lengths = Sequence[int]  # in tokens: of texts, of the two sequences of a pair, ...
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model. `products`: weights of matrix products, of which each token takes part in 2
-    operations; in all layers, in the first one, in its MLP's output projection, and in the
-    language-modelling head.
+    """A model. `products`: weights of matrix products in all layers, of which each token takes part
+    in 2 operations; `passed_back`: those that a backward pass to the first layer's neurons crosses.
     """
 
+    size: int  # bytes of a number
     parameters: int
     layers: int
     width: int  # neurons per layer
@@ -38,9 +36,7 @@ class Shape:
     keys: int  # key-value heads x their dimension
     vocabulary: int
     products: int
-    first_layer: int
-    output_projection: int
-    head: int
+    passed_back: int
     factors: int  # of a neuron's value: 2 in a gated MLP, 1 in a plain one
     normalised: int  # width of all that one layer's norms read
 
@@ -48,48 +44,86 @@ class Shape:
     def neurons(self) -> int:
         return self.layers * self.width
 
+    @property
+    def head(self) -> int:
+        """Weights of the language-modelling head's product."""
+        return self.vocabulary * self.hidden
 
-def shape(config: PretrainedConfig) -> Shape:
+    @property
+    def weights(self) -> int:
+        """Bytes of all parameters."""
+        return self.parameters * self.size
+
+
+def shape(config: PretrainedConfig, dtype: str = "float32") -> Shape:
     """InputError for a family that is not known."""
     family = families.family(config.model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    layers = list(model.get_submodule(family.layers).children())
-    mlp = families.mlps(model)[0]
+    first, mlp = families.layers(model)[0], families.mlps(model)[0]
     heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = (getattr(config, "num_key_value_heads", None) or heads) * size
-    read = {"q_norm": heads * size, "k_norm": keys}  # all others read the hidden state
+    dimension = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * dimension
+    read = {"q_norm": heads * dimension, "k_norm": keys}  # all others read the hidden state
+    products = _products(model.get_submodule(family.body))
     return Shape(
+        size=BYTES[dtype],
         parameters=sum(p.numel() for p in model.parameters()),
-        layers=len(layers),
+        layers=families.num_layers(model),
         width=families.width(model),
         hidden=config.hidden_size,
-        attention=heads * size,
+        attention=heads * dimension,
         keys=keys,
         vocabulary=config.vocab_size,
-        products=_products(families.body(model)),
-        first_layer=_products(layers[0]),
-        output_projection=mlp.down.get_parameter("weight").numel(),
-        head=config.vocab_size * config.hidden_size,
+        products=products,
+        passed_back=products - _products(first) + _products(mlp.down),
         factors=1 if mlp.gate is None else 2,
         normalised=sum(
             read.get(name.rpartition(".")[2], config.hidden_size)
-            for name, module in layers[0].named_modules()
+            for name, module in first.named_modules()
             if "Norm" in type(module).__name__
         ),
     )
 
 
 def _products(module: torch.nn.Module) -> int:
-    return sum(
-        m.get_parameter("weight").numel()
-        for m in module.modules()
-        if isinstance(m, torch.nn.Linear | Conv1D)
+    products = (m for m in module.modules() if isinstance(m, torch.nn.Linear | Conv1D))
+    return sum(m.get_parameter("weight").numel() for m in products)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one stage, or a part of one. `passes`: operations on whole sequences; `drawn`: on
+    completions, token by token; `steps`: times that all weights are read for those; `memory`: bytes
+    beyond the weights on the device; `held`: bytes of scores in the process; `disk`: bytes written.
+    """
+
+    stage: str = ""
+    prompts: int = 0
+    tokens: int = 0
+    passes: float = 0
+    drawn: float = 0
+    steps: int = 0
+    memory: float = 0
+    held: float = 0
+    disk: float = 0
+
+    @property
+    def operations(self) -> float:
+        return self.passes + self.drawn
+
+
+def together(stage: str, parts: Sequence[Work]) -> Work:
+    """One stage of several parts, one after the other."""
+    most, sums = ("prompts", "memory"), ("tokens", "passes", "drawn", "steps")
+    return Work(
+        stage,
+        **{name: max((getattr(part, name) for part in parts), default=0) for name in most},
+        **{name: sum(getattr(part, name) for part in parts) for name in sums},
     )
 
 
-# --- operations ------------------------------------------------------------------------------
+# --- operations, and what they keep ----------------------------------------------------------
 
 
 def forward(model: Shape, lengths: Lengths) -> float:
@@ -97,81 +131,46 @@ def forward(model: Shape, lengths: Lengths) -> float:
 
     A token attends to its whole sequence: what causality spares, the kernels mostly compute.
     """
-    tokens, squares = sum(lengths), sum(n * n for n in lengths)
-    return 2 * model.products * tokens + _attention(model, model.layers) * squares
+    attended = 4 * model.attention * model.layers * sum(n * n for n in lengths)
+    return 2 * model.products * sum(lengths) + attended
 
 
-def _attention(model: Shape, layers: int) -> int:
-    """Operations per token and token attended to: query x key, and weight x value."""
-    return 4 * model.attention * layers
-
-
-def likelihood(model: Shape, lengths: Lengths, scored: int | None = None) -> float:
-    """Operations of log p of `scored` tokens; of all but each sequence's first, if not given."""
-    if scored is None:
-        scored = sum(lengths) - len(lengths)
-    return forward(model, lengths) + 2 * model.head * scored
+def backward(model: Shape, lengths: Lengths) -> float:
+    """Operations of a backward pass, which goes through activations only, never to a weight's
+    gradient, and ends at the neurons of the first layer.
+    """
+    attended = 8 * model.attention * (model.layers - 1) * sum(n * n for n in lengths)
+    return 2 * model.passed_back * sum(lengths) + attended
 
 
 def attribution(
-    model: Shape, prompts: Sequence[Lengths], names: Sequence[str], target: str
-) -> float:
-    """Operations of the scores `names`, which share passes as in `scores.score`.
-
-    Backward goes through activations only, never to a weight's gradient, and ends at the neurons
-    of the first layer.
-    """
+    model: Shape, prompts: Sequence[Lengths], names: Sequence[str], target: str, batch_tokens: int
+) -> Work:
+    """The scores `names`, which share passes as in `scores.score`; memory of one batch of it."""
     lengths = [length for prompt in prompts for length in prompt]
-    tokens, squares = sum(lengths), sum(n * n for n in lengths)
-    passes = len({SCORES[name].gradient for name in names} - {None})
-    if not passes:
-        return forward(model, lengths)
-    through = model.products - model.first_layer + model.output_projection
-    backward = 2 * through * tokens + 2 * _attention(model, model.layers - 1) * squares
+    tokens, longest = sum(lengths), max(map(sum, prompts))
+    batch = max(batch_tokens, longest)
+    at_once = min(len(prompts), max(1, batch * len(prompts) // tokens))
+    kept = scores_size(model, at_once, len(names))
+    rows = [SCORES[name] for name in names if SCORES[name].gradient is not None]
+    if not rows:
+        operations, memory = forward(model, lengths), kept + passing(model, batch)
+        return Work("", len(prompts), tokens, passes=operations, memory=memory)
     explained = len(prompts) if target == "max-logit" else tokens - len(lengths)
-    weights = sum(SCORES[name].at == "weights" for name in names)
-    return (
-        passes * (forward(model, lengths) + backward)
+    of_weights = [row for row in rows if row.at == "weights"]
+    operations = (
+        len({row.gradient for row in rows}) * (forward(model, lengths) + backward(model, lengths))
         + 4 * model.head * explained
-        + weights * 2 * model.neurons * model.hidden * tokens
+        + len(of_weights) * 2 * model.neurons * model.hidden * tokens
     )
+    memory = kept + saved(model, batch, longest, {row.at for row in rows})
+    memory += 4 * 4 * POSITIONS_AT_ONCE * model.vocabulary
+    if of_weights:
+        memory += 4 * PRODUCTS_AT_ONCE + model.size * model.width * model.hidden
+    return Work("", len(prompts), tokens, passes=operations, memory=memory)
 
 
-def generation(model: Shape, lengths: Lengths, completions: int, new_tokens: int) -> float:
-    """Operations of `completions` completions of each prompt, of all their `new_tokens` tokens."""
-    read = new_tokens - 1  # the last token drawn is not read
-    attended = sum(read * n + read * (read + 1) / 2 for n in lengths)
-    each = 2 * model.products * read + 2 * model.head * new_tokens
-    return forward(model, lengths) + completions * (
-        each * len(lengths) + _attention(model, model.layers) * attended
-    )
-
-
-# --- memory ----------------------------------------------------------------------------------
-
-
-def weights(model: Shape, dtype: str) -> int:
-    """Bytes of all parameters."""
-    return model.parameters * BYTES[dtype]
-
-
-def attribution_memory(
-    model: Shape, prompts: Sequence[Lengths], names: Sequence[str], batch_tokens: int, dtype: str
-) -> float:
-    """Bytes beyond the weights at the peak of one batch of `scores.score`."""
-    longest = max(map(sum, prompts))
-    tokens = max(batch_tokens, longest)
-    together = min(len(prompts), max(1, tokens * len(prompts) // sum(map(sum, prompts))))
-    found = 4 * len(names) * together * model.neurons
-    at = {SCORES[name].at for name in names if SCORES[name].gradient is not None}
-    if not at:
-        return found + passing(model, tokens, dtype)
-    logits = 4 * 4 * POSITIONS_AT_ONCE * model.vocabulary
-    matrix = (4 * PRODUCTS_AT_ONCE + BYTES[dtype] * model.width * model.hidden) * ("weights" in at)
-    return found + logits + matrix + saved(model, tokens, longest, at, dtype)
-
-
-def saved(model: Shape, tokens: int, length: int, at: set[str], dtype: str) -> float:
+def saved(model: Shape, tokens: int, length: int, at: set[str]) -> float:
     """Bytes kept between forward and backward for `tokens` in sequences of `length` tokens.
 
     Per token and layer (but the first) autograd keeps what the norms read, in float32; query, key,
@@ -180,30 +179,52 @@ def saved(model: Shape, tokens: int, length: int, at: set[str], dtype: str) -> f
     """
     graph = 4 * model.attention + length + model.factors * model.width
     scored = model.width * ("neurons" in at) + model.hidden * ("weights" in at)
-    per_token = (model.layers - 1) * (4 * model.normalised + BYTES[dtype] * graph)
-    return tokens * (per_token + model.layers * BYTES[dtype] * scored)
+    per_token = (model.layers - 1) * (4 * model.normalised + model.size * graph)
+    return tokens * (per_token + model.layers * model.size * scored)
 
 
-def passing(model: Shape, tokens: int, dtype: str) -> float:
+def passing(model: Shape, tokens: int) -> float:
     """Bytes of a layer's values while a batch passes through it, when nothing is kept."""
-    return tokens * (4 * model.hidden + 4 * model.attention + 4 * model.width) * BYTES[dtype]
+    return tokens * 4 * (model.hidden + model.attention + model.width) * model.size
 
 
-def likelihood_memory(model: Shape, circuits: int, batch_tokens: int, dtype: str) -> float:
-    """Bytes beyond the weights at the peak of one batch of `likelihood.token_nll`, with what
-    enters the first layers of the circuits.
+def likelihood(
+    model: Shape, times: int, lengths: Lengths, batch_tokens: int, scored: int | None = None
+) -> Work:
+    """log p of `scored` tokens (of all but each text's first, if not given) by the model and
+    without each of `times` - 1 circuits; memory with what enters their first layers.
     """
-    entering = min(circuits, model.layers - 1) * batch_tokens * model.hidden * BYTES[dtype]
-    return passing(model, batch_tokens, dtype) + entering + 2 * 4 * CHUNK * model.vocabulary
+    if scored is None:
+        scored = sum(lengths) - len(lengths)
+    batch = max([batch_tokens, *lengths])
+    entering = min(times - 1, model.layers - 1) * batch * model.hidden * model.size
+    return Work(
+        prompts=len(lengths),
+        tokens=times * sum(lengths),
+        passes=times * (forward(model, lengths) + 2 * model.head * scored),
+        memory=passing(model, batch) + entering + 2 * 4 * CHUNK * model.vocabulary,
+    )
 
 
-def generation_memory(
-    model: Shape, circuits: int, lengths: Lengths, completions: int, new_tokens: int, dtype: str
-) -> float:
-    """Bytes beyond the weights of one batch of `generate.complete`: keys and values, and logits."""
-    together = min(COMPLETIONS_AT_ONCE, circuits * completions * len(lengths))
-    cache = 2 * model.layers * model.keys * (max(lengths) + new_tokens) * BYTES[dtype]
-    return together * (cache + 3 * 4 * model.vocabulary)
+def generation(
+    model: Shape, times: int, lengths: Lengths, completions: int, new_tokens: int
+) -> Work:
+    """`completions` completions of each prompt, of all their `new_tokens` tokens, by the model and
+    without each of `times` - 1 circuits; memory of keys and values, and logits.
+    """
+    read = new_tokens - 1  # the last token drawn is not read
+    attended = sum(read * n + read * (read + 1) / 2 for n in lengths)
+    each = 2 * model.products * read + 2 * model.head * new_tokens
+    drawn = each * len(lengths) + 4 * model.attention * model.layers * attended
+    count = times * completions * len(lengths)
+    cache = 2 * model.layers * model.keys * (max(lengths) + new_tokens) * model.size
+    return Work(
+        prompts=len(lengths),
+        tokens=times * sum(lengths) + count * new_tokens,
+        drawn=times * (forward(model, lengths) + completions * drawn),
+        steps=-(-count // COMPLETIONS_AT_ONCE) * new_tokens,
+        memory=min(COMPLETIONS_AT_ONCE, count) * (cache + 3 * 4 * model.vocabulary),
+    )
 
 
 def scores_size(model: Shape, prompts: int, names: int) -> int:

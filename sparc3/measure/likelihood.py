@@ -64,7 +64,7 @@ def continuation_nll(
         if not group:
             raise InputError(f"group {index} is empty; expected at least one sequence")
         _check_lengths(group, 1, limit)
-    shared = [_common_prefix(group) for group in groups]
+    shared = [common_prefix(group) for group in groups]
     rows = [_packed(group, prefix) for group, prefix in zip(groups, shared, strict=True)]
     return [
         [_unpacked(*item) for item in zip(scored, groups, shared, strict=True)]
@@ -111,7 +111,7 @@ def window_nll(
     windows = [
         (index, begin, end, first)
         for index, tokens in enumerate(texts)
-        for begin, end, first in _windows(len(tokens), window, stride)
+        for begin, end, first in window_spans(len(tokens), window, stride)
     ]
     rows = [_plain(texts[index][begin:end], first) for index, begin, end, first in windows]
     every = []
@@ -179,13 +179,13 @@ def _unpacked(nll: Array, group: Sequence[Tokens], prefix: int) -> list[Array]:
     return [np.concatenate([head, tail]) for tail in np.split(nll, np.cumsum(lengths))[1:-1]]
 
 
-def _common_prefix(group: Sequence[Tokens]) -> int:
+def common_prefix(group: Sequence[Tokens]) -> int:
     columns = enumerate(zip(*group, strict=False))
     differing = (index for index, column in columns if len(set(column)) > 1)
     return next(differing, min(len(sequence) for sequence in group))
 
 
-def _windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def window_spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Begin and end of each window in the text, and the first token in it that is scored."""
     reached = 1
     for begin in range(0, length, stride):
