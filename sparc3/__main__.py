@@ -136,7 +136,7 @@ def compare(params: Params, run: runs.Run) -> None:
             behaviour=row["behaviour"],
             method=row["method"],
             metrics={
-                **runs.interval("differential", row["differential"]),
+                **runs.interval("differential", row["gap"]),
                 "num_neurons": row["num_neurons"],
                 **{
                     name: value

@@ -77,7 +77,7 @@ def cells(params: Params) -> list[dict[str, Any]]:
         drawn = [draw["reduction"]["value"] for draw in draws if "reduction" in draw]
         for method in params.methods:
             row = cell(params, behaviour, method, results)
-            table.append(row | {"differential": gate["differential"], "drawn": drawn})
+            table.append(row | {"gap": gate["gap"], "drawn": drawn})
     tested = [row["differences"].get("reduction", {}) for row in table]
     tested = [difference for difference in tested if "p" in difference]
     for difference, p in zip(
@@ -198,7 +198,7 @@ def headline(params: Params, spec: Behaviour, results: dict[str, Any], row: dict
         )
     return (
         f"unpruned {own}, perplexity {values['perplexity']:.2f}; "
-        f"differential {interval(row['differential'])} %"
+        f"differential {interval(row['gap'])} %"
     )
 
 
