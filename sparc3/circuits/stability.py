@@ -42,7 +42,7 @@ def resampled_circuits(
         [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
         for codes in (np.unique(c.groups, return_inverse=True)[1] for c in (reference, behaviour))
     ]
-    found = []
+    by_size = []
     for size in sizes:
         chosen = np.empty((resamples, k), dtype=np.int64)
         share = size / len(behaviour.scores)
@@ -53,8 +53,8 @@ def resampled_circuits(
             )
             values = CONTRASTS[contrast](one, two)[0]
             chosen[draw] = np.argsort(values, kind="stable")[:k]
-        found.append(chosen)
-    return found
+        by_size.append(chosen)
+    return by_size
 
 
 def _drawn(groups: Sequence[Array], share: float, rng: np.random.Generator) -> Array:

@@ -8,10 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sparc3.base.artifacts import differential_path, metrics_path, read_prompts, sweep_path
-from sparc3.base.files import read_tensors, write_csv, write_json
+from sparc3.base.artifacts import metrics_path, read_prompts, sweep_path
+from sparc3.base.files import write_csv, write_json
 from sparc3.base.params import Params
-from sparc3.circuits.choose import circuit_at
+from sparc3.circuits.choose import circuit_at, read_differential
 from sparc3.circuits.circuit import INTACT
 from sparc3.circuits.methods import check_methods
 from sparc3.measure import stereotypes
@@ -70,11 +70,10 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     points: list[dict[str, Any]] = [{"method": "none", "protect": 0.0, "num_neurons": 0}]
     circuits = [INTACT]
     for name, share in curves:
-        tensors, _ = read_tensors(differential_path(behaviour, name))
+        pair = read_differential(behaviour, name)
         for k in sizes:
             points.append({"method": name, "protect": share, "num_neurons": k})
-            differential, importance = tensors["differential"], tensors["importance"]
-            circuits.append(circuit_at(chosen[name], differential, importance, k, share))
+            circuits.append(circuit_at(chosen[name], *pair, k, share, "sweep.num_neurons"))
 
     total = len(circuits) * (len(general.ids) + len(sample.ids))
     with tqdm(total=total, desc=f"sweep {behaviour}", unit="text") as bar:
