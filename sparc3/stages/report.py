@@ -13,6 +13,7 @@ from sparc3.base.artifacts import (
 )
 from sparc3.base.files import read_csv, read_json, write_text
 from sparc3.base.params import Params
+from sparc3.circuits.overlap import joined
 from sparc3.reporting.published import claims_table
 from sparc3.reporting.tables import (
     FOLDER,
@@ -82,7 +83,7 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
         matrix = np.eye(len(behaviours))
         for i, a in enumerate(behaviours):
             for j, b in enumerate(behaviours[i + 1 :], start=i + 1):
-                matrix[i, j] = matrix[j, i] = overlap["correlations"][f"{a}-{b}"]["pearson"]
+                matrix[i, j] = matrix[j, i] = overlap["correlations"][joined((a, b))]["pearson"]
         figures.heat_map(
             paths["correlations"],
             matrix,
