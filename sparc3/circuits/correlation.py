@@ -10,6 +10,7 @@ from itertools import combinations, permutations
 import numpy as np
 from scipy.special import gammaincinv
 
+from sparc3.base.artifacts import groups_of, read_scores
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array
 from sparc3.circuits.overlap import Names
@@ -81,6 +82,12 @@ class Scores:
 
     def at(self, rows: Array) -> "Scores":
         return Scores(self.values[rows], self.groups[rows])
+
+
+def read_flat(prompt_set: str, score: str, neurons: Array | slice = slice(None)) -> Scores:
+    """Scores of a set's attribute split, of all neurons or of some, by their flat ids."""
+    ids, values = read_scores(prompt_set, score)
+    return Scores(values.reshape(len(ids), -1)[:, neurons], np.array(groups_of(prompt_set, ids)))
 
 
 def checked_scores(

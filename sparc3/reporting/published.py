@@ -9,7 +9,7 @@ printed value may be from the exact one), and either
 - `formula` and `inputs`: the number is said to follow from other published ones.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
@@ -100,47 +100,46 @@ def computed(row: Mapping[str, Any]) -> Claim:
     """A claim that is arithmetic on published numbers."""
     value = float(FORMULAS[row["formula"]](*row["inputs"]))
     # A rounding of exactly half a digit is meant to pass whatever binary fractions make of it.
-    follows = abs(value - row["value"]) <= row["rounding"] + 1e-9 * abs(row["value"])
-    verb = "follows" if follows else "does not follow"
-    verdict = REPRODUCED if follows else NOT_REPRODUCED
-    return claim(row, (value, None, None), verdict, "", f"{verb} from published inputs")
+    if abs(value - row["value"]) <= row["rounding"] + 1e-9 * abs(row["value"]):
+        return claim(row, (value, None, None), REPRODUCED, "follows from published inputs")
+    reason = "does not follow from published inputs"
+    return claim(row, (value, None, None), NOT_REPRODUCED, reason)
 
 
 def judged(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> Claim:
     """A claim that a measurement, if there is one, speaks to."""
     name, key = row["measure"]
-    published, null = row["value"], row.get("null")
-    setup = measured.get("setup", {})
-    lacking = [fact for fact, wanted in row.get("needs", {}).items() if setup.get(fact) != wanted]
-    needs = "needs " + ", ".join(f"{fact} {row['needs'][fact]}" for fact in lacking)
+    published, null, rounding = row["value"], row.get("null"), row["rounding"]
+    setup, needed = measured.get("setup", {}), row.get("needs", {})
+    lacking = [fact for fact, wanted in needed.items() if setup.get(fact) != wanted]
+    needs = "needs " + ", ".join(f"{fact} {needed[fact]}" for fact in lacking)
     leaf = measured.get(name, {}).get(key)
     numbers = interval(leaf)
     if numbers is None:
         reason = needs if lacking else f"not measured in this run: {name}, {key}"
-        return claim(row, (None, None, None), NOT_TESTABLE, "", reason)
+        return claim(row, (None, None, None), NOT_TESTABLE, reason)
     value, low, high = numbers
     direction = side(low, high, published, null)
+    verdict, reason = REPRODUCED, f"{published:g} lies in [{low:.4g}, {high:.4g}]"
     if lacking:
         have = ", ".join(f"{fact} {setup.get(fact, 'unknown')}" for fact in lacking)
-        return claim(row, numbers, NOT_TESTABLE, direction, f"{needs}; this run has {have}")
-    if not isinstance(leaf, Mapping) and abs(value - published) > row["rounding"]:
-        return claim(row, numbers, NOT_TESTABLE, direction, "measured without an interval")
-    if not low - row["rounding"] <= published <= high + row["rounding"]:
+        verdict, reason = NOT_TESTABLE, f"{needs}; this run has {have}"
+    elif not isinstance(leaf, Mapping) and abs(value - published) > rounding:
+        verdict, reason = NOT_TESTABLE, "measured without an interval"
+    elif not low - rounding <= published <= high + rounding:
+        verdict = NOT_REPRODUCED
         reason = f"{published:g} lies outside [{low:.4g}, {high:.4g}]"
-        return claim(row, numbers, NOT_REPRODUCED, direction, reason)
-    if direction == "open":
+    elif direction == "open":
+        verdict = NOT_TESTABLE
         reason = f"too imprecise: [{low:.4g}, {high:.4g}] holds {published:g} and also {null:g}"
-        return claim(row, numbers, NOT_TESTABLE, direction, reason)
-    reason = f"{published:g} lies in [{low:.4g}, {high:.4g}]"
-    return claim(row, numbers, REPRODUCED, direction, reason)
+    return claim(row, numbers, verdict, reason, direction)
 
 
 def interval(leaf: object) -> tuple[float, float, float] | None:
     """(value, low, high) of a measured quantity; None where it is absent or not finite."""
+    numbers: list[Any] = [leaf] * 3
     if isinstance(leaf, Mapping):
-        numbers: Sequence[Any] = [leaf.get(key) for key in ("value", "low", "high")]
-    else:
-        numbers = [leaf, leaf, leaf]
+        numbers = [leaf.get(key) for key in ("value", "low", "high")]
     if not all(isinstance(n, (int, float)) and isfinite(n) for n in numbers):
         return None
     value, low, high = map(float, numbers)
@@ -148,6 +147,7 @@ def interval(leaf: object) -> tuple[float, float, float] | None:
 
 
 def side(low: float, high: float, published: float, null: float | None) -> str:
+    """The direction of a claim, from the measured interval and the value of no effect."""
     if null is None:
         return ""
     if low <= null <= high:
@@ -159,24 +159,12 @@ def claim(
     row: Mapping[str, Any],
     numbers: tuple[float | None, float | None, float | None],
     verdict: str,
-    direction: str,
     reason: str,
+    direction: str = "",
 ) -> Claim:
-    value, low, high = numbers
-    return Claim(
-        id=row["id"],
-        what=row["what"],
-        published=row["value"],
-        unit=row["unit"],
-        where=row["where"],
-        arithmetic="formula" in row,
-        value=value,
-        low=low,
-        high=high,
-        verdict=verdict,
-        direction=direction,
-        reason=reason,
-    )
+    name, what, said, unit, where = (row[key] for key in ("id", "what", "value", "unit", "where"))
+    computes = "formula" in row
+    return Claim(name, what, said, unit, where, computes, *numbers, verdict, direction, reason)
 
 
 def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

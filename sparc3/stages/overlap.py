@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sparc3.base.artifacts import OUTPUTS, groups_of, metrics_path, read_prompts, read_scores
+from sparc3.base.artifacts import OUTPUTS, metrics_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, write_csv, write_json
 from sparc3.base.params import Params
@@ -24,10 +24,10 @@ from sparc3.circuits import nulls, overlap
 from sparc3.circuits.choose import choose, protected, ranked, read_differential
 from sparc3.circuits.correlation import (
     Behaviours,
-    Scores,
     bootstrap_correlations,
     correlations,
     quadrants,
+    read_flat,
 )
 from sparc3.circuits.methods import check_methods
 from sparc3.circuits.overlap import Names, joined
@@ -77,12 +77,6 @@ def compare_differentials(differentials: Mapping[str, Array]) -> dict[str, Any]:
     }
 
 
-def prompt_scores(prompt_set: str, score: str) -> Scores:
-    """All scores of a set, flat, with the grouping key of each prompt."""
-    ids, values = read_scores(prompt_set, score)
-    return Scores(values.reshape(len(ids), -1), np.array(groups_of(prompt_set, ids)))
-
-
 def one_of_each(prompt_set: str, seed: int) -> Array:
     """Positions of one prompt, at random, of every text of a set's attribute split.
 
@@ -101,9 +95,7 @@ def compare_prompts(params: Params, behaviours: Behaviours, barred: Array) -> di
     assert method.contrast is not None  # run
     contrast, seed = CONTRASTS[method.contrast], settings.seed
     needed = {name for pair in behaviours.values() for name in pair}
-    scores = {
-        name: prompt_scores(name, method.score) for name in params.prompt_sets if name in needed
-    }
+    scores = {name: read_flat(name, method.score) for name in params.prompt_sets if name in needed}
     found = {}
     if method.contrast == "mean-difference":  # what the estimator is for
         estimated = bootstrap_correlations(scores, behaviours, settings.resamples, seed)

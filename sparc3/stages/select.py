@@ -13,10 +13,8 @@ from tqdm import tqdm
 from sparc3.base.artifacts import (
     circuit_names,
     circuit_path,
-    groups_of,
     metrics_path,
     read_prompts,
-    read_scores,
     stability_path,
     sweep_path,
 )
@@ -32,12 +30,12 @@ from sparc3.circuits.choose import (
     read_differential,
 )
 from sparc3.circuits.circuit import write_circuit
+from sparc3.circuits.correlation import read_flat
 from sparc3.circuits.methods import check_methods, leader, noise
 from sparc3.circuits.overlap import layer_counts
 from sparc3.circuits.stability import (
     CANDIDATES,
     SHARES,
-    Candidates,
     mean_overlap,
     resampled_circuits,
     selection_frequency,
@@ -127,12 +125,6 @@ def chosen_on(params: Params, spec: Behaviour) -> dict[str, Any]:
     }
 
 
-def candidates(prompt_set: str, score: str, ids: Array) -> Candidates:
-    """The scores of some neurons, by their flat ids, for every prompt of a set."""
-    prompts, scores = read_scores(prompt_set, score)
-    return Candidates(scores.reshape(len(scores), -1)[:, ids], groups_of(prompt_set, prompts))
-
-
 def measure_stability(
     params: Params, behaviour: str, name: str, ids: Array, differential: Array, barred: Array
 ) -> list[dict[str, object]]:
@@ -145,9 +137,9 @@ def measure_stability(
     assert method.contrast is not None  # only methods that score are measured
     among = ranked(differential, barred)[: CANDIDATES * ids.size]
     reference, prompts = (
-        candidates(prompt_set, method.score, among) for prompt_set in (spec.reference, spec.prompts)
+        read_flat(prompt_set, method.score, among) for prompt_set in (spec.reference, spec.prompts)
     )
-    sizes = [max(2, round(share * len(prompts.scores))) for share in SHARES]
+    sizes = [max(2, round(share * len(prompts.values))) for share in SHARES]
     chosen = resampled_circuits(
         reference,
         prompts,
