@@ -18,8 +18,9 @@ from sparc3.base import comparison, parallel, runs
 from sparc3.base.artifacts import logged_files, metrics_path, model_digest
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, digest_text, markdown
-from sparc3.base.params import Params, load
+from sparc3.base.params import Params
 from sparc3.commands import ui
+from sparc3.stages.checks import load
 
 # Stage word = module = dvc.yaml stage = MLproject entry point = params section; with its axis.
 STAGES: dict[str, str | None] = {

@@ -49,9 +49,12 @@ def write_project(folder: Path, changes: Mapping[str, Any] | None = None) -> Pat
     tree |= {
         "model": {"path": "model"},
         "test_sets": {},
-        "evaluate": tree["evaluate"] | {"general": "general"},
+        "methods": {name: tree["methods"][name] for name in ("lrp", "random")},
+        "differential": {"general": "general", "importance": "lrp"},
+        "evaluate": tree["evaluate"]
+        | {"general": "general", "completed": ["lrp"], "control": "random"},
         "transfer": tree["transfer"] | {"texts": ["general"]},
-        "prompt_sets": {name: {"source": "test", "count": n} for name, n in SETS.items()},
+        "prompt_sets": {name: {"source": "news", "count": n} for name, n in SETS.items()},
         "behaviours": {
             "talk": tree["behaviours"]["toxicity"] | {"prompts": "talk", "reference": "general"}
         },

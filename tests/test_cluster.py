@@ -18,12 +18,11 @@ import small
 import torch
 
 from sparc3.__main__ import main
-from sparc3.base import params as parameters
 from sparc3.base.artifacts import scores_folder
 from sparc3.base.errors import InputError
 from sparc3.base.params import Cluster, Params
 from sparc3.commands import submit
-from sparc3.stages import attribute
+from sparc3.stages import attribute, checks
 
 ROOT = Path(__file__).parent.parent
 BOUND = 300  # seconds after which a job counts as hung, on a machine with much else to do
@@ -38,7 +37,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def with_cluster(**values: Any) -> Params:
-    return replace(parameters.load(), cluster=Cluster(**{**GIVEN, **values}))
+    return replace(checks.load(), cluster=Cluster(**{**GIVEN, **values}))
 
 
 def asked(script: str) -> dict[str, str]:
@@ -246,7 +245,7 @@ def test_two_tasks_give_the_scores_of_one_process(
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    attribute.run(parameters.load(), "general")
+    attribute.run(checks.load(), "general")
     torch.set_num_threads(threads)
     expected = small.files(scores_folder("general"))
     shutil.rmtree(scores_folder("general"))

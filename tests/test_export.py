@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from sparc3.base.artifacts import circuit_path, metrics_path
 from sparc3.base.errors import InputError
-from sparc3.base.params import Model, Params, load
+from sparc3.base.params import Model, Params
 from sparc3.circuits.ablate import prune_weights, pruned
 from sparc3.circuits.circuit import Circuit, read_circuit, write_circuit
 from sparc3.commands import export
 from sparc3.model import loading
+from sparc3.stages.checks import load
 
 IDS = torch.tensor(tiny.sequences([12, 12]))
 ROOT = Path(__file__).parent.parent

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sparc3.base.errors import InputError
-from sparc3.base.params import Params, load
+from sparc3.base.params import Params
 from sparc3.model.gguf import bpe_by_score
 from sparc3.stages import fetch
+from sparc3.stages.checks import load
 
 ROOT = Path(__file__).parent.parent
 RAW = {"first.jsonl": b'{"a": 1}\r\n\xc3\xa9', "second.csv": b"a,b\n"}  # bytes must survive
@@ -343,7 +344,7 @@ def test_the_tables_fit_the_committed_pin(fetched):
 def test_with_everything_there_torch_is_not_loaded(fetched, run_in):
     code = (
         "import sys; from pathlib import Path; from sparc3.stages import fetch; "
-        "from sparc3.base.params import load; fetch.run(load(Path('params.yaml'))); "
+        "from sparc3.stages.checks import load; fetch.run(load(Path('params.yaml'))); "
         "sys.exit('torch' in sys.modules)"
     )
     done = run_in(fetched, sys.executable, "-c", code)

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import small
 
-from sparc3.base import params as parameters
 from sparc3.base.artifacts import metrics_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, read_tensors, write_tensors
-from sparc3.stages import gate
+from sparc3.stages import checks, gate
 from sparc3.stages.gate import Totals, gap_interval, relevance_gap
 
 
@@ -63,7 +62,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(**changes: Any) -> dict[str, float]:
     small.write_project(Path.cwd(), {"gate": {"score": "lrp", "prompts": 50, **changes}})
-    return gate.run(parameters.load(), "talk")
+    return gate.run(checks.load(), "talk")
 
 
 def test_below_the_threshold_it_warns_or_stops(
@@ -79,7 +78,7 @@ def test_below_the_threshold_it_warns_or_stops(
     text = Path("params.yaml").read_text().replace("on_fail: warn", "on_fail: stop")
     Path("params.yaml").write_text(text)
     with pytest.raises(InputError, match=r"below gate.threshold 15 %: .*on_fail: warn"):
-        gate.run(parameters.load(), "talk")
+        gate.run(checks.load(), "talk")
 
 
 def test_the_gate_is_one_sided(project: Path) -> None:

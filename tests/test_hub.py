@@ -129,8 +129,9 @@ def test_without_access_there_is_one_clear_line_and_no_token_in_it(
 RUN = """
 from dataclasses import replace
 from pathlib import Path
-from sparc3 import fetch
-from sparc3.params import Fetch, load
+from sparc3.base.params import Fetch
+from sparc3.stages import fetch
+from sparc3.stages.checks import load
 params = load(Path({params!r}))
 given = Fetch(model=None, repository="team/open", revision={revision!r})
 model = replace(params.model, path="models/given")

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import yaml
 
-from sparc3.base import params as parameters
 from sparc3.base.artifacts import differential_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_csv, read_json, write_jsonl, write_tensors
 from sparc3.circuits.choose import read_differential
 from sparc3.circuits.overlap import joined
 from sparc3.reporting.published import Claim, claims, measured
-from sparc3.stages import overlap
+from sparc3.stages import checks, overlap
 
 ROOT = Path(__file__).parent.parent
 LAYERS, WIDTH, PROMPTS, CIRCUIT = 4, 50, 12, 40
@@ -34,6 +33,8 @@ def write_project(names: tuple[str, ...]) -> None:
         "behaviours": {n: some | {"prompts": f"of-{n}", "reference": "general"} for n in names},
         "methods": {"lrp": tree["methods"]["lrp"]},
         "attribute": tree["attribute"] | {"scores": ["lrp"]},
+        "gate": tree["gate"] | {"score": "lrp"},
+        "differential": {"general": "general", "importance": "lrp"},
         "evaluate": tree["evaluate"] | {"control": "lrp", "completed": [], "in_sample": []},
         "transfer": tree["transfer"] | {"texts": ["general"]},
         "overlap": tree["overlap"] | {"num_neurons": CIRCUIT, "resamples": 50, "repeats": 2},
@@ -63,7 +64,7 @@ def write_project(names: tuple[str, ...]) -> None:
 def measure(names: tuple[str, ...]) -> tuple[Metrics, dict[str, float], list[Claim]]:
     """The metrics file, MLflow's scalars and the claims, of behaviours in this order."""
     write_project(names)
-    params = parameters.load()
+    params = checks.load()
     assert tuple(params.behaviours) == names
     scalars = overlap.run(params)
     return read_json(Path("metrics/overlap.json")), scalars, claims(measured(params, []))
@@ -130,4 +131,4 @@ def test_a_size_beyond_the_model_is_blamed_on_its_own_key() -> None:
     text = Path("params.yaml").read_text()
     Path("params.yaml").write_text(text.replace(f"num_neurons: {CIRCUIT}", "num_neurons: 190"))
     with pytest.raises(InputError, match=r"params: overlap\.num_neurons: 190 .* only 160 of 200"):
-        overlap.run(parameters.load())
+        overlap.run(checks.load())

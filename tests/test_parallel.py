@@ -22,7 +22,7 @@ from sparc3.base.artifacts import read_prompts, scores_folder
 from sparc3.base.errors import InputError
 from sparc3.base.parallel import Place
 from sparc3.model import loading
-from sparc3.stages import attribute
+from sparc3.stages import attribute, checks
 
 ROOT = Path(__file__).parent.parent
 BOUND = 240  # seconds after which a process counts as hung, on a machine with much else to do
@@ -31,7 +31,7 @@ BOUND = 240  # seconds after which a process counts as hung, on a machine with m
 FORKED = """
 import os, sys
 from pathlib import Path
-from sparc3 import attribute, params
+from sparc3.stages import attribute, checks
 world, prompt_set = int(sys.argv[1]), sys.argv[2]
 ranks = []
 for rank in range(world):
@@ -39,7 +39,7 @@ for rank in range(world):
     if child == 0:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-        attribute.run(params.load(Path("params.yaml")), prompt_set)
+        attribute.run(checks.load(Path("params.yaml")), prompt_set)
         os._exit(0)
     ranks.append(child)
 sys.exit(any(os.waitpid(child, 0)[1] for child in ranks))
@@ -49,14 +49,14 @@ sys.exit(any(os.waitpid(child, 0)[1] for child in ranks))
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from sparc3 import attribute, params
+from sparc3.stages import attribute, checks
 write = attribute.write_tensors
 def dying(path, *arguments):
     if path.stem == "00001" and path.parent.name == "activation":
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, *arguments)
 attribute.write_tensors = dying
-attribute.run(params.load(Path("params.yaml")), sys.argv[1])
+attribute.run(checks.load(Path("params.yaml")), sys.argv[1])
 """
 
 # Rank 1 of a job of two, to which the test is rank 0. It outlives its stay in neither of them.
@@ -129,7 +129,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _one_thread: None) 
 
 def one_process(prompt_set: str) -> dict[str, bytes]:
     """The files of a set's scores, made by this process alone; they are not left behind."""
-    attribute.run(parameters.load(), prompt_set)
+    attribute.run(checks.load(), prompt_set)
     folder = scores_folder(prompt_set)
     found = small.files(folder)
     shutil.rmtree(folder)
@@ -137,7 +137,7 @@ def one_process(prompt_set: str) -> dict[str, bytes]:
 
 
 def partial(prompt_set: str) -> Path:
-    params = parameters.load()
+    params = checks.load()
     prompts = attribute.encode(
         read_prompts(prompt_set, "attribute"), loading.tokenizer("model"), "max-logit"
     )
@@ -204,7 +204,7 @@ def test_killed_after_a_shard_and_run_again(project: Path) -> None:
     ((path, time),) = times(partial("general") / "activation").items()
     assert Path(path).stem == "00000"
 
-    attribute.run(parameters.load(), "general")
+    attribute.run(checks.load(), "general")
     folder = scores_folder("general")
     assert small.files(folder) == expected
     assert times(folder)[str(folder / "activation/00000.safetensors")] == time
@@ -218,7 +218,7 @@ def test_killed_after_the_last_shard_and_run_again(project: Path) -> None:
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         (part / name).write_bytes(content)
     finished = times(part)
-    attribute.run(parameters.load(), "general")
+    attribute.run(checks.load(), "general")
     assert small.files(scores_folder("general")) == expected
     assert sorted(times(scores_folder("general")).values()) == sorted(finished.values())
     assert not part.parent.exists()
@@ -345,7 +345,7 @@ def test_publish_never_moves_part_of_the_scores(tmp_path: Path) -> None:
 
 
 def test_parts_belong_to_all_that_decides_their_numbers(project: Path) -> None:
-    params = parameters.load()
+    params = checks.load()
     prompts = attribute.encode(
         read_prompts("general", "attribute"), loading.tokenizer("model"), "max-logit"
     )

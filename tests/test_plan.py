@@ -26,7 +26,7 @@ from sparc3.measure import generate, likelihood
 from sparc3.model import families, loading
 from sparc3.relevance import scores
 from sparc3.relevance.lrp import attnlrp
-from sparc3.stages import attribute
+from sparc3.stages import attribute, checks
 
 FAMILIES = list(tiny.CONFIGS)
 LLAMA_3_8B: dict[str, Any] = {
@@ -204,7 +204,7 @@ def test_memory_that_attribution_keeps(family: str, dtype: str) -> None:
 
 def test_disk_is_what_attribution_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(small.write_project(tmp_path))
-    params = parameters.load()
+    params = checks.load()
     attribute.run(params, "general")
     sample = plan.prepared(loading.tokenizer("model"))
     shape = cost.shape(plan.configuration(params))
@@ -230,7 +230,7 @@ def test_lengths_of_prepared_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_lengths_of_prompts_that_are_not_prepared() -> None:
-    params = parameters.load()
+    params = checks.load()
     sample = plan.assumed(params)
     general, matched = params.prompt_sets["general"], params.prompt_sets["general-toxicity"]
     share = params.prepare.splits["attribute"] / sum(params.prepare.splits.values())
@@ -247,7 +247,7 @@ def test_lengths_of_prompts_that_are_not_prepared() -> None:
 
 def test_stages_do_what_params_say() -> None:
     """Twice the completions are twice the drawing; one more circuit is one more evaluation."""
-    params = parameters.load()
+    params = checks.load()
     shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
 
     def works(changed: parameters.Params) -> dict[str, plan.Work]:
@@ -289,7 +289,7 @@ def big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(big: Path, capsys: Any) -> None:
     assert main(["plan", "--device", "A100-40"]) == 0
-    half = parameters.load()
+    half = checks.load()
     half = replace(half, model=replace(half.model, dtype="bfloat16"))
     shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
     works = plan.plan(half, shape, plan.assumed(half))
@@ -300,14 +300,14 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(big: Path, capsys: Any
     assert "GB on L4, which has 23.6 GB" in error
     assert "model.dtype: bfloat16" in error
     cards = int(error.partition("auto over ")[2].split()[0])
-    spread = replace(parameters.load(), model=replace(half.model, dtype="float32", device="auto"))
+    spread = replace(checks.load(), model=replace(half.model, dtype="float32", device="auto"))
     works = plan.plan(spread, shape, plan.assumed(spread))
     assert not plan.unfit(spread, shape, works, "L4", cards)
     assert plan.unfit(spread, shape, works, "L4", cards - 1)
 
 
 def test_a_job_that_cannot_fit_is_not_submitted(big: Path) -> None:
-    params = replace(parameters.load(), cluster=parameters.Cluster("L4", gpus=1))
+    params = replace(checks.load(), cluster=parameters.Cluster("L4", gpus=1))
     with pytest.raises(InputError, match=r"attribute@general needs .* GB on L4"):
         submit.script(params, "attribute", {"prompt_set": "general"})
     half = replace(params, model=replace(params.model, dtype="bfloat16"))
@@ -317,7 +317,7 @@ def test_a_job_that_cannot_fit_is_not_submitted(big: Path) -> None:
 
 
 def test_a_smaller_batch_is_named_where_it_helps(big: Path) -> None:
-    params = parameters.load()
+    params = checks.load()
     params = replace(
         params,
         model=replace(params.model, dtype="bfloat16"),
@@ -335,7 +335,7 @@ def test_a_smaller_batch_is_named_where_it_helps(big: Path) -> None:
 
 
 def test_time_is_operations_over_what_is_reached() -> None:
-    params = parameters.load()
+    params = checks.load()
     shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
     passes = plan.Work("evaluate@x", passes=312e12 * 0.35 * 60)
     half = replace(params, model=replace(params.model, dtype="bfloat16", device="cuda"))
@@ -351,7 +351,7 @@ def test_time_is_operations_over_what_is_reached() -> None:
 
 
 def test_this_machines_time_is_of_its_own_measured_rate() -> None:
-    params = parameters.load()
+    params = checks.load()
     shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
     work = plan.Work("sweep@x", passes=0.8 * plan.product_rate("float32") * 60)
     loaded = plan.START + 32.121044992
@@ -359,7 +359,7 @@ def test_this_machines_time_is_of_its_own_measured_rate() -> None:
 
 
 def test_the_stage_that_elicits_is_planned_by_its_own_name() -> None:
-    params = parameters.load(Path("profiles/llama3-8b.yaml"))
+    params = checks.load(Path("profiles/llama3-8b.yaml"), checks.PARAMS)
     needs = plan.of_stage(params, "prepare", "A100-80", 1)
     assert needs.machine > 16e9  # the weights pass through the machine's memory
     assert needs.seconds > plan.START + 16
@@ -425,4 +425,4 @@ def test_a_profile_beside_the_project(big: Path, capsys: Any) -> None:
     assert "3 layers x 24 neurons" in shown
     assert "not prepared" in shown  # what is in outputs/ is another model's
     with pytest.raises(InputError, match="--device 'A100' is not known"):
-        plan.run(parameters.load(), profile, "A100", 1)
+        plan.run(checks.load(), profile, "A100", 1)

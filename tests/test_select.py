@@ -5,9 +5,10 @@ import pytest
 
 from sparc3.base.artifacts import circuit_names
 from sparc3.base.errors import InputError
-from sparc3.base.params import Method, load
+from sparc3.base.params import Method
 from sparc3.circuits.choose import choose, choose_per_layer, protected, scales
-from sparc3.circuits.methods import check_methods, noise
+from sparc3.circuits.methods import noise
+from sparc3.stages.checks import load
 from sparc3.stages.select import Choice, best_point, choice
 
 RNG = np.random.default_rng(0)
@@ -110,29 +111,6 @@ def test_noise_depends_on_seed_and_name_only() -> None:
 def test_a_method_has_a_circuit_per_draw() -> None:
     assert circuit_names("lrp", Method(score="lrp")) == ["lrp"]
     assert circuit_names("r", Method(score="random", draws=2)) == ["r-0", "r-1"]
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        (Method(score="lrp", contrast="median"), "contrast is 'median'; expected"),
-        (Method(score="lrp"), "contrast is None"),
-        (Method(score="wanda", contrast="t"), "'wanda' is not computed for the prompt set"),
-        (Method(score="random", contrast="t"), "has no contrast"),
-        (Method(score="lrp", contrast="t", scale="auroc"), "needs contrast: auroc"),
-        (Method(score="lrp", contrast="t", scale=1.0), "expected 0 <= scale < 1"),
-        (Method(score="lrp", contrast="t", draws=2), "draws is 2"),
-        (Method(score="random", match="own", protect=1.5), "protect is 1.5"),
-        (Method(score="random", match="nobody"), "'nobody' is not a method"),
-        (Method(score="random", layers="random-layer-matched"), "-matched' is not a method"),
-        (Method(score="random", match="lrp", layers="lrp"), "match or layers, not both"),
-    ],
-)
-def test_impossible_methods_are_named(row: Method, expected: str) -> None:
-    params = load()
-    with pytest.raises(InputError, match=r"methods\.odd") as caught:
-        check_methods(replace(params, methods={**params.methods, "odd": row}))
-    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -381,8 +381,8 @@ def refusing_hub(status: int, code: str) -> Iterator[str]:
 LOADING = """
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
-from sparc3 import sources
-from sparc3.errors import InputError
+from sparc3.base.errors import InputError
+from sparc3.prompts import hub
 try:
     next(hub.hub_c4({"revision": "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"}, 0))
 except InputError as error:

@@ -1,64 +1,56 @@
-"""params.yaml as frozen dataclasses; an unknown key or a wrong type is an error that names it."""
+"""params.yaml as frozen dataclasses; an unknown key or a wrong type is an error that names it.
 
-import math
+The types are checked by pydantic: strictly (text is no number), and whenever a row is made. What
+more than one key decides is checked by `sparc3.stages.checks`, which also loads the file.
+"""
+
+import json
 import types
-from collections.abc import Hashable, Iterable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from sparc3.base.errors import InputError
 
-Split = Literal["attribute", "tune", "test"]
+Tree = dict[str, Any]  # of a params file: sections of keys, or of rows
+SPLITS = ("attribute", "tune", "test")  # what a circuit is chosen on, tuned on, measured on
+
+Whole = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
+Count = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
+Share = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+Size = Annotated[float, Field(ge=0, description="a number of at least 0")]
+Damping = Annotated[float, Field(ge=0, lt=1, description="a number from 0, below 1")]
+Positive = Annotated[float, Field(gt=0, description="a number above 0")]
+Nucleus = Annotated[float, Field(gt=0, le=1, description="a number above 0, at most 1")]
+
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-# Sources whose rows are pairs, which `measure: pairs` needs.
-PAIRED = (
-    "stereoset",
-    "hub/stereoset",
-    "neutral-pairs",
-    "crows-pairs",
-    "winobias",
-    "gender-pairs",
-)
-
-
-class Range(NamedTuple):
-    """Of a number, both ends allowed."""
-
-    low: float
-    high: float = math.inf
-
-
-Whole = Annotated[int, Range(0)]
-Count = Annotated[int, Range(1)]
-Share = Annotated[float, Range(0, 1)]
-Size = Annotated[float, Range(0)]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Model:
     path: str
-    revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Keep:
     """Second pass of a prompt set: complete every candidate once, keep the highest scores."""
 
     scorer: str
     top: Count
     new_tokens: Count = 50
-    temperature: Size = 0.7
-    top_p: Share = 0.9
+    temperature: Positive = 0.7
+    top_p: Nucleus = 0.9
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class PromptSet:
     source: str
     count: Count | None  # null: every row, in the source's order
@@ -72,7 +64,7 @@ class PromptSet:
     keep: Keep | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Behaviour:
     prompts: str
     reference: str
@@ -83,18 +75,18 @@ class Behaviour:
     on_fail: Literal["warn", "stop"] = "stop"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Method:
     score: str
     contrast: str | None = None
-    scale: Share | Literal["auroc"] = 0.0
+    scale: Damping | Literal["auroc"] = 0.0
     match: str | None = None
     layers: str | None = None
     protect: Share | None = None
     draws: Count = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Scorer:
     kind: str
     path: str | None = None
@@ -102,7 +94,7 @@ class Scorer:
     revision: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Fetch:
     """Where the model comes from: embedded, out of a GGUF file, or a repository on the hub."""
 
@@ -112,32 +104,32 @@ class Fetch:
     revision: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Prepare:
     splits: dict[str, Share]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Attribute:
     scores: tuple[str, ...]
     batch_tokens: Count
     shard_prompts: Count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Gate:
     score: str
     threshold: Size
     prompts: Count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Differential:
     general: str
     importance: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Sweep:
     num_neurons: tuple[Count, ...]
     protect: tuple[Share, ...]
@@ -146,7 +138,7 @@ class Sweep:
     batch_tokens: Count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Select:
     num_neurons: Count | None
     protect: Share | None
@@ -155,7 +147,7 @@ class Select:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Evaluate:
     general: str
     texts: Count
@@ -169,14 +161,14 @@ class Evaluate:
     in_sample: tuple[str, ...]
     control: str
     new_tokens: Count
-    temperature: Size
-    top_p: Share
+    temperature: Positive
+    top_p: Nucleus
     seed: int
     batch_tokens: Count
     resamples: Count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Transfer:
     texts: tuple[str, ...]
     items: Count
@@ -184,7 +176,7 @@ class Transfer:
     resamples: Count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Overlap:
     method: str
     num_neurons: Count
@@ -194,12 +186,12 @@ class Overlap:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Report:
     method: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Cluster:
     """What a Slurm job asks for. Per node: tasks (processes of attribution), gpus and memory in GB.
 
@@ -218,7 +210,7 @@ class Cluster:
     setup: tuple[str, ...] = ()  # lines of shell that come first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Params:
     model: Model
     prompt_sets: dict[str, PromptSet]
@@ -238,95 +230,15 @@ class Params:
     overlap: Overlap
     report: Report
     cluster: Cluster | None = None
+    profile: str | None = None  # which one `use` made the file of
 
 
-def _describe(kind: Any) -> str:
-    if get_origin(kind) is Annotated:
-        base, (low, high) = get_args(kind)
-        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        return f"{_describe(base)} {limits}"
-    if get_origin(kind) is Literal:
-        return " or ".join(repr(choice) for choice in get_args(kind))
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_describe(part) for part in get_args(kind))
-    if get_origin(kind) is tuple:
-        return f"a list of {_describe(get_args(kind)[0])}"
-    if get_origin(kind) is dict:
-        return "a mapping"
-    if is_dataclass(kind):
-        return "a mapping"
-    return {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        type(None): "null",
-    }[kind]
+_PARAMS = TypeAdapter(Params)
+_UNKNOWN = "unexpected_keyword_argument"  # pydantic's name of that error
 
 
-def _convert(value: Any, kind: Any, key: str) -> Any:
-    """`value` from YAML as `kind`; InputError names `key`."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        base, (low, high) = parts
-        number = _convert(value, base, key)
-        if low <= number <= high:
-            return number
-    elif origin in (Union, types.UnionType):
-        for part in parts:
-            if is_dataclass(part) and isinstance(value, dict):
-                return _build(part, value, key)
-            try:
-                return _convert(value, part, key)
-            except InputError:
-                continue  # the next alternative may fit; none fitting is the error below
-    elif origin is Literal:
-        if value in parts:
-            return value
-    elif origin is tuple:
-        if isinstance(value, list):
-            return tuple(_convert(v, parts[0], f"{key}[{i}]") for i, v in enumerate(value))
-    elif origin is dict:
-        if isinstance(value, dict):
-            for name in value:
-                if not isinstance(name, str):
-                    raise InputError(f"params: {key}: key {name!r} must be text; put it in quotes")
-            return {k: _convert(v, parts[1], f"{key}.{k}") for k, v in value.items()}
-    elif is_dataclass(kind):
-        return _build(kind, value, key)
-    elif kind is Any:
-        return value
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
-    elif type(value) is kind:
-        return value
-    hint = ""
-    if isinstance(value, str) and kind in (int, float):
-        hint = " (YAML reads numbers such as 1e-3 as text: write 0.001)"
-    raise InputError(f"params: {key} is {value!r}; expected {_describe(kind)}{hint}")
-
-
-def _build(kind: Any, value: Any, key: str) -> Any:
-    if not isinstance(value, dict):
-        raise InputError(f"params: {key or 'the file'} is {value!r}; expected a mapping")
-    hints = get_type_hints(kind, include_extras=True)
-    known = {f.name: f for f in fields(kind)}
-    prefix = f"{key}." if key else ""
-    for name in value:
-        if name not in known:
-            raise InputError(f"params: unknown key {prefix}{name}; known here: {', '.join(known)}")
-    for name, f in known.items():
-        required = f.default is MISSING and f.default_factory is MISSING
-        if required and name not in value:
-            raise InputError(
-                f"params: missing key {prefix}{name}; expected {_describe(hints[name])}"
-            )
-    return kind(**{k: _convert(v, hints[k], f"{prefix}{k}") for k, v in value.items()})
-
-
-def load(path: Path = Path("params.yaml")) -> Params:
-    """Read and check a params file. Raises InputError: one line that names the key."""
+def read(path: Path) -> Tree:
+    """A params file, or a profile, as it is written. InputError names the file."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -337,80 +249,108 @@ def load(path: Path = Path("params.yaml")) -> Params:
         tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    params = _build(Params, tree, "")
-    _check_names(params)
-    return params
+    if not isinstance(tree, dict):
+        raise InputError(f"params: the file is {tree!r}; expected a mapping")
+    return tree
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key that is there twice, of which PyYAML keeps the last."""
+    """YAML without dates, which are text here; refuses a key that is no text, or there twice."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"key {key} is there twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep)
+        built = super().construct_mapping(node, deep)
+        twice = [f"key {key} is there twice" for key in keys if keys.count(key) > 1]
+        other = [f"key {k!r} must be text; put it in quotes" for k in built if type(k) is not str]
+        for problem in (*twice, *other):  # PyYAML keeps the last of two, and any key
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return built
 
 
-def _check_names(params: Params) -> None:
-    """InputError for a name that the section it points to does not have."""
+def parse(tree: Tree) -> Params:
+    """The tree's values by their types. InputError: one line that names the key.
 
-    def known(key: str, name: str, names: Iterable[str], where: str) -> None:
-        if name not in names:
-            raise InputError(
-                f"params: {key} {name!r} is not in {where}; known: {', '.join(names) or 'none'}"
-            )
+    An unknown key is named before a missing one, which it may be meant for.
+    """
+    try:
+        # As JSON, of which pydantic takes lists for tuples and 15 for 15.0, but no more.
+        return _PARAMS.validate_json(json.dumps(tree, default=_refuse))
+    except ValidationError as error:
+        found = sorted(error.errors(include_url=False), key=lambda e: e["type"] != _UNKNOWN)
+        raise InputError(f"params: {_reason(tree, found[0])}") from None
 
-    for section in ("prompt_sets", "behaviours", "methods"):
-        if not getattr(params, section):
-            raise InputError(f"params: {section} is empty; expected at least one")
-    sets = {**params.prompt_sets, **params.test_sets}
-    for name, made in params.prompt_sets.items():
-        if made.keep is not None:
-            known(f"prompt_sets.{name}.keep.scorer", made.keep.scorer, params.scorers, "scorers")
-    for name, spec in params.behaviours.items():
-        key = f"behaviours.{name}"
-        known(f"{key}.prompts", spec.prompts, params.prompt_sets, "prompt_sets")
-        known(f"{key}.reference", spec.reference, params.prompt_sets, "prompt_sets")
-        known(f"{key}.method", spec.method, params.methods, "methods")
-        for scorer in spec.scorers:
-            known(f"{key}.scorers", scorer, params.scorers, "scorers")
-        paired = [spec.prompts]
-        if spec.second is not None:
-            known(f"{key}.second", spec.second, sets, "test_sets or prompt_sets")
-            paired.append(spec.second)
-        if spec.measure == "completions" and not spec.scorers:
-            raise InputError(
-                f"params: {key}.scorers is empty; completions need one of "
-                f"{', '.join(params.scorers)}"
-            )
-        for part in paired if spec.measure == "pairs" else paired[1:]:
-            if sets[part].source not in PAIRED:
-                raise InputError(
-                    f"params: {key}.measure is {spec.measure!r}, with prompt set {part} whose "
-                    f"source {sets[part].source!r} has no pairs; sources that have: "
-                    f"{', '.join(PAIRED)}"
-                )
-    known("differential.general", params.differential.general, params.prompt_sets, "prompt_sets")
-    known("evaluate.general", params.evaluate.general, sets, "test_sets or prompt_sets")
-    if not params.transfer.texts:
-        raise InputError("params: transfer.texts is empty; expected at least one set of texts")
-    for text in params.transfer.texts:
-        known("transfer.texts", text, sets, "test_sets or prompt_sets")
-    for key, method in (
-        ("evaluate.control", params.evaluate.control),
-        *(("evaluate.completed", name) for name in params.evaluate.completed),
-        *(("evaluate.in_sample", name) for name in params.evaluate.in_sample),
-        ("overlap.method", params.overlap.method),
-        ("report.method", params.report.method),
-    ):
-        known(key, method, params.methods, "methods")
+
+def _refuse(value: object) -> object:
+    raise InputError(f"params: {value!r} is neither text, number, true, false, null, list nor map")
+
+
+def _reason(tree: Tree, error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in this project's words, with the key's path."""
+    path, kind = "", Params
+    value: Any = tree
+    for step in error["loc"]:
+        inner = _inner(kind, step)
+        if inner is None:  # a key that is unknown, or pydantic's name of an alternative
+            break
+        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
+        kind = inner
+        value = None if error["type"] == "missing" and step not in value else value[step]
+    if error["type"] == _UNKNOWN:
+        row = next(part for part in _alternatives(kind) if is_dataclass(part))
+        known = ", ".join(f.name for f in fields(row))
+        return f"unknown key {path and path + '.'}{error['loc'][-1]}; known here: {known}"
+    if error["type"] == "missing":
+        return f"missing key {path}; expected {_describe(kind)}"
+    number = any(part in (int, float) for k in _alternatives(kind) for part in (k, *get_args(k)))
+    hint = " (YAML reads numbers such as 1e-3 as text: write 0.001)"
+    return f"{path} is {value!r}; expected {_describe(kind)}" + (
+        hint if number and isinstance(value, str) else ""
+    )
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _inner(kind: Any, step: int | str) -> Any:
+    """The type of a key, row or element; None if there is none of that name."""
+    for part in _alternatives(kind):
+        if is_dataclass(part):
+            return get_type_hints(part, include_extras=True).get(str(step))
+        if get_origin(part) in (dict, tuple):
+            return get_args(part)[1 if get_origin(part) is dict else 0]
+    return None
+
+
+def _describe(kind: Any) -> str:
+    parts = _alternatives(kind)
+    if len(parts) > 1:
+        return " or ".join(map(_describe, parts))
+    if get_origin(kind) is Annotated:
+        return get_args(kind)[1].description
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a list of {_describe(get_args(kind)[0])}"
+    words = {int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
+    return words.get(kind, "a mapping")
 
 
 def scores_of(params: Params, prompt_set: str) -> tuple[str, ...]:
     """Names of the scores that attribute computes for a set: SCORE, or SCORE@TARGET."""
-    own = params.prompt_sets[prompt_set].scores
-    return params.attribute.scores if own is None else own
+    scores = params.prompt_sets[prompt_set].scores
+    return params.attribute.scores if scores is None else scores
+
+
+def sets_of(params: Params) -> dict[str, tuple[str, PromptSet]]:
+    """Name -> key in params and set, of those that are attributed and those only tested on."""
+    return {
+        name: (f"{section}.{name}", spec)
+        for section in ("prompt_sets", "test_sets")
+        for name, spec in getattr(params, section).items()
+    }

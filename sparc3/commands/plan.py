@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from sparc3.base import params as parameters
 from sparc3.base.artifacts import circuit_names, prompts_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.params import Params, PromptSet, scores_of
@@ -25,6 +24,7 @@ from sparc3.base.secrets import hub_token
 from sparc3.commands import cost
 from sparc3.commands.cost import Shape
 from sparc3.model import loading
+from sparc3.stages import checks
 from sparc3.stages.attribute import by_target
 
 ASSUMED_TOKENS = 32  # of a prompt whose length the profile does not say
@@ -123,7 +123,7 @@ def assumed(params: Params) -> Sample:
         spec, shares = spec_of(name), params.prepare.splits
         each = known(spec)[0] if spec.count is None else spec.count
         count = spec.keep.top if spec.keep else each * len(spec.seeds)
-        if split is not None:
+        if split is not None and name in params.prompt_sets:  # the others are tested on whole
             count = round(count * shares[split] / sum(shares.values()))
         one = {"text": [length(name)], "pair": [length(name)] * 2, "packed": [2 * length(name)]}
         return [one[kind]] * count
@@ -164,7 +164,7 @@ def are_prepared(params: Params, project: Params) -> bool:
 def sample_of(params: Params, exact: bool) -> Sample:
     """Those of the prompts in outputs/prompts, or assumed ones."""
     if exact:
-        return prepared(loading.tokenizer(params.model.path, params.model.revision))
+        return prepared(loading.tokenizer(params.model.path))
     return assumed(params)
 
 
@@ -489,7 +489,7 @@ def configuration(params: Params) -> PretrainedConfig:
 
     InputError, naming the key, if none can be read.
     """
-    path, revision = params.model.path, params.model.revision
+    path, revision = params.model.path, None
     key = "model.path"
     kept = CONFIGS / f"{Path(path).name}.json"
     if not Path(path).is_dir():
@@ -598,7 +598,7 @@ def costs(profiles: Sequence[Path]) -> list[list[str]]:
     the model may be spread. First a header.
     """
     rows = [["device", *(f"{profile.stem}: {what}" for profile in profiles for what in _SHOWN)]]
-    loaded = [parameters.load(profile) for profile in profiles]
+    loaded = [checks.load(profile, checks.PARAMS) for profile in profiles]
     shapes = [cost.shape(configuration(params)) for params in loaded]
     works = [plan(p, m, sample_of(p, exact=False)) for p, m in zip(loaded, shapes, strict=True)]
     for name, device in DEVICES.items():
@@ -653,7 +653,7 @@ def run(project: Params, profile: Path | None, device: str | None, cards: int) -
     `device` is a key of DEVICES: without one a profile for the CPU is planned for this machine, and
     any other for every card of the table. InputError: the run cannot fit, with what would.
     """
-    params = project if profile is None else parameters.load(profile)
+    params = project if profile is None else checks.load(profile, checks.PARAMS)
     if device is not None and device not in DEVICES:
         raise InputError(f"--device {device!r} is not known; choose one of {', '.join(DEVICES)}")
     if cards < 1:

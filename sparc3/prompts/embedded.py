@@ -30,10 +30,10 @@ def news(where: Where) -> list[Row]:
 def real_toxicity_prompts(where: Where) -> list[Row]:
     """RealToxicityPrompts (Gehman et al. 2020): a sample of 993, all of toxicity above 0.5."""
     rows = read_jsonl(DATA / "real-toxicity-prompts.jsonl")
-    return [_toxic(row["text"], row["toxicity"]) for row in rows]
+    return [toxic(row["text"], row["toxicity"]) for row in rows]
 
 
-def _toxic(text: str, toxicity: float | None) -> Row:
+def toxic(text: str, toxicity: float | None) -> Row:
     group = f"real-toxicity-prompts/{digest_text(text)[:16]}"
     return Row("real-toxicity-prompts", group, "", text, toxicity=toxicity)
 
@@ -45,7 +45,7 @@ def stereoset(where: Where) -> list[Row]:
     original spelling; the sentences here are the context with the blank filled.
     """
     return [
-        _item(
+        stereoset_item(
             row["bias_type"],
             row["target"],
             row["context"],
@@ -59,7 +59,7 @@ def stereoset(where: Where) -> list[Row]:
 _KINDS = ("stereotype", "anti-stereotype", "unrelated")
 
 
-def _item(
+def stereoset_item(
     bias_type: str, target: str, context: str, stereotype: str, anti: str, unrelated: str
 ) -> Row:
     return Row(
@@ -161,8 +161,8 @@ def neutral_pairs(where: Where) -> list[Row]:
     each other, and the items stand in the order of a hash, so that `first: 2 n`
     is a sample of n items, whole.
     """
-    found = []
+    rows = []
     for row in sorted(stereoset(where), key=lambda row: digest_text(str(row.pair))):
         assert row.pair is not None
-        found += [replace(row, unrelated=None, pair=order) for order in (row.pair, row.pair[::-1])]
-    return found
+        rows += [replace(row, unrelated=None, pair=order) for order in (row.pair, row.pair[::-1])]
+    return rows

@@ -10,26 +10,26 @@ from typing import Any
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest_text
 from sparc3.base.secrets import hub_token
-from sparc3.prompts.embedded import _item, _toxic
+from sparc3.prompts.embedded import stereoset_item, toxic
 from sparc3.prompts.row import Row, Where
 
 
 def hub_real_toxicity_prompts(where: Where) -> list[Row]:
     """All 99,442 RealToxicityPrompts; those that Perspective did not score have no toxicity."""
     rows = _load(where, "allenai/real-toxicity-prompts", None, "train")
-    return [_toxic(row["prompt"]["text"], row["prompt"]["toxicity"]) for row in rows]
+    return [toxic(row["prompt"]["text"], row["prompt"]["toxicity"]) for row in rows]
 
 
 def hub_stereoset(where: Where) -> list[Row]:
     """StereoSet's intrasentence items as its authors put them on the hub."""
-    found = []
+    rows = []
     for row in _load(where, "McGill-NLP/stereoset", "intrasentence", "validation"):
         sentences = dict(
             zip(row["sentences"]["gold_label"], row["sentences"]["sentence"], strict=True)
         )
         # The labels of the hub's data set: 0 anti-stereotype, 1 stereotype, 2 unrelated.
-        found.append(
-            _item(
+        rows.append(
+            stereoset_item(
                 row["bias_type"],
                 row["target"],
                 row["context"],
@@ -38,7 +38,7 @@ def hub_stereoset(where: Where) -> list[Row]:
                 sentences[2],
             )
         )
-    return found
+    return rows
 
 
 # Subtitles have more signs; within an article, some lines of a list of formulas look like a title,
@@ -87,7 +87,7 @@ def hub_c4(where: Where, seed: int) -> Iterator[Row]:
             yield Row("c4", f"c4/{row['url']}", "", row["text"])
 
 
-_HUB = ("path", "revision")
+PIN = ("path", "revision")  # the keys of `where` that every source here has
 
 
 def _load(where: Where, path: str, name: str | None, split: str, streaming: bool = False) -> Any:

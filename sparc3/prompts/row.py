@@ -28,7 +28,8 @@ class Row:
 
 
 class Source(NamedTuple):
-    """Rows before `where` narrows them, and the keys that `where` may have."""
+    """Rows before `where` narrows them, the keys it may have, and whether the rows are pairs."""
 
     rows: Callable[[Where], list[Row]]
-    where: tuple[str, ...]
+    where: tuple[str, ...] = ()
+    paired: bool = False

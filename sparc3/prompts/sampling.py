@@ -2,8 +2,9 @@
 
 Leak-free by construction: a group (an article, a target term, an occupation, a text) lies in one
 split only, the same one in every prompt set, because its split depends on the source's groups and
-the shares alone. Everything is ordered by hashes, never by a random generator, so that the same
-params give the same files on every machine.
+the shares alone; only of a set that is tested on, and nothing else, prepare writes all rows as
+`test`. Everything is ordered by hashes, never by a random generator, so that the same params give
+the same files on every machine.
 """
 
 from collections import Counter
@@ -17,11 +18,9 @@ from tqdm import tqdm
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest_text
-from sparc3.base.params import PromptSet
+from sparc3.base.params import SPLITS, PromptSet
 from sparc3.prompts import sources
 from sparc3.prompts.row import Row
-
-SPLITS = ("attribute", "tune", "test")
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def fit(tokenizer: Tokenizer, row: Row, limits: Limits, split: str, seed: int) -
     """
     if row.pair:
         sentences = [row.text, *row.pair, *([row.unrelated] if row.unrelated else [])]
-        found = tokenizer.encode_batch(sentences, add_special_tokens=False)
-        tokens = max(len(encoding.ids) for encoding in found)
+        encoded = tokenizer.encode_batch(sentences, add_special_tokens=False)
+        tokens = max(len(encoding.ids) for encoding in encoded)
         return Prompt(row, row.text, tokens, split, seed) if tokens >= limits.least else None
     encoding = tokenizer.encode(row.text, add_special_tokens=False)
     tokens = len(encoding.ids)
@@ -165,8 +164,8 @@ def draw(
 
     A seed's prompts are the first that fit, in the order of a hash of the set's name, the seed and
     the text, of those that earlier seeds have left; none has the text of a prompt in another split.
-    Texts are cut to the lengths of the prompts
-    `like` if those are given, split by split. InputError, naming the set: too few of them.
+    Texts are cut to the lengths of the prompts `like` if those are given, split by split.
+    InputError, naming the set: too few of them.
     """
     assert spec.count is not None  # else the caller takes every row
     asked = spec.count * len(spec.seeds)
@@ -186,24 +185,24 @@ def draw(
             limits = [Limits(spec.min_tokens or 1, spec.max_tokens)] * quotas[split]
             if like is not None:
                 limits = limits_like(key, seed, like, split, quotas[split])
-            found = 0
+            chosen = 0
             for row in sorted(
                 by_split[split], key=lambda row: order(key, seed, identity(row, row.text))
             ):
-                if found == len(limits):
+                if chosen == len(limits):
                     break
                 if home.get(row.text, split) != split:
                     continue  # two groups share the text that a pair begins with
-                prompt = fit(tokenizer, row, limits[found], split, seed)
+                prompt = fit(tokenizer, row, limits[chosen], split, seed)
                 if prompt is not None and prompt.id not in used:
                     used.add(prompt.id)
                     home[row.text] = split
                     prompts.append(prompt)
-                    found += 1
-            if found < len(limits):
+                    chosen += 1
+            if chosen < len(limits):
                 raise InputError(
                     f"params: {key} asks for {len(limits)} prompts in the {split} "
-                    f"split of seed {seed}, {found} that are long enough are left; lower count or "
+                    f"split of seed {seed}, {chosen} that are long enough are left; lower count or "
                     "min_tokens"
                 )
     return prompts
@@ -218,8 +217,8 @@ def whole(
 ) -> list[Prompt]:
     """Every row that fits, in the order of the source. InputError, naming the set: none does."""
     limits = Limits(spec.min_tokens or 1, spec.max_tokens)
-    found = [fit(tokenizer, row, limits, split_of[row.group], spec.seeds[0]) for row in rows]
-    prompts = [prompt for prompt in found if prompt is not None]
+    fitted = [fit(tokenizer, row, limits, split_of[row.group], spec.seeds[0]) for row in rows]
+    prompts = [prompt for prompt in fitted if prompt is not None]
     if not prompts:
         raise InputError(f"params: {key}: none of {len(rows)} texts is long enough for min_tokens")
     return prompts
@@ -233,7 +232,7 @@ def draw_stream(
     A seed's prompts are the first that fit in the source's own order for the seed, as many in each
     split as the shares say.
     """
-    assert spec.count is not None  # `check` refuses to take all of a stream
+    assert spec.count is not None  # stages.checks refuses to take all of a stream
     quotas = largest_remainder(spec.count, shares)
     limits = Limits(spec.min_tokens or 1, spec.max_tokens)
     prompts: list[Prompt] = []
@@ -266,17 +265,17 @@ def splits(
 
     What `where` leaves out still counts, so that two sets of one source agree on every group.
     """
-    found = {}
+    split_of = {}
     for source, stratum in sorted({(row.source, row.stratum) for row in kept}):
         groups = {row.group for row in rows if (row.source, row.stratum) == (source, stratum)}
         try:
-            found |= split_of_groups(groups, shares)
+            split_of |= split_of_groups(groups, shares)
         except ValueError as error:
             raise InputError(
                 f"params: {key}: {source} {stratum} cannot be split by "
                 f"prepare.splits: {error}; choose another where, or give fewer splits a share"
             ) from None
-    return found
+    return split_of
 
 
 def prompt_set(
@@ -293,17 +292,6 @@ def prompt_set(
     kept = sources.narrow(key, rows, spec.where)
     if not kept:
         raise InputError(f"params: {key}.where leaves none of {len(rows)} rows; ask less of it")
-    paired = kept[0].pair is not None
-    if spec.target == "pair" and not paired:
-        raise InputError(
-            f"params: {key}.target is 'pair', but source {spec.source!r} has no "
-            "pairs; choose max-logit or another source"
-        )
-    if paired and (spec.max_tokens is not None or spec.match_length is not None):
-        raise InputError(
-            f"params: {key}: the pairs of source {spec.source!r} are never cut; "
-            "leave out max_tokens and match_length"
-        )
     split_of = splits(key, rows, shares, kept)
     if spec.count is None:
         return whole(key, spec, kept, split_of, tokenizer)
@@ -312,20 +300,22 @@ def prompt_set(
 
 def distinct(rows: Iterable[Row]) -> list[Row]:
     """The rows in their order, each text or pair once, none empty."""
-    found: dict[str, Row] = {}
+    first: dict[str, Row] = {}
     for row in rows:
         if row.text or row.pair:
-            found.setdefault(identity(row, row.text), row)
-    return list(found.values())
+            first.setdefault(identity(row, row.text), row)
+    return list(first.values())
 
 
-def as_row(prompt: Prompt) -> dict[str, Any]:
-    """The line that stands for a prompt in its file."""
+def as_row(prompt: Prompt, split: str | None = None) -> dict[str, Any]:
+    """The line that stands for a prompt in its file; of a set that is only tested on, all of
+    whose rows have one `split`, whatever the one that its group was drawn for.
+    """
     row = {
         "id": prompt.id,
         "text": prompt.text,
         "group": prompt.row.group,
-        "split": prompt.split,
+        "split": split or prompt.split,
         "seed": prompt.seed,
         "tokens": prompt.tokens,
         "source": prompt.row.source,

@@ -20,7 +20,7 @@ from sparc3.prompts.embedded import (
     winobias,
 )
 from sparc3.prompts.hub import (
-    _HUB,
+    PIN,
     hub_c4,
     hub_real_toxicity_prompts,
     hub_stereoset,
@@ -30,30 +30,27 @@ from sparc3.prompts.hub import (
 from sparc3.prompts.row import Row, Source, Where
 
 SOURCES = {
-    "wikipedia": Source(wikipedia, ()),
-    "news": Source(news, ()),
+    "wikipedia": Source(wikipedia),
+    "news": Source(news),
     "real-toxicity-prompts": Source(real_toxicity_prompts, ("min_toxicity", "first")),
-    "stereoset": Source(stereoset, ("bias_type", "first")),
-    "neutral-pairs": Source(neutral_pairs, ("bias_type", "first")),
-    "crows-pairs": Source(crows_pairs, ("bias_type", "first")),
-    "winobias": Source(winobias, ("first",)),
-    "gender-pairs": Source(gender_pairs, ()),
-    "hub/real-toxicity-prompts": Source(
-        hub_real_toxicity_prompts, (*_HUB, "min_toxicity", "first")
-    ),
-    "hub/stereoset": Source(hub_stereoset, (*_HUB, "bias_type", "first")),
-    "hub/wikitext-2": Source(hub_wikitext_2, (*_HUB, "first")),
-    "hub/stereotype-elicitation": Source(hub_stereotype_elicitation, (*_HUB, "bias_type", "first")),
+    "stereoset": Source(stereoset, ("bias_type", "first"), paired=True),
+    "neutral-pairs": Source(neutral_pairs, ("bias_type", "first"), paired=True),
+    "crows-pairs": Source(crows_pairs, ("bias_type", "first"), paired=True),
+    "winobias": Source(winobias, ("first",), paired=True),
+    "gender-pairs": Source(gender_pairs, paired=True),
+    "hub/real-toxicity-prompts": Source(hub_real_toxicity_prompts, (*PIN, "min_toxicity", "first")),
+    "hub/stereoset": Source(hub_stereoset, (*PIN, "bias_type", "first"), paired=True),
+    "hub/wikitext-2": Source(hub_wikitext_2, (*PIN, "first")),
+    "hub/stereotype-elicitation": Source(hub_stereotype_elicitation, (*PIN, "bias_type", "first")),
 }
-
-
 STREAMS = {"hub/c4": hub_c4}
+PAIRED = tuple(name for name, source in SOURCES.items() if source.paired)
 
 
 def check(key: str, source: str, where: Where) -> None:
     """InputError, naming the params key below `key`, if there is no such source or `where` key."""
     if source in STREAMS:
-        known = _HUB
+        known = PIN
     elif source in SOURCES:
         known = SOURCES[source].where
     else:
@@ -71,7 +68,7 @@ def check(key: str, source: str, where: Where) -> None:
             raise InputError(
                 f"params: {key}.where.{name} is {value!r}; expected {_EXPECTED[name][0]}"
             )
-    if known[:2] == _HUB and "revision" not in where and not Path(where.get("path", "")).is_dir():
+    if known[:2] == PIN and "revision" not in where and not Path(where.get("path", "")).is_dir():
         raise InputError(
             f"params: {key}.where.revision is missing; pin the hub's data set by its commit"
         )
@@ -81,14 +78,8 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "path": ("a local folder, or owner/name on the hub", lambda v: isinstance(v, str) and v != ""),
     "revision": ("a commit on the hub, as text", lambda v: isinstance(v, str) and v != ""),
     "bias_type": ("text", lambda v: isinstance(v, str)),
-    "first": (
-        "a whole number of at least 1",
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0,
-    ),
-    "min_toxicity": (
-        "a number from 0 to 1",
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1,
-    ),
+    "first": ("a whole number of at least 1", lambda v: type(v) is int and v > 0),
+    "min_toxicity": ("a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <= 1),
 }
 
 

@@ -73,7 +73,6 @@ def card(
     model = params.model
     removed = int((circuit.scales == 0).sum())
     dampened = len(circuit) - removed
-    at = f", revision {model.revision}" if model.revision else ""
     measured = (
         f"`metrics/evaluate/{behaviour}.json` was not there when this model was written."
         if evaluation is None
@@ -89,7 +88,7 @@ tags:
 
 # {Path(model.path).name} without {len(circuit)} neurons of {behaviour}
 
-{model.path}{at}, in {model.dtype}, with {removed} MLP neurons removed and {dampened} dampened:
+{model.path}, in {model.dtype}, with {removed} MLP neurons removed and {dampened} dampened:
 those that sparc3's method `{method}` finds to serve {behaviour} (after arXiv 2506.13727).
 Nothing was trained. A removed neuron has zero weights throughout; a dampened one has its column of
 the MLP's output projection multiplied by its scale.

@@ -33,7 +33,7 @@ from sparc3.base.files import digest, digest_text, write_json, write_tensors
 from sparc3.base.params import Params, scores_of
 from sparc3.model import families, loading
 from sparc3.relevance import lrp, scores
-from sparc3.relevance.scores import SCORES, TARGETS, Prompt, Target, score
+from sparc3.relevance.scores import Prompt, Target, score
 
 log = logging.getLogger(__name__)
 
@@ -116,19 +116,10 @@ def publish(
 def run(params: Params, prompt_set: str) -> dict[str, float]:
     spec, attribute = params.prompt_sets[prompt_set], params.attribute
     names = scores_of(params, prompt_set)
-    if not names:
-        raise InputError(f"params: no scores for prompt set {prompt_set}; give at least one")
     targets = by_target(names, spec.target)
-    for target, own in targets.items():
-        for name, score_name in own.items():
-            if score_name not in SCORES or target not in TARGETS:
-                raise InputError(
-                    f"params: attribute.scores names {name!r}; expected any of "
-                    f"{', '.join(SCORES)}, alone or with one of @{', @'.join(TARGETS)}"
-                )
     here = parallel.place()
     device = parallel.device(here, params.model.device)
-    tokenizer = loading.tokenizer(params.model.path, params.model.revision)
+    tokenizer = loading.tokenizer(params.model.path)
     rows = read_prompts(prompt_set, "attribute")
     encoded = {target: encode(rows, tokenizer, target) for target in targets}
     size = attribute.shard_prompts
@@ -144,9 +135,7 @@ def run(params: Params, prompt_set: str) -> dict[str, float]:
             log.info("attribute %s: going on after %d finished shards", prompt_set, len(done))
         mine = [n for n in range(len(shards)) if here.shares(n) and n not in done]
         if mine:
-            model = loading.load(
-                params.model.path, params.model.revision, params.model.dtype, device
-            )
+            model = loading.load(params.model.path, None, params.model.dtype, device)
             with tqdm(
                 total=len(targets) * sum(len(shards[n]) for n in mine),
                 desc=f"attribute {prompt_set}",

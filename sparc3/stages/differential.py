@@ -10,7 +10,7 @@ from sparc3.base.artifacts import differential_path, metrics_path, read_scores, 
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, write_json, write_tensors
 from sparc3.base.params import Behaviour, Method, Params
-from sparc3.circuits.methods import check_methods, noise
+from sparc3.circuits.methods import noise
 from sparc3.relevance.contrasts import CONTRASTS
 
 
@@ -27,7 +27,7 @@ def importance(prompt_set: str, score: str) -> Array:
 
 def contrasted(spec: Behaviour, method: Method) -> Array:
     """A method's differential, float32 (layer, neuron). InputError: too few prompts in a set."""
-    assert method.contrast is not None  # check_methods
+    assert method.contrast is not None  # stages.checks
     sets = spec.reference, spec.prompts
     scores = (read_scores(prompt_set, method.score)[1] for prompt_set in sets)
     try:
@@ -37,7 +37,6 @@ def contrasted(spec: Behaviour, method: Method) -> Array:
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    check_methods(params)
     general = importance(params.differential.general, params.differential.importance)
     scalars: dict[str, float] = {}
     for name, method in tqdm(params.methods.items(), desc=f"differential {behaviour}"):

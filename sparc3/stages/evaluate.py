@@ -423,7 +423,7 @@ def result(
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, evaluate = params.behaviours[behaviour], params.evaluate
-    tokenizer = loading.tokenizer(params.model.path, params.model.revision)
+    tokenizer = loading.tokenizer(params.model.path)
     setting, elicited = load_setting(params, behaviour, tokenizer)
     first = setting.samples[0].name
     circuits = {}
@@ -436,9 +436,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         name: scorer(ScorerSpec(**asdict(params.scorers[name])), params.model.device)
         for name in spec.scorers
     }
-    model = loading.load(
-        params.model.path, params.model.revision, params.model.dtype, params.model.device
-    )
+    model = loading.load(params.model.path, None, params.model.dtype, params.model.device)
     asked = {UNPRUNED: Asked({sample.name: True for sample in setting.samples}, second=True)}
     for name, (method, _) in circuits.items():
         own = method == spec.method  # of the behaviour: it alone is measured by all there is

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from sparc3.base.artifacts import OUTPUTS, metrics_path, read_prompts
-from sparc3.base.errors import InputError
 from sparc3.base.files import Array, write_csv, write_json
 from sparc3.base.params import Params
 from sparc3.circuits import nulls, overlap
@@ -29,7 +28,6 @@ from sparc3.circuits.correlation import (
     quadrants,
     read_flat,
 )
-from sparc3.circuits.methods import check_methods
 from sparc3.circuits.overlap import Names, joined
 from sparc3.relevance.contrasts import CONTRASTS
 
@@ -92,7 +90,7 @@ def one_of_each(prompt_set: str, seed: int) -> Array:
 def compare_prompts(params: Params, behaviours: Behaviours, barred: Array) -> dict[str, Any]:
     """What other prompts would give: corrected correlations and nulls. `barred`: (neuron,)."""
     settings, method = params.overlap, params.methods[params.overlap.method]
-    assert method.contrast is not None  # run
+    assert method.contrast is not None  # stages.checks
     contrast, seed = CONTRASTS[method.contrast], settings.seed
     needed = {name for pair in behaviours.values() for name in pair}
     scores = {name: read_flat(name, method.score) for name in params.prompt_sets if name in needed}
@@ -125,10 +123,7 @@ def compare_prompts(params: Params, behaviours: Behaviours, barred: Array) -> di
 
 
 def run(params: Params) -> dict[str, float]:
-    check_methods(params)
     name, k = params.overlap.method, params.overlap.num_neurons
-    if params.methods[name].contrast is None:
-        raise InputError(f"params: overlap.method {name!r} is random; name one that scores")
     behaviours = sorted(params.behaviours)
     tensors = {behaviour: read_differential(behaviour, name) for behaviour in behaviours}
     _, importance = tensors[behaviours[0]]  # general text's: the same for all

@@ -11,89 +11,31 @@ from tokenizers import Tokenizer
 from sparc3.base.artifacts import metrics_path, prompts_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, write_json, write_jsonl
-from sparc3.base.params import Keep, Params, PromptSet
-from sparc3.prompts import sources
-from sparc3.prompts.sampling import SPLITS, Prompt, as_row, prompt_set
+from sparc3.base.params import SPLITS, Keep, Params, sets_of
+from sparc3.prompts.sampling import Prompt, as_row, prompt_set
 
 log = logging.getLogger(__name__)
 
 
-def prompt_sets(params: Params) -> dict[str, tuple[str, PromptSet]]:
-    """Name -> key in params and set, of those that are attributed and those only tested on.
-
-    InputError: a name in both sections, which would be one file.
-    """
-    for name in params.test_sets:
-        if name in params.prompt_sets:
-            raise InputError(f"params: test_sets.{name} is in prompt_sets too; rename one of them")
-    return {
-        name: (f"{section}.{name}", spec)
-        for section in ("prompt_sets", "test_sets")
-        for name, spec in getattr(params, section).items()
-    }
-
-
-def check(params: Params) -> None:
-    """InputError for values that no source could satisfy; each names its key."""
-    everything = prompt_sets(params)
-    shares = params.prepare.splits
-    if set(shares) != set(SPLITS) or any(share < 0 for share in shares.values()):
-        raise InputError(
-            f"params: prepare.splits is {shares}; expected a share of at least 0 for each of "
-            f"{', '.join(SPLITS)}"
-        )
-    if abs(sum(shares.values()) - 1) > 1e-9:
-        raise InputError(f"params: prepare.splits sums to {sum(shares.values())}; expected 1")
-    for key, spec in everything.values():
-        sources.check(key, spec.source, spec.where)
-        if spec.count is None and (
-            spec.source in sources.STREAMS or spec.match_length or spec.keep or len(spec.seeds) > 1
-        ):
-            raise InputError(
-                f"params: {key}.count is null, which takes every row once; give a number with a "
-                "stream, with several seeds, with match_length or keep"
-            )
-        if spec.count is not None and spec.count < 1:
-            raise InputError(f"params: {key}.count is {spec.count}; expected at least 1, or null")
-        if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds):
-            raise InputError(f"params: {key}.seeds is {spec.seeds}; expected different numbers")
-        for limit in ("min_tokens", "max_tokens"):
-            value = getattr(spec, limit)
-            if value is not None and value < 1:
-                raise InputError(f"params: {key}.{limit} is {value}; expected at least 1")
-        other = spec.match_length
-        if other is None:
-            continue
-        if other not in everything or everything[other][1].match_length is not None:
-            raise InputError(
-                f"params: {key}.match_length is {other!r}; expected a prompt set that matches none"
-            )
-        if spec.min_tokens or spec.max_tokens or spec.source in sources.STREAMS:
-            raise InputError(
-                f"params: {key}.match_length replaces min_tokens and max_tokens, and needs a "
-                "source that is no stream"
-            )
-
-
-def load_tokenizer(path: str, revision: str | None) -> tuple[Tokenizer, int]:
+def load_tokenizer(path: str) -> tuple[Tokenizer, int]:
     """The model's tokenizer and the tokens of its context, without torch if they are at hand."""
     folder = Path(path)
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tree = read_json(folder / "config.json")
         context = tree.get("max_position_embeddings", tree.get("n_positions"))
-    else:  # on the hub, or in an older format that transformers converts
+    else:  # in an older format that transformers converts
         from transformers import AutoConfig
 
         from sparc3.model import loading
 
-        tokenizer = getattr(loading.tokenizer(path, revision), "backend_tokenizer", None)
+        tokenizer = getattr(loading.tokenizer(path), "backend_tokenizer", None)
         if not isinstance(tokenizer, Tokenizer):
             raise InputError(
                 f"params: model.path: {path} has no tokenizer.json and no tokenizer that converts "
                 "to one; choose another model"
             )
-        context = AutoConfig.from_pretrained(path, revision=revision).max_position_embeddings
+        context = AutoConfig.from_pretrained(path).max_position_embeddings
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, context
@@ -111,16 +53,16 @@ def check_context(key: str, prompts: Sequence[Prompt], context: int) -> None:
 
 def describe(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Prompts, groups and mean tokens of each split that has prompts."""
-    found = {}
+    described = {}
     for split in SPLITS:
         there = [row for row in rows if row["split"] == split]
         if there:
-            found[split] = {
+            described[split] = {
                 "prompts": len(there),
                 "groups": len({row["group"] for row in there}),
                 "mean_tokens": sum(row["tokens"] for row in there) / len(there),
             }
-    return found
+    return described
 
 
 def elicited(
@@ -134,18 +76,21 @@ def elicited(
     from sparc3.prompts.second_pass import keep_highest
 
     spec = params.model
-    model = loading.load(spec.path, spec.revision, spec.dtype, spec.device)
+    model = loading.load(spec.path, None, spec.dtype, spec.device)
     score = scorer(ScorerSpec(**asdict(params.scorers[keep.scorer])), spec.device)
-    tokenizer = loading.tokenizer(spec.path, spec.revision)
+    tokenizer = loading.tokenizer(spec.path)
     return keep_highest(model, tokenizer, rows, keep, score, name)
 
 
 def run(params: Params) -> dict[str, float]:
-    """Write outputs/prompts/SET.jsonl for every prompt set, and no other file there."""
-    check(params)
-    tokenizer, context = load_tokenizer(params.model.path, params.model.revision)
+    """Write outputs/prompts/SET.jsonl for every prompt set, and no other file there.
+
+    Every row of a set that is only tested on is of the split `test`: no circuit is chosen on it.
+    """
+    tokenizer, context = load_tokenizer(params.model.path)
     made: dict[str, list[Prompt]] = {}
-    specs = prompt_sets(params)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    specs = sets_of(params)
     for name in sorted(specs, key=lambda name: specs[name][1].match_length is not None):
         key, spec = specs[name]
         like = made[spec.match_length] if spec.match_length else None
@@ -153,7 +98,8 @@ def run(params: Params) -> dict[str, float]:
         if name in params.prompt_sets or spec.target == "pair":  # other texts go through windows
             check_context(key, made[name], context)
         log.info("prepare: %s has %d prompts", name, len(made[name]))
-    rows = {name: [as_row(prompt) for prompt in prompts] for name, prompts in made.items()}
+        split = "test" if name in params.test_sets else None
+        rows[name] = [as_row(prompt, split) for prompt in made[name]]
     for name, (_, spec) in specs.items():
         if spec.keep is not None:
             rows[name] = elicited(params, name, spec.keep, rows[name])
@@ -166,7 +112,7 @@ def run(params: Params) -> dict[str, float]:
     write_json(metrics_path("prepare"), metrics)
     return {
         f"{name}.{split}.{key}": float(value)
-        for name, found in metrics.items()
-        for split, values in found.items()
+        for name, splits in metrics.items()
+        for split, values in splits.items()
         for key, value in values.items()
     }

@@ -31,7 +31,7 @@ from sparc3.circuits.choose import (
 )
 from sparc3.circuits.circuit import write_circuit
 from sparc3.circuits.correlation import read_flat
-from sparc3.circuits.methods import check_methods, leader, noise
+from sparc3.circuits.methods import leader, noise
 from sparc3.circuits.overlap import layer_counts
 from sparc3.circuits.stability import (
     CANDIDATES,
@@ -163,7 +163,6 @@ def measure_stability(
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    check_methods(params)
     spec, seed = params.behaviours[behaviour], params.select.seed
     rows, about = read_csv(sweep_path(behaviour)), chosen_on(params, spec)
     chosen: dict[str, tuple[Choice, Array]] = {}  # with the flat ids of the neurons taken

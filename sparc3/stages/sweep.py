@@ -13,7 +13,6 @@ from sparc3.base.files import write_csv, write_json
 from sparc3.base.params import Params
 from sparc3.circuits.choose import circuit_at, read_differential
 from sparc3.circuits.circuit import INTACT
-from sparc3.circuits.methods import check_methods
 from sparc3.measure import stereotypes
 from sparc3.measure.measures import (
     Texts,
@@ -45,9 +44,8 @@ def objective(measure: str, measured: dict[str, float]) -> float:
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    check_methods(params)
     spec, sweep = params.behaviours[behaviour], params.sweep
-    tokenizer = loading.tokenizer(params.model.path, params.model.revision)
+    tokenizer = loading.tokenizer(params.model.path)
     chosen = {
         name: method
         for name, method in params.methods.items()
@@ -62,9 +60,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         return {"points": 0.0}
     rows = read_prompts(spec.prompts, "tune")[: sweep.items]
     general = texts(read_prompts(params.differential.general, "tune")[: sweep.texts], tokenizer)
-    model = loading.load(
-        params.model.path, params.model.revision, params.model.dtype, params.model.device
-    )
+    model = loading.load(params.model.path, None, params.model.dtype, params.model.device)
 
     sample = (texts if spec.measure == "completions" else items)(rows, tokenizer)
     points: list[dict[str, Any]] = [{"method": "none", "protect": 0.0, "num_neurons": 0}]
