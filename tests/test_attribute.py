@@ -49,7 +49,7 @@ def test_each_name_holds_the_score_of_its_target(project: Path) -> None:
     path = project / "outputs/prompts/talk.jsonl"
     write_jsonl(path, [{**r, "pair": [r["text"], "w5 w6 w7 w8"]} for r in read_jsonl(path)])
     names = ["lrp", "lrp@max-logit", "lrp-abs@likelihood", "activation"]
-    attribute.run(with_set(project, names, target="pair"), "talk")
+    attribute.run(with_set(project, names, target="pair", source="stereoset"), "talk")
     model, tokenizer = loading.load("model"), loading.tokenizer("model")
 
     def ids(text: str) -> list[int]:
@@ -70,5 +70,5 @@ def test_each_name_holds_the_score_of_its_target(project: Path) -> None:
 
 @pytest.mark.parametrize("name", ["magic", "lrp@magic", "magic@pair", "@pair"])
 def test_an_unknown_score_or_target_is_named(project: Path, name: str) -> None:
-    with pytest.raises(InputError, match=f"attribute.scores names '{name}'.*@likelihood"):
-        attribute.run(with_set(project, [name]), "talk")
+    with pytest.raises(InputError, match=f"prompt_sets.talk.scores names '{name}'.*@likelihood"):
+        with_set(project, [name])

@@ -302,16 +302,17 @@ def test_quadrants_of_every_pair() -> None:
     found = correlation.quadrants(rows)
     assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
     for (one, two), cells in found.items():
-        naive = {"both": 0, "first": 0, "second": 0, "neither": 0}
+        alone = f"{one} only", f"{two} only"
+        naive = dict.fromkeys(("both", *alone, "neither"), 0)
         for x, y in zip(rows[one], rows[two], strict=True):
-            word = {(True, True): "both", (True, False): "first", (False, True): "second"}
+            word = {(True, True): "both", (True, False): alone[0], (False, True): alone[1]}
             naive[word.get((x < 0, y < 0), "neither")] += 1
         assert cells == naive
 
 
 # Correlations on other prompts
 
-CONTRASTS = {"a": ("g", "a"), "b": ("g", "b")}
+BEHAVIOURS = {"a": ("g", "a"), "b": ("g", "b")}
 
 
 def drawn(
@@ -335,7 +336,7 @@ def world(seed: int, rho: float, noise: float, groups: int, each: int = 1) -> tu
 
 def test_observed_and_corrected_correlation_written_out() -> None:
     scores, _ = world(0, 0.4, 1.5, groups=6, each=2)
-    found = correlation.bootstrap_correlations(scores, CONTRASTS, draws=20)
+    found = correlation.bootstrap_correlations(scores, BEHAVIOURS, draws=20)
     mean = {name: given.values.mean(axis=0) for name, given in scores.items()}
     rows = [mean["g"] - mean["a"], mean["g"] - mean["b"]]
     row = found["correlations"]["a", "b"]
@@ -369,7 +370,7 @@ def test_intervals_hold_the_true_correlation_where_the_observed_one_is_off(
     experiments = 200
     for seed in range(experiments):
         scores, true = world(seed, rho, 2.0, groups=12, each=each)
-        found = correlation.bootstrap_correlations(scores, CONTRASTS, draws=200, seed=seed)
+        found = correlation.bootstrap_correlations(scores, BEHAVIOURS, draws=200, seed=seed)
         row = found["correlations"]["a", "b"]
         inside += row["low"] <= true <= row["high"]
         errors.append(row["value"] - true)
@@ -383,7 +384,7 @@ def test_intervals_hold_the_true_correlation_where_the_observed_one_is_off(
 
 
 def test_difference_of_dependent_correlations() -> None:
-    contrasts = {name: ("g", name) for name in "abc"}
+    behaviours = {name: ("g", name) for name in "abc"}
     experiments, rejected, found = 200, 0, {}
     for seed in range(experiments):
         rng = np.random.default_rng(seed)
@@ -395,19 +396,23 @@ def test_difference_of_dependent_correlations() -> None:
         # The truth, but for 1 / neurons: a correlates alike with b and with c, and less b with c.
         means = {"g": g, "a": g - common, "b": g - common - first, "c": g - common - second}
         scores = {name: drawn(rng, mean, 10, 1.0, name) for name, mean in means.items()}
-        found = correlation.bootstrap_correlations(scores, contrasts, draws=200, seed=seed)
+        found = correlation.bootstrap_correlations(scores, behaviours, draws=200, seed=seed)
         rejected += found["differences"][("a", "b"), ("a", "c")]["p"] < 0.05
     assert 0 < rejected / experiments <= 0.08
     unequal = found["differences"][("a", "b"), ("b", "c")]
     assert unequal["value"] == pytest.approx(1 / np.sqrt(2) - 1 / 2, abs=0.1)
     assert 0 < unequal["low"] < unequal["value"] < unequal["high"]
     assert unequal["p"] < 0.05
+    reverse = found["differences"][("b", "c"), ("a", "b")]
+    assert reverse["p"] == unequal["p"]
+    bounds = -reverse["value"], -reverse["high"], -reverse["low"]
+    assert bounds == pytest.approx((unequal["value"], unequal["low"], unequal["high"]))
 
 
 def test_one_reference_under_two_names_is_one_reference() -> None:
     scores, _ = world(1, 0.5, 1.0, groups=8)
     twice = {**scores, "g2": scores["g"]}
-    one = correlation.bootstrap_correlations(scores, CONTRASTS, draws=50)
+    one = correlation.bootstrap_correlations(scores, BEHAVIOURS, draws=50)
     two = correlation.bootstrap_correlations(twice, {"a": ("g", "a"), "b": ("g2", "b")}, draws=50)
     for key, value in one["correlations"]["a", "b"].items():
         assert two["correlations"]["a", "b"][key] == pytest.approx(value)
@@ -433,8 +438,8 @@ def test_memory_maps_and_blocks(tmp_path: Path) -> None:
         values = np.tile(given.values, 10).astype(np.float32)  # 5,000 neurons: more than a block
         np.save(tmp_path / f"{name}.npy", values)
         wide[name] = Scores(np.load(tmp_path / f"{name}.npy", mmap_mode="r"), given.groups)
-    narrow = correlation.bootstrap_correlations(scores, CONTRASTS, draws=30)
-    mapped = correlation.bootstrap_correlations(wide, CONTRASTS, draws=30)
+    narrow = correlation.bootstrap_correlations(scores, BEHAVIOURS, draws=30)
+    mapped = correlation.bootstrap_correlations(wide, BEHAVIOURS, draws=30)
     for key, value in narrow["correlations"]["a", "b"].items():
         assert mapped["correlations"]["a", "b"][key] == pytest.approx(value, abs=1e-5)
 
@@ -451,7 +456,7 @@ def test_scores_that_cannot_be_used_are_refused() -> None:
         ({"a": Scores(scores["a"].values, scores["a"].groups[1:])}, "key per prompt"),
     ]:
         with pytest.raises(InputError, match=words):
-            correlation.bootstrap_correlations({**scores, **replaced}, CONTRASTS, draws=5)
+            correlation.bootstrap_correlations({**scores, **replaced}, BEHAVIOURS, draws=5)
     with pytest.raises(InputError, match="'other': no scores"):
         correlation.bootstrap_correlations(scores, {"a": ("other", "a")}, draws=5)
 
@@ -463,8 +468,14 @@ def mean_difference(reference: Array, behaviour: Array) -> Array:
     return reference.mean(axis=0) - behaviour.mean(axis=0)
 
 
-def most_negative(differential: Array, k: int) -> Array:
-    return np.argsort(differential, kind="stable")[:k]
+def most_negative(k: int) -> nulls.Derive:
+    """The mean difference and its k most negative neurons."""
+
+    def derive(reference: Array, behaviour: Array) -> nulls.Derived:
+        differential = mean_difference(reference, behaviour)
+        return differential, np.argsort(differential, kind="stable")[:k]
+
+    return derive
 
 
 def test_split_keeps_groups_whole_and_sets_consistent() -> None:
@@ -472,7 +483,7 @@ def test_split_keeps_groups_whole_and_sets_consistent() -> None:
     keys = np.repeat([f"k{i}" for i in range(9)], rng.integers(1, 5, 9))
     other = np.array([f"k{i}" for i in range(4, 15)])
     scores = {"x": Scores(np.zeros((keys.size, 1)), keys), "y": Scores(np.zeros((11, 1)), other)}
-    rows = nulls.split(scores, 3, rng)
+    rows = nulls.disjoint_parts(scores, 3, rng)
     owner: dict[str, int] = {}
     for name, given in scores.items():
         assert sorted(np.concatenate(rows[name]).tolist()) == list(range(len(given.groups)))
@@ -482,12 +493,12 @@ def test_split_keeps_groups_whole_and_sets_consistent() -> None:
             for key in given.groups[members].tolist():
                 assert owner.setdefault(key, part) == part
     with pytest.raises(InputError, match=r"'x': 2 groups.*3 disjoint"):
-        nulls.split({"x": Scores(np.zeros((4, 1)), np.array(list("aabb")))}, 3, rng)
+        nulls.disjoint_parts({"x": Scores(np.zeros((4, 1)), np.array(list("aabb")))}, 3, rng)
 
 
 def test_halves_of_a_behaviour_without_noise_agree_wholly() -> None:
     scores, true = world(4, 0.3, 0.0, groups=6)
-    found = nulls.split_halves(scores, CONTRASTS, mean_difference, most_negative, 20, repeats=3)
+    found = nulls.split_halves(scores, BEHAVIOURS, most_negative(20), repeats=3)
     ceiling = found["a", "a"]
     assert ceiling["overlap"] == {"value": 20.0, "low": 20.0, "high": 20.0}
     assert ceiling["jaccard"]["value"] == pytest.approx(1)
@@ -498,7 +509,7 @@ def test_halves_of_a_behaviour_without_noise_agree_wholly() -> None:
 def test_halves_of_pure_noise_agree_by_chance_only() -> None:
     rng = np.random.default_rng(9)
     scores = {name: drawn(rng, np.zeros(2000), 12, 1.0, name) for name in "gab"}
-    found = nulls.split_halves(scores, CONTRASTS, mean_difference, most_negative, 200, repeats=5)
+    found = nulls.split_halves(scores, BEHAVIOURS, most_negative(200), repeats=5)
     for row in found.values():
         assert abs(row["correlation"]["value"]) < 0.1
         assert row["overlap"]["value"] == pytest.approx(200 * 200 / 2000, abs=12)
@@ -508,10 +519,8 @@ def test_sharing_a_reference_correlates_unrelated_behaviours() -> None:
     rng = np.random.default_rng(10)
     groups = {"g": 12, "a": 12, "b": 24, "c": 12}
     scores = {name: drawn(rng, np.zeros(3000), n, 1.0, name) for name, n in groups.items()}
-    contrasts = {name: ("g", name) for name in "abc"}
-    found = nulls.disjoint_references(
-        scores, contrasts, mean_difference, most_negative, 150, repeats=2
-    )
+    behaviours = {name: ("g", name) for name in "abc"}
+    found = nulls.disjoint_references(scores, behaviours, most_negative(150), repeats=2)
     # Variance of a mean is 1 / prompts; each behaviour has 4 of the 12 reference prompts.
     predicted = (1 / 4) / np.sqrt((1 / 4 + 1 / 12) * (1 / 4 + 1 / 24))
     shared, disjoint = (found[kind]["a", "b"] for kind in ("shared", "disjoint"))
@@ -524,9 +533,7 @@ def test_sharing_a_reference_correlates_unrelated_behaviours() -> None:
 def test_pseudo_behaviour_shows_what_a_common_reference_makes() -> None:
     rng = np.random.default_rng(11)
     scores = {name: drawn(rng, np.zeros(3000), 12, 1.0, name) for name in "ga"}
-    found = nulls.pseudo_behaviour(
-        scores, {"a": ("g", "a")}, mean_difference, most_negative, 150, repeats=4
-    )
+    found = nulls.pseudo_behaviour(scores, {"a": ("g", "a")}, most_negative(150), repeats=4)
     predicted = (1 / 4) / np.sqrt((1 / 4 + 1 / 4) * (1 / 4 + 1 / 12))
     assert found["shared"]["a"]["correlation"]["value"] == pytest.approx(predicted, abs=0.04)
     assert abs(found["disjoint"]["a"]["correlation"]["value"]) < 0.04

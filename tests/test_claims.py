@@ -116,8 +116,8 @@ def test_every_published_number_is_there() -> None:
         assert published(name) == value, name
     for cell, count in {
         "both": 16_889,
-        "first": 54_893,
-        "second": 21_364,
+        "toxicity": 54_893,
+        "gender": 21_364,
         "neither": 365_606,
     }.items():
         assert published(f"quadrant-{cell}") == round(100 * count / 458_752, 1)
@@ -227,9 +227,9 @@ def test_verdict_is_computed_from_the_interval(
 
 def test_direction_of_a_claim_below_its_null() -> None:
     measured = {
-        "differential": {"bold": {"value": 3, "low": 0, "high": 9}},
+        "gap": {"bold": {"value": 3, "low": 0, "high": 9}},
         "correlation_difference": {
-            "toxicity-race minus gender-race": {"value": 0.2, "low": 0.1, "high": 0.3}
+            "race.toxicity minus gender.race": {"value": 0.2, "low": 0.1, "high": 0.3}
         },
     }
     found = verdicts(measured)
@@ -238,7 +238,7 @@ def test_direction_of_a_claim_below_its_null() -> None:
 
 
 def test_a_number_without_an_interval_can_agree_but_not_refute() -> None:
-    found = verdicts({"setup": LLAMA, "overlap": {"toxicity-gender": 11, "gender-race": 14}})
+    found = verdicts({"setup": LLAMA, "overlap": {"gender.toxicity": 11, "gender.race": 14}})
     assert found["overlap-toxicity-gender"].verdict == "reproduced"
     assert found["overlap-gender-race"].verdict == "not testable on this model"
     assert found["overlap-gender-race"].reason == "measured without an interval"

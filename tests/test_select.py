@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -6,7 +8,8 @@ from sparc3.base.errors import InputError
 from sparc3.base.params import Method
 from sparc3.circuits.choose import choose, choose_per_layer, protected, scales
 from sparc3.circuits.methods import noise
-from sparc3.stages.select import best_point
+from sparc3.stages.checks import load
+from sparc3.stages.select import Choice, best_point, choice
 
 RNG = np.random.default_rng(0)
 
@@ -28,12 +31,15 @@ def test_choose_takes_the_most_negative_that_are_not_protected() -> None:
     values = RNG.integers(-3, 3, (4, 6)).astype(float)  # with ties
     barred = RNG.random((4, 6)) < 0.3
     for k in (0, 1, 5, 12):
-        assert choose(values, k, barred).tolist() == naive_choice(values, k, barred)
+        assert choose(values, k, barred, "k").tolist() == naive_choice(values, k, barred)
 
 
 def test_choose_refuses_more_neurons_than_there_are() -> None:
-    with pytest.raises(InputError, match="only 3 of 4 neurons are not protected"):
-        choose(np.zeros((2, 2)), 4, np.array([[True, False], [False, False]]))
+    barred = np.array([[True, False], [False, False]])
+    with pytest.raises(InputError, match=r"params: KEY: 4 neurons, but only 3 of 4 are not prot"):
+        choose(np.zeros((2, 2)), 4, barred, "KEY")
+    with pytest.raises(InputError, match=r"params: KEY, layer 0: 2 neurons, but only 1 of 2"):
+        choose_per_layer(np.zeros((2, 2)), np.array([2, 0]), barred, "KEY")
 
 
 def test_protected_is_the_most_important_share() -> None:
@@ -48,13 +54,13 @@ def test_protected_is_the_most_important_share() -> None:
 def test_choose_per_layer_keeps_the_counts() -> None:
     values, barred = RNG.standard_normal((4, 10)), RNG.random((4, 10)) < 0.2
     counts = np.array([3, 0, 1, 4])
-    ids = choose_per_layer(values, counts, barred)
+    ids = choose_per_layer(values, counts, barred, "k")
     assert np.bincount(ids // 10, minlength=4).tolist() == counts.tolist()
     for layer, count in enumerate(counts):
         own = naive_choice(values[layer : layer + 1], count, barred[layer : layer + 1])
         assert {10 * layer + i for i in own} == {i for i in ids if i // 10 == layer}
     assert (np.diff(values.ravel()[ids]) >= 0).all()
-    assert choose_per_layer(values, np.zeros(4, int), barred).size == 0
+    assert choose_per_layer(values, np.zeros(4, int), barred, "k").size == 0
 
 
 def test_aura_dampens_by_its_own_formula() -> None:
@@ -105,3 +111,23 @@ def test_noise_depends_on_seed_and_name_only() -> None:
 def test_a_method_has_a_circuit_per_draw() -> None:
     assert circuit_names("lrp", Method(score="lrp")) == ["lrp"]
     assert circuit_names("r", Method(score="random", draws=2)) == ["r-0", "r-1"]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "method", "key"),
+    [
+        (None, "lrp", "sweep.num_neurons"),
+        (7, "lrp", "select.num_neurons"),
+        (7, "random-same-size", "methods.random-same-size"),
+    ],
+)
+def test_a_choice_knows_the_key_that_asked(fixed: int | None, method: str, key: str) -> None:
+    params = load()
+    params = replace(
+        params,
+        sweep=replace(params.sweep, num_neurons=(3,), protect=(0.2,)),
+        select=replace(params.select, num_neurons=fixed, protect=None),
+    )
+    followed = Choice(7, 0.1, "select.num_neurons") if params.methods[method].match else None
+    found = choice(params, method, followed, [])
+    assert found == (fixed or 3, 0.1 if followed else 0.2, key)

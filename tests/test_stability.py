@@ -1,16 +1,16 @@
 import numpy as np
 
+from sparc3.circuits.correlation import Scores
 from sparc3.circuits.stability import (
-    Candidates,
     mean_overlap,
     resampled_circuits,
     selection_frequency,
 )
 
 
-def apart(scores: np.ndarray) -> Candidates:
+def apart(scores: np.ndarray) -> Scores:
     """Every prompt a group of its own."""
-    return Candidates(scores, [f"g{i}" for i in range(len(scores))])
+    return Scores(scores, np.array([f"g{i}" for i in range(len(scores))]))
 
 
 def test_a_clear_signal_is_found_again_and_noise_is_not() -> None:
@@ -44,7 +44,7 @@ def test_copies_of_a_prompt_make_nothing_more_stable() -> None:
     rng = np.random.default_rng(2)
     reference, behaviour = rng.standard_normal((2, 12, 30))
     one, other = (
-        Candidates(np.repeat(scores, 8, axis=0), [f"g{i // 8}" for i in range(96)])
+        Scores(np.repeat(scores, 8, axis=0), np.array([f"g{i // 8}" for i in range(96)]))
         for scores in (reference, behaviour)
     )
     (once,) = resampled_circuits(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparc3.model.families import MLP
 
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def _per_layer(
@@ -82,9 +82,9 @@ def pruned(model: "PreTrainedModel", circuit: Circuit) -> "Iterator[PreTrainedMo
 
 
 def without_each(
-    model: "PreTrainedModel", circuits: Sequence[Circuit], run: Callable[[], Found]
-) -> list[Found]:
-    """What `run` finds without each of `circuits`, in their order; INTACT is the model as it is.
+    model: "PreTrainedModel", circuits: Sequence[Circuit], run: Callable[[], Result]
+) -> list[Result]:
+    """What `run` returns without each of `circuits`, in their order; INTACT is the model as it is.
 
     `run` must pass the same tokens through the model's body each time, and once. What lies below a
     circuit's first layer gives what it gives in the whole model, and is kept instead of computed
@@ -97,18 +97,18 @@ def without_each(
     first = [int(c.layers.min()) if len(c) else len(blocks) for c in circuits]
     latest_first = sorted(range(len(circuits)), key=lambda place: -first[place])
     kept: dict[int, Any] = {}
-    found: dict[int, Found] = {}
+    results: dict[int, Result] = {}
     for place in latest_first:
         begin = first[place]
         with ExitStack() as stack:
             stack.enter_context(pruned(model, circuits[place]))
-            if not found:  # its own neurons lie above all that the others need
+            if not results:  # its own neurons lie above all that the others need
                 for layer in {at - 1 for at in first if 0 < at < len(blocks)}:
                     stack.enter_context(_keeping(blocks[layer], layer, kept))
             elif 0 < begin < len(blocks):
                 stack.enter_context(_skipping(blocks[:begin], kept[begin - 1]))
-            found[place] = run()
-    return [found[place] for place in range(len(circuits))]
+            results[place] = run()
+    return [results[place] for place in range(len(circuits))]
 
 
 @contextmanager
@@ -126,13 +126,13 @@ def _keeping(block: "nn.Module", layer: int, kept: dict[int, Any]) -> Iterator[N
 @contextmanager
 def _skipping(blocks: "Sequence[nn.Module]", output: Any) -> Iterator[None]:
     """Within the block `blocks` compute nothing: whatever enters them, `output` leaves them."""
-    own = [vars(block).get("forward") for block in blocks]  # accelerate puts one there
+    replaced = [vars(block).get("forward") for block in blocks]  # accelerate puts one there
     try:
         for block in blocks:
             vars(block)["forward"] = lambda *args, **kwargs: output
         yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
+        for block, forward in zip(blocks, replaced, strict=True):
             if forward is None:
                 vars(block).pop("forward", None)
             else:

@@ -2,10 +2,17 @@
 
 import numpy as np
 
+from sparc3.base.artifacts import differential_path
 from sparc3.base.errors import InputError
-from sparc3.base.files import Array
+from sparc3.base.files import Array, read_tensors
 from sparc3.base.params import Method
 from sparc3.circuits.circuit import Circuit
+
+
+def read_differential(behaviour: str, method: str) -> tuple[Array, Array]:
+    """A method's differential, and the importance that protection ranks by: (layer, neuron)."""
+    tensors, _ = read_tensors(differential_path(behaviour, method))
+    return tensors["differential"], tensors["importance"]
 
 
 def protected(importance: Array, share: float) -> Array:
@@ -16,32 +23,39 @@ def protected(importance: Array, share: float) -> Array:
     return mask.reshape(importance.shape)
 
 
-def choose(differential: Array, k: int, barred: Array) -> Array:
-    """Flat ids (layer * width + neuron) of the k most negative neurons that are not barred.
+def ranked(differential: Array, barred: Array) -> Array:
+    """Flat ids (layer * width + neuron) of all neurons that are not barred.
 
-    Sorted from the most negative on; ties go to the lower id. Raises InputError if fewer than k
-    neurons are left.
+    Sorted from the most negative on; ties go to the lower id.
     """
-    free = int(differential.size - barred.sum())
-    if k > free:
-        raise InputError(
-            f"select.num_neurons is {k}, but only {free} of {differential.size} neurons are not "
-            "protected; lower num_neurons or protect"
-        )
     values = np.where(barred, np.inf, differential).ravel()
-    return np.argsort(values, kind="stable")[:k]
+    return np.argsort(values, kind="stable")[: differential.size - int(barred.sum())]
 
 
-def choose_per_layer(differential: Array, counts: Array, barred: Array) -> Array:
+def choose(differential: Array, k: int, barred: Array, key: str) -> Array:
+    """The first k of `ranked`: flat ids of the k most negative neurons that are not barred.
+
+    Raises InputError if fewer than k are left; `key` of params is what asked for k.
+    """
+    ids = ranked(differential, barred)
+    if k > ids.size:
+        raise InputError(
+            f"params: {key}: {k} neurons, but only {ids.size} of {differential.size} are not "
+            "protected; ask for fewer, or protect a smaller share"
+        )
+    return ids[:k]
+
+
+def choose_per_layer(differential: Array, counts: Array, barred: Array, key: str) -> Array:
     """As `choose`, with counts[l] neurons from every layer l."""
     width = differential.shape[1]
-    chosen = [
-        layer * width + choose(differential[layer : layer + 1], int(k), barred[layer : layer + 1])
-        for layer, k in enumerate(counts)
-        if k
+    rows = zip(differential[:, None], counts.tolist(), barred[:, None], strict=True)
+    ids = [
+        layer * width + choose(values, k, mask, f"{key}, layer {layer}")
+        for layer, (values, k, mask) in enumerate(rows)
     ]
-    ids = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
-    return ids[np.argsort(differential.ravel()[ids], kind="stable")]
+    flat = np.concatenate(ids)
+    return flat[np.argsort(differential.ravel()[flat], kind="stable")]
 
 
 def scales(method: Method, differential: Array) -> Array:
@@ -55,11 +69,16 @@ def scales(method: Method, differential: Array) -> Array:
     return np.full(differential.shape, method.scale)
 
 
-def circuit_at(
-    method: Method, differential: Array, importance: Array, k: int, share: float
-) -> Circuit:
-    """The circuit of k neurons that a differential gives, with `share` of all protected."""
-    ids = choose(differential, k, protected(importance, share))
+def circuit_of(method: Method, differential: Array, ids: Array) -> Circuit:
+    """The circuit of chosen neurons, given by their flat ids."""
     layers, neurons = np.divmod(ids, differential.shape[1])
     scores = differential.ravel()[ids].astype(np.float64)
     return Circuit(layers, neurons, scores, scales(method, scores))
+
+
+def circuit_at(
+    method: Method, differential: Array, importance: Array, k: int, share: float, key: str
+) -> Circuit:
+    """The circuit of k neurons, as `key` asks, that a differential gives with a share protected."""
+    ids = choose(differential, k, protected(importance, share), key)
+    return circuit_of(method, differential, ids)

@@ -5,15 +5,17 @@ A constant differential correlates 0 with everything.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 from scipy.special import gammaincinv
 
+from sparc3.base.artifacts import groups_of, read_scores
 from sparc3.base.errors import InputError
-from sparc3.circuits.overlap import Array, Names
+from sparc3.base.files import Array
+from sparc3.circuits.overlap import Names
 
-Interval = dict[str, float]  # value, low, high
+Behaviours = Mapping[str, tuple[str, str]]  # name -> its reference's prompt set, its own
 FEWEST_GROUPS = 5  # below, a bootstrap of groups says nothing
 
 
@@ -32,38 +34,32 @@ def stacked(differentials: Mapping[str, Array]) -> Array:
     return np.stack(rows)
 
 
-def ranks(values: Array) -> Array:
-    """Ranks from 1, ties given their mean rank. Shape as `values` (1-D)."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
 def pearson(rows: Array) -> Array:
     """Correlation matrix of the rows (row, neuron); diagonal 1; a constant row has 0 elsewhere."""
-    centred = rows - rows.mean(axis=1, keepdims=True)
-    # Rounding leaves a constant row a little off zero; that remainder is not a direction.
-    length = np.linalg.norm(centred, axis=1, keepdims=True)
-    floor = 1e-12 * np.abs(rows).max(axis=1, keepdims=True, initial=0) * np.sqrt(rows.shape[1])
-    unit = np.where(length > floor, centred, 0) / np.where(length > floor, length, 1)
-    matrix = np.clip(unit @ unit.T, -1, 1)
+    with np.errstate(invalid="ignore"):  # 0 / 0 of a constant
+        matrix = np.atleast_2d(np.corrcoef(rows))
+    constant = np.ptp(rows, axis=1) == 0
+    matrix[constant[:, None] | constant] = 0
     np.fill_diagonal(matrix, 1)
     return matrix
 
 
 def correlations(differentials: Mapping[str, Array]) -> tuple[Array, Array]:
     """Pearson's and Spearman's correlation matrices, (behaviour, behaviour) in the order given."""
+    from scipy.stats import rankdata  # slow to import
+
     rows = stacked(differentials)
-    return pearson(rows), pearson(np.stack([ranks(row) for row in rows]))
+    return pearson(rows), pearson(rankdata(rows, axis=1))
 
 
 def quadrants(differentials: Mapping[str, Array]) -> dict[Names, dict[str, int]]:
-    """For every pair of behaviours, neurons by sign: negative for both, one or neither of them."""
+    """Neurons by sign for every pair (a, b): negative for "both", "a only", "b only", "neither"."""
     negative = dict(zip(differentials, stacked(differentials) < 0, strict=True))
     return {
         (a, b): {
             "both": int(np.sum(negative[a] & negative[b])),
-            "first": int(np.sum(negative[a] & ~negative[b])),
-            "second": int(np.sum(~negative[a] & negative[b])),
+            f"{a} only": int(np.sum(negative[a] & ~negative[b])),
+            f"{b} only": int(np.sum(~negative[a] & negative[b])),
             "neither": int(np.sum(~negative[a] & ~negative[b])),
         }
         for a, b in combinations(differentials, 2)
@@ -88,15 +84,20 @@ class Scores:
         return Scores(self.values[rows], self.groups[rows])
 
 
+def read_flat(prompt_set: str, score: str, neurons: Array | slice = slice(None)) -> Scores:
+    """Scores of a set's attribute split, of all neurons or of some, by their flat ids."""
+    ids, values = read_scores(prompt_set, score)
+    return Scores(values.reshape(len(ids), -1)[:, neurons], np.array(groups_of(prompt_set, ids)))
+
+
 def checked_scores(
-    scores: Mapping[str, Scores], contrasts: Mapping[str, tuple[str, str]], groups: int
+    scores: Mapping[str, Scores], behaviours: Behaviours, groups: int
 ) -> dict[str, Scores]:
-    """The sets that `contrasts` names, each with a key per prompt and enough distinct keys."""
-    used = {}
-    for name in (name for pair in contrasts.values() for name in pair):
-        if name not in scores:
-            raise InputError(f"prompt set {name!r}: no scores given; run attribute for it")
-        used[name] = scores[name]
+    """The sets of the behaviours, in the order of `scores`, each with enough grouping keys."""
+    needed = {name for pair in behaviours.values() for name in pair}
+    if missing := sorted(needed - set(scores)):
+        raise InputError(f"prompt set {missing[0]!r}: no scores given; run attribute for it")
+    used = {name: given for name, given in scores.items() if name in needed}
     neurons = {given.values.shape[1:] for given in used.values()}
     for name, given in used.items():
         keys = np.asarray(given.groups)
@@ -115,34 +116,34 @@ def checked_scores(
 
 def bootstrap_correlations(
     scores: Mapping[str, Scores],
-    contrasts: Mapping[str, tuple[str, str]],
+    behaviours: Behaviours,
     draws: int = 2000,
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, dict]:
     """Pearson correlations of mean-difference differentials (paper, Eq. 7), with intervals.
 
-    `contrasts`: behaviour -> (reference set, behaviour set). The correlation of *estimated*
-    differentials is biased: noise of the prompts pulls it to 0, a reference sample shared by two
-    behaviours pushes it up. Both come from products of a prompt with itself, so products within a
-    grouping key are left out of every (co)variance (a U-statistic, unbiased), and `value` estimates
-    the correlation on infinitely many prompts. `low`, `high`: percentiles of the same estimate
-    under the Bayesian bootstrap (Rubin 1981) of groups; simulated coverage 94 to 98 %, more (and
-    intervals up to 1.5 times too wide) where reliability is below a half. What the shared *mean* of
-    a reference adds stays in: it is part of Eq. 7.
+    The correlation of *estimated* differentials is biased: noise of the prompts pulls it to 0, a
+    reference sample shared by two behaviours pushes it up. Both come from products of a prompt with
+    itself, so products within a grouping key are left out of every (co)variance (a U-statistic,
+    unbiased), and `value` estimates the correlation on infinitely many prompts. `low`, `high`:
+    percentiles of the same estimate under the Bayesian bootstrap (Rubin 1981) of groups; simulated
+    coverage 94 to 98 %, more (and intervals up to 1.5 times too wide) where reliability is below a
+    half. What the shared *mean* of a reference adds stays in: it is part of Eq. 7.
 
     Returns three mappings:
     "correlations": (a, b) -> value, low, high and `observed`, the uncorrected correlation;
-    "differences": (pair, pair) -> value, low, high, p, for every two pairs: a test of dependent
-    correlations in which the prompts are the sample, since neurons are not independent;
+    "differences": (pair, pair) -> value, low, high, p, for every two pairs, either way round: a
+    test of dependent correlations in which the prompts are the sample, since neurons are not
+    independent;
     "reliability": behaviour -> the share of its differential's variance that is not noise, [0, 1].
     Where nothing but noise is left, value is 0, the interval as wide as can be, and p 1.
     """
-    used = checked_scores(scores, contrasts, groups=FEWEST_GROUPS)
-    observed, signal, drawn = drawn_covariances(used, contrasts, draws, seed)
-    names = list(contrasts)
+    used = checked_scores(scores, behaviours, groups=FEWEST_GROUPS)
+    observed, signal, drawn = drawn_covariances(used, behaviours, draws, seed)
+    names = list(behaviours)
     tails = [(1 - level) / 2, (1 + level) / 2]
-    found, curves = {}, {}
+    rows, curves = {}, {}
     for i, j in combinations(range(len(names)), 2):
         pair = names[i], names[j]
         estimate, plain = (correlation(m[i, j], m[i, i], m[j, j]) for m in (signal, observed))
@@ -152,21 +153,27 @@ def bootstrap_correlations(
         else:
             estimate, low, high = 0.0, -1.0, 1.0
         row = {"value": estimate, "low": low, "high": high, "observed": plain}
-        found[pair] = {key: float(number) for key, number in row.items()}
-    differences = {}
-    for one, other in combinations(found, 2):
-        low, high, p = -2.0, 2.0, 1.0
-        if one in curves and other in curves:
-            curve = curves[one] - curves[other]
-            low, high = np.quantile(curve, tails)
-            p = min(1.0, 2 * (min(np.sum(curve <= 0), np.sum(curve >= 0)) + 1) / (draws + 1))
-        value = found[one]["value"] - found[other]["value"]
-        row = {"value": value, "low": low, "high": high, "p": p}
-        differences[one, other] = {key: float(number) for key, number in row.items()}
+        rows[pair] = {key: float(number) for key, number in row.items()}
     whole, kept = np.diag(observed), np.diag(signal)
     share = np.clip(kept / np.where(whole > 0, whole, 1), 0, 1)
-    reliability = dict(zip(names, share.tolist(), strict=True))
-    return {"correlations": found, "differences": differences, "reliability": reliability}
+    return {
+        "correlations": rows,
+        "differences": {
+            (one, other): {"value": rows[one]["value"] - rows[other]["value"]}
+            | _difference(curves.get(one), curves.get(other), tails)
+            for one, other in permutations(rows, 2)
+        },
+        "reliability": dict(zip(names, share.tolist(), strict=True)),
+    }
+
+
+def _difference(one: Array | None, other: Array | None, tails: list[float]) -> dict[str, float]:
+    """Interval and two-sided p of the difference of two correlations, from their draws (draw,)."""
+    if one is None or other is None:
+        return {"low": -2.0, "high": 2.0, "p": 1.0}
+    low, high = np.quantile(one - other, tails).tolist()
+    beyond = min(np.sum(one <= other), np.sum(one >= other))
+    return {"low": low, "high": high, "p": min(1.0, float(2 * (beyond + 1) / (one.size + 1)))}
 
 
 def correlation(covariance: Array, first: Array, second: Array) -> Array:
@@ -177,7 +184,7 @@ def correlation(covariance: Array, first: Array, second: Array) -> Array:
 
 
 def drawn_covariances(
-    used: Mapping[str, Scores], contrasts: Mapping[str, tuple[str, str]], draws: int, seed: int
+    used: Mapping[str, Scores], behaviours: Behaviours, draws: int, seed: int
 ) -> tuple[Array, Array, Array]:
     """Covariances, over neurons, of the behaviours' differentials.
 
@@ -206,8 +213,8 @@ def drawn_covariances(
             below = np.sum((left @ (counts[one, other] * kept)) * right, axis=1)
             means[:, i, j] = above / below
     sets = list(where)
-    sign = np.zeros((len(contrasts), len(sets)))
-    for row, (reference, behaviour) in zip(sign, contrasts.values(), strict=True):
+    sign = np.zeros((len(behaviours), len(sets)))
+    for row, (reference, behaviour) in zip(sign, behaviours.values(), strict=True):
         row[sets.index(reference)] += 1
         row[sets.index(behaviour)] -= 1
     unbiased = sign @ means @ sign.T

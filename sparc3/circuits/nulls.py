@@ -1,4 +1,7 @@
-"""Nulls of overlap: halves of a behaviour, references without common text, a behaviour of none."""
+"""Nulls of overlap: halves of a behaviour, references without common text, a behaviour of none.
+
+All of them draw prompts, `repeats` times, and ask `derive` what circuit those would have given.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
@@ -6,14 +9,16 @@ from itertools import combinations
 import numpy as np
 
 from sparc3.base.errors import InputError
-from sparc3.circuits.correlation import Interval, Scores, checked_scores, pearson
-from sparc3.circuits.overlap import Array, Names, common, jaccard, subsets
+from sparc3.base.files import Array
+from sparc3.circuits.correlation import Behaviours, Scores, checked_scores, pearson
+from sparc3.circuits.overlap import Names, common, jaccard, subsets
 
-Differential = Callable[[Array, Array], Array]  # (prompt, neuron) reference, behaviour -> (neuron,)
-Choose = Callable[[Array, int], Array]  # (neuron,) differential, k -> (k,) ids
+Derived = tuple[Array, Array]  # a differential (neuron,), and the ids of its circuit
+Derive = Callable[[Array, Array], Derived]  # from (prompt, neuron) of reference and behaviour
+Spread = dict[str, float]  # over the repeats: mean as value; low and high, which hold 95 %
 
 
-def split(
+def disjoint_parts(
     scores: Mapping[str, Scores], parts: int, rng: np.random.Generator
 ) -> dict[str, list[Array]]:
     """Rows of every set in `parts` disjoint parts of about equal size: name -> [rows, ...].
@@ -57,40 +62,33 @@ class Agreement:
     def __init__(self) -> None:
         self.seen: dict[Names, dict[str, list[float]]] = {}
 
-    def add(self, names: Names, differentials: Sequence[Array], circuits: Sequence[Array]) -> None:
+    def add(self, names: Names, *members: Derived) -> None:
+        differentials, circuits = zip(*members, strict=True)
         row = {"overlap": float(common(*circuits)), "jaccard": jaccard(*circuits)}
-        if len(differentials) == 2:
+        if len(members) == 2:
             row["correlation"] = float(pearson(np.stack(differentials))[0, 1])
         for key, value in row.items():
             self.seen.setdefault(names, {}).setdefault(key, []).append(value)
 
-    def summary(self) -> dict[Names, dict[str, Interval]]:
+    def summary(self) -> dict[Names, dict[str, Spread]]:
         return {
             names: {key: spread(values) for key, values in row.items()}
             for names, row in self.seen.items()
         }
 
 
-def spread(values: Sequence[float]) -> Interval:
+def spread(values: Sequence[float]) -> Spread:
     low, high = np.quantile(values, [0.025, 0.975])
     return {"value": float(np.mean(values)), "low": float(low), "high": float(high)}
 
 
-def contrast(
-    differential: Differential, reference: Scores, rows: Array, behaviour: Scores, own: Array
-) -> Array:
-    return np.asarray(differential(reference.values[rows], behaviour.values[own]), float)
-
-
 def split_halves(
     scores: Mapping[str, Scores],
-    contrasts: Mapping[str, tuple[str, str]],
-    differential: Differential,
-    choose: Choose,
-    k: int,
+    behaviours: Behaviours,
+    derive: Derive,
     repeats: int = 10,
     seed: int = 0,
-) -> dict[Names, dict[str, Interval]]:
+) -> dict[Names, dict[str, Spread]]:
     """What two disjoint halves of the prompts, reference and behaviour, agree on.
 
     (a, a) compares the two halves of one behaviour: the ceiling, since nothing can overlap with a
@@ -98,35 +96,31 @@ def split_halves(
     half of b: the cross-behaviour figure of the same sample size, without shared prompts. Only
     these two are comparable; an overlap of full-size circuits is not.
     """
-    used = checked_scores(scores, contrasts, groups=2)
+    used = checked_scores(scores, behaviours, groups=2)
     rng = np.random.default_rng(seed)
     agreement = Agreement()
     for _ in range(repeats):
-        rows = split(used, 2, rng)
-        halves = {}
-        for name, (ref, own) in contrasts.items():
-            for half in (0, 1):
-                found = contrast(
-                    differential, used[ref], rows[ref][half], used[own], rows[own][half]
-                )
-                halves[name, half] = found, np.asarray(choose(found, k))
-        for a in contrasts:
-            agreement.add((a, a), *zip(halves[a, 0], halves[a, 1], strict=True))
-        for a, b in combinations(contrasts, 2):
-            agreement.add((a, b), *zip(halves[a, 0], halves[b, 1], strict=True))
-            agreement.add((a, b), *zip(halves[a, 1], halves[b, 0], strict=True))
+        rows = disjoint_parts(used, 2, rng)
+        halves = {
+            (name, half): derive(*(used[part].values[rows[part][half]] for part in pair))
+            for name, pair in behaviours.items()
+            for half in (0, 1)
+        }
+        for a in behaviours:
+            agreement.add((a, a), halves[a, 0], halves[a, 1])
+        for a, b in combinations(behaviours, 2):
+            agreement.add((a, b), halves[a, 0], halves[b, 1])
+            agreement.add((a, b), halves[a, 1], halves[b, 0])
     return agreement.summary()
 
 
 def disjoint_references(
     scores: Mapping[str, Scores],
-    contrasts: Mapping[str, tuple[str, str]],
-    differential: Differential,
-    choose: Choose,
-    k: int,
+    behaviours: Behaviours,
+    derive: Derive,
     repeats: int = 5,
     seed: int = 0,
-) -> dict[str, dict[Names, dict[str, Interval]]]:
+) -> dict[str, dict[Names, dict[str, Spread]]]:
     """Agreement of behaviours when each has its own part of the reference prompts, and when not.
 
     The n behaviours' references are split in n disjoint parts. "disjoint": every behaviour uses a
@@ -134,59 +128,54 @@ def disjoint_references(
     difference between the two is what sharing the reference sample adds. Behaviour prompts stay
     whole. Every combination of two or more behaviours is reported.
     """
-    used = checked_scores(scores, contrasts, groups=1)
-    references = {ref: used[ref] for ref, _ in contrasts.values()}
-    names, parts = list(contrasts), len(contrasts)
+    used = checked_scores(scores, behaviours, groups=1)
+    names, parts = list(behaviours), len(behaviours)
     rng = np.random.default_rng(seed)
-    found = {"shared": Agreement(), "disjoint": Agreement()}
+    agreements = {"shared": Agreement(), "disjoint": Agreement()}
     for _ in range(repeats):
-        rows = split(references, parts, rng)
-        cells = {}
-        for name, (ref, own) in contrasts.items():
-            everything = np.arange(len(used[own].values))
-            for part in range(parts):
-                row = contrast(differential, used[ref], rows[ref][part], used[own], everything)
-                cells[name, part] = row, np.asarray(choose(row, k))
+        rows = disjoint_parts(_references(used, behaviours), parts, rng)
+        derived = {
+            (name, part): derive(used[reference].values[chosen], used[prompts].values)
+            for name, (reference, prompts) in behaviours.items()
+            for part, chosen in enumerate(rows[reference])
+        }
         for turn in range(parts):
-            same = {name: cells[name, turn] for name in names}
-            own = {name: cells[name, (i + turn) % parts] for i, name in enumerate(names)}
             for group in subsets(names, 2):
-                for kind, taken in (("shared", same), ("disjoint", own)):
-                    members = [taken[name] for name in group]
-                    found[kind].add(group, *zip(*members, strict=True))
-    return {kind: agreement.summary() for kind, agreement in found.items()}
+                places = {name: (names.index(name) + turn) % parts for name in group}
+                agreements["shared"].add(group, *(derived[name, turn] for name in group))
+                agreements["disjoint"].add(group, *(derived[item] for item in places.items()))
+    return {kind: agreement.summary() for kind, agreement in agreements.items()}
 
 
 def pseudo_behaviour(
     scores: Mapping[str, Scores],
-    contrasts: Mapping[str, tuple[str, str]],
-    differential: Differential,
-    choose: Choose,
-    k: int,
+    behaviours: Behaviours,
+    derive: Derive,
     repeats: int = 10,
     seed: int = 0,
-) -> dict[str, dict[str, dict[str, Interval]]]:
-    """Agreement of every behaviour with a behaviour that is none: a third of its own reference.
+) -> dict[str, dict[str, dict[str, Spread]]]:
+    """Agreement of every behaviour with a behaviour that is none: a third of its reference.
 
     The reference is split in thirds G1, G2, G3. The pseudo-behaviour contrasts G1 with G3. "shared"
     compares it with the real behaviour against G1, "disjoint" against G2: kind -> behaviour ->
     overlap, jaccard, correlation. A real overlap means something only beyond this.
     """
-    used = checked_scores(scores, contrasts, groups=1)
-    references = {ref: used[ref] for ref, _ in contrasts.values()}
+    used = checked_scores(scores, behaviours, groups=1)
     rng = np.random.default_rng(seed)
-    found = {"shared": Agreement(), "disjoint": Agreement()}
+    agreements = {"shared": Agreement(), "disjoint": Agreement()}
     for _ in range(repeats):
-        rows = split(references, 3, rng)
-        for name, (ref, own) in contrasts.items():
-            first, second, third = rows[ref]
-            everything = np.arange(len(used[own].values))
-            fake = contrast(differential, used[ref], first, used[ref], third)
-            for kind, part in (("shared", first), ("disjoint", second)):
-                real = contrast(differential, used[ref], part, used[own], everything)
-                circuits = [np.asarray(choose(row, k)) for row in (fake, real)]
-                found[kind].add((name,), [fake, real], circuits)
+        rows = disjoint_parts(_references(used, behaviours), 3, rng)
+        for name, (reference, prompts) in behaviours.items():
+            first, second, third = (used[reference].values[part] for part in rows[reference])
+            pseudo, real = derive(first, third), used[prompts].values
+            agreements["shared"].add((name,), pseudo, derive(first, real))
+            agreements["disjoint"].add((name,), pseudo, derive(second, real))
     return {
         kind: {name: row for (name,), row in agreement.summary().items()}
-        for kind, agreement in found.items()
+        for kind, agreement in agreements.items()
     }
+
+
+def _references(used: Mapping[str, Scores], behaviours: Behaviours) -> dict[str, Scores]:
+    named = {reference for reference, _ in behaviours.values()}
+    return {name: given for name, given in used.items() if name in named}

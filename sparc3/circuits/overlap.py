@@ -2,12 +2,13 @@
 
 A neuron is named by its flat index `layer * width + neuron`. A circuit is a 1-D array of such ids,
 and circuits come as a mapping from name to ids. `total` is the number of neurons to choose from.
+Where a group of behaviours needs one key, in files and metrics, `joined` makes it.
 
 Defined edge cases: two empty circuits have Jaccard 0 (they share nothing); an overlap that can only
 be 0 has enrichment 1 and p 1; a constant differential correlates 0 with everything.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import log, prod
@@ -16,9 +17,15 @@ import numpy as np
 from scipy.special import gammaln
 
 from sparc3.base.errors import InputError
+from sparc3.base.files import Array
 
-Array = np.ndarray
 Names = tuple[str, ...]
+MARK = "."  # between behaviours in a key; no name of a behaviour holds it
+
+
+def joined(names: Iterable[str]) -> str:
+    """One key for a group of behaviours, whatever their order: ("b", "a") is "a.b"."""
+    return MARK.join(sorted(names))
 
 
 # Regions and measures of overlap

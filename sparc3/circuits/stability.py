@@ -5,27 +5,20 @@ ones of the full sample, most negative first. One from beyond them would have to
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from sparc3.base.files import Array
+from sparc3.circuits.correlation import Scores
 from sparc3.relevance.contrasts import CONTRASTS
 
 CANDIDATES = 20
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the prompts: where the curve of agreement is measured
 
 
-class Candidates(NamedTuple):
-    """Scores (prompt, candidate) of one prompt set, and the prompts' grouping keys (prompt,)."""
-
-    scores: Array
-    groups: Sequence[str]
-
-
 def resampled_circuits(
-    reference: Candidates,
-    behaviour: Candidates,
+    reference: Scores,
+    behaviour: Scores,
     contrast: str,
     k: int,
     sizes: Sequence[int],
@@ -34,6 +27,7 @@ def resampled_circuits(
 ) -> list[Array]:
     """Columns chosen in each resample, for every size: arrays (resample, k).
 
+    `reference` and `behaviour` hold the scores of the candidates, (prompt, candidate).
     Whole groups are drawn, with replacement. A size s stands for the share s / prompts of the
     groups of either set, and at least two.
     """
@@ -42,19 +36,19 @@ def resampled_circuits(
         [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
         for codes in (np.unique(c.groups, return_inverse=True)[1] for c in (reference, behaviour))
     ]
-    found = []
+    by_size = []
     for size in sizes:
         chosen = np.empty((resamples, k), dtype=np.int64)
-        share = size / len(behaviour.scores)
+        share = size / len(behaviour.values)
         for draw in range(resamples):
             one, two = (
-                candidates.scores[_drawn(groups, share, rng)][:, None]
+                candidates.values[_drawn(groups, share, rng)][:, None]
                 for candidates, groups in zip((reference, behaviour), members, strict=True)
             )
             values = CONTRASTS[contrast](one, two)[0]
             chosen[draw] = np.argsort(values, kind="stable")[:k]
-        found.append(chosen)
-    return found
+        by_size.append(chosen)
+    return by_size
 
 
 def _drawn(groups: Sequence[Array], share: float, rng: np.random.Generator) -> Array:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib_venn import venn2, venn3
 
 from sparc3.base.files import replacing
+from sparc3.circuits.overlap import MARK, joined
 
 COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666"),
@@ -84,19 +85,17 @@ def bars(path: Path, cells: Sequence[Mapping[str, Any]], quantities: Mapping[str
 
 
 def venn(path: Path, regions: Mapping[str, int], behaviours: Sequence[str]) -> None:
-    """Two- or three-way Venn diagram of circuits; `regions` counts by names joined with '-'."""
+    """Two- or three-way Venn diagram of circuits; `regions` counts by `joined` names."""
     with drawing(path) as (_, axis):
         if len(behaviours) == 3:
             a, b, c = behaviours
-            order = (a, b, f"{a}-{b}", c, f"{a}-{c}", f"{b}-{c}", f"{a}-{b}-{c}")
-            counts = dict(
-                zip(("100", "010", "110", "001", "101", "011", "111"), order, strict=True)
-            )
-            sizes = {code: float(regions[name]) for code, name in counts.items()}
+            order = ((a,), (b,), (a, b), (c,), (a, c), (b, c), (a, b, c))
+            codes = zip(("100", "010", "110", "001", "101", "011", "111"), order, strict=True)
+            sizes = {code: float(regions[joined(names)]) for code, names in codes}
             venn3(sizes, (a, b, c), ax=axis, subset_label_formatter="{:.0f}".format)
         else:
             a, b = behaviours
-            venn2((regions[a], regions[b], regions[f"{a}-{b}"]), (a, b), ax=axis)
+            venn2((regions[a], regions[b], regions[joined((a, b))]), (a, b), ax=axis)
         axis.set_title("Neurons of the circuits")
 
 
@@ -161,7 +160,7 @@ def pairwise_overlap(path: Path, overlaps: Mapping[str, Mapping[str, Any]]) -> N
                 label=label,
                 color=COLOURS[shift],
             )
-        axis.set_xticks(at, [n.replace("-", "\n") for n in names])
+        axis.set_xticks(at, [n.replace(MARK, "\n") for n in names])
         axis.set_ylabel("neurons")
         axis.legend(fontsize=8)
 

@@ -9,7 +9,7 @@ printed value may be from the exact one), and either
 - `formula` and `inputs`: the number is said to follow from other published ones.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from sparc3.base.artifacts import evaluation_folder, metrics_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import markdown, read_csv, read_json
 from sparc3.base.params import Params
-from sparc3.circuits.overlap import enrichment, overlap_p
+from sparc3.circuits.overlap import enrichment, joined, overlap_p
 from sparc3.measure import inference
 from sparc3.reporting.tables import first_split, number
 
@@ -74,12 +74,12 @@ def claims(measured: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
 
     setup: layers, width, overlap_neurons, neurons_BEHAVIOUR, scorer_BEHAVIOUR, perplexity_text,
         gpus
-    differential, reduction, ppl_delta, improved: behaviour, all in percent
+    gap, reduction, ppl_delta, improved: behaviour, all in percent
     baseline, pruned, baseline_sd, pruned_sd: behaviour, in the scorer's units
     perplexity: "before" or the behaviour pruned for
-    overlap, enrichment: "a-b", "a-b-c"; region: "a", "a-b" (exclusive)
-    correlation: "a-b"; correlation_difference: "a-b minus c-d"
-    quadrant: both, first, second, neither (toxicity x gender), in percent
+    overlap, enrichment: "a.b", "a.b.c", as `joined` names; region: "a", "a.b" (exclusive)
+    correlation: "a.b"; correlation_difference: "a.b minus c.d"
+    quadrant (toxicity x gender): both, toxicity only, gender only, neither, in percent
     late_share: "all", in percent; triple_neurons, triple_layers: "found"
     cost: gpu-hours, seed-hours, behaviour-minutes, score-file, memory
     other_systems: what the claim's `measure` says
@@ -100,47 +100,46 @@ def computed(row: Mapping[str, Any]) -> Claim:
     """A claim that is arithmetic on published numbers."""
     value = float(FORMULAS[row["formula"]](*row["inputs"]))
     # A rounding of exactly half a digit is meant to pass whatever binary fractions make of it.
-    follows = abs(value - row["value"]) <= row["rounding"] + 1e-9 * abs(row["value"])
-    verb = "follows" if follows else "does not follow"
-    verdict = REPRODUCED if follows else NOT_REPRODUCED
-    return claim(row, (value, None, None), verdict, "", f"{verb} from published inputs")
+    if abs(value - row["value"]) <= row["rounding"] + 1e-9 * abs(row["value"]):
+        return claim(row, (value, None, None), REPRODUCED, "follows from published inputs")
+    reason = "does not follow from published inputs"
+    return claim(row, (value, None, None), NOT_REPRODUCED, reason)
 
 
 def judged(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> Claim:
     """A claim that a measurement, if there is one, speaks to."""
     name, key = row["measure"]
-    published, null = row["value"], row.get("null")
-    setup = measured.get("setup", {})
-    lacking = [fact for fact, wanted in row.get("needs", {}).items() if setup.get(fact) != wanted]
-    needs = "needs " + ", ".join(f"{fact} {row['needs'][fact]}" for fact in lacking)
+    published, null, rounding = row["value"], row.get("null"), row["rounding"]
+    setup, needed = measured.get("setup", {}), row.get("needs", {})
+    lacking = [fact for fact, wanted in needed.items() if setup.get(fact) != wanted]
+    needs = "needs " + ", ".join(f"{fact} {needed[fact]}" for fact in lacking)
     leaf = measured.get(name, {}).get(key)
-    found = interval(leaf)
-    if found is None:
+    numbers = interval(leaf)
+    if numbers is None:
         reason = needs if lacking else f"not measured in this run: {name}, {key}"
-        return claim(row, (None, None, None), NOT_TESTABLE, "", reason)
-    value, low, high = found
+        return claim(row, (None, None, None), NOT_TESTABLE, reason)
+    value, low, high = numbers
     direction = side(low, high, published, null)
+    verdict, reason = REPRODUCED, f"{published:g} lies in [{low:.4g}, {high:.4g}]"
     if lacking:
         have = ", ".join(f"{fact} {setup.get(fact, 'unknown')}" for fact in lacking)
-        return claim(row, found, NOT_TESTABLE, direction, f"{needs}; this run has {have}")
-    if not isinstance(leaf, Mapping) and abs(value - published) > row["rounding"]:
-        return claim(row, found, NOT_TESTABLE, direction, "measured without an interval")
-    if not low - row["rounding"] <= published <= high + row["rounding"]:
+        verdict, reason = NOT_TESTABLE, f"{needs}; this run has {have}"
+    elif not isinstance(leaf, Mapping) and abs(value - published) > rounding:
+        verdict, reason = NOT_TESTABLE, "measured without an interval"
+    elif not low - rounding <= published <= high + rounding:
+        verdict = NOT_REPRODUCED
         reason = f"{published:g} lies outside [{low:.4g}, {high:.4g}]"
-        return claim(row, found, NOT_REPRODUCED, direction, reason)
-    if direction == "open":
+    elif direction == "open":
+        verdict = NOT_TESTABLE
         reason = f"too imprecise: [{low:.4g}, {high:.4g}] holds {published:g} and also {null:g}"
-        return claim(row, found, NOT_TESTABLE, direction, reason)
-    reason = f"{published:g} lies in [{low:.4g}, {high:.4g}]"
-    return claim(row, found, REPRODUCED, direction, reason)
+    return claim(row, numbers, verdict, reason, direction)
 
 
 def interval(leaf: object) -> tuple[float, float, float] | None:
     """(value, low, high) of a measured quantity; None where it is absent or not finite."""
+    numbers: list[Any] = [leaf] * 3
     if isinstance(leaf, Mapping):
-        numbers: Sequence[Any] = [leaf.get(key) for key in ("value", "low", "high")]
-    else:
-        numbers = [leaf, leaf, leaf]
+        numbers = [leaf.get(key) for key in ("value", "low", "high")]
     if not all(isinstance(n, (int, float)) and isfinite(n) for n in numbers):
         return None
     value, low, high = map(float, numbers)
@@ -148,6 +147,7 @@ def interval(leaf: object) -> tuple[float, float, float] | None:
 
 
 def side(low: float, high: float, published: float, null: float | None) -> str:
+    """The direction of a claim, from the measured interval and the value of no effect."""
     if null is None:
         return ""
     if low <= null <= high:
@@ -157,63 +157,49 @@ def side(low: float, high: float, published: float, null: float | None) -> str:
 
 def claim(
     row: Mapping[str, Any],
-    found: tuple[float | None, float | None, float | None],
+    numbers: tuple[float | None, float | None, float | None],
     verdict: str,
-    direction: str,
     reason: str,
+    direction: str = "",
 ) -> Claim:
-    value, low, high = found
-    return Claim(
-        id=row["id"],
-        what=row["what"],
-        published=row["value"],
-        unit=row["unit"],
-        where=row["where"],
-        arithmetic="formula" in row,
-        value=value,
-        low=low,
-        high=high,
-        verdict=verdict,
-        direction=direction,
-        reason=reason,
-    )
+    name, what, said, unit, where = (row[key] for key in ("id", "what", "value", "unit", "where"))
+    computes = "formula" in row
+    return Claim(name, what, said, unit, where, computes, *numbers, verdict, direction, reason)
 
 
 def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What this run has to say on the published numbers, in the shape that `claims` takes."""
-    overlap = read_json(metrics_path("overlap"))
     general = {**params.prompt_sets, **params.test_sets}[params.evaluate.general]
-    found: dict[str, dict[str, Any]] = {
+    quantities: dict[str, dict[str, Any]] = {
         "setup": {
             "perplexity_text": general.source.removeprefix("hub/"),
             "overlap_neurons": params.overlap.num_neurons,
         },
-        "region": overlap["regions"],
-        "correlation": {},
-        "correlation_difference": {},
-        "quadrant": {},
-        "late_share": {},
+        **measured_between(read_json(metrics_path("overlap"))),
     }
     for row in table:
         if row["method"] == params.report.method:
             for name, value in measured_of(params, row).items():
-                found.setdefault(name, {}).update(value)
-    for key, quantity in (("observed", "overlap"), ("enrichment", "enrichment")):
-        found[quantity] = {name: row[key] for name, row in overlap["overlaps"].items()}
-    # What was published is not corrected for noise, so the plain correlation stands beside it; that
-    # two correlations differ is tested on the corrected ones.
-    found["correlation"] = {k: row["pearson"] for k, row in overlap["correlations"].items()}
-    if "corrected" in overlap:
-        found["correlation_difference"] = overlap["corrected"]["differences"]
-    counts = overlap["quadrants"].get("toxicity-gender")
-    if counts is not None:
-        found["quadrant"] = {k: 100 * v / sum(counts.values()) for k, v in counts.items()}
+                quantities.setdefault(name, {}).update(value)
+    return quantities
+
+
+def measured_between(overlap: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The part of `measured` that compares behaviours; `overlap`: the stage's metrics."""
     last, layers = overlap["late_layers"], overlap["layers"].values()
-    total = sum(sum(row) for row in layers)
-    if total:
-        late = sum(sum(row[-last:]) for row in layers)
-        found["late_share"] = {"all": 100 * late / total}
-    return found
+    late, total = sum(sum(row[-last:]) for row in layers), sum(sum(row) for row in layers)
+    signs = overlap["quadrants"].get(joined(("toxicity", "gender")), {})
+    return {
+        "region": overlap["regions"],
+        "overlap": {names: row["observed"] for names, row in overlap["overlaps"].items()},
+        "enrichment": {names: row["enrichment"] for names, row in overlap["overlaps"].items()},
+        # What was published is not corrected for noise, so the plain correlation stands beside it;
+        # that two correlations differ is tested on the corrected ones.
+        "correlation": {n: row["pearson"] for n, row in overlap["correlations"].items()},
+        "correlation_difference": overlap.get("corrected", {}).get("differences", {}),
+        "quadrant": {n: 100 * count / sum(signs.values()) for n, count in signs.items()},
+        "late_share": {"all": 100 * late / total} if total else {},
+    }
 
 
 def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -223,13 +209,13 @@ def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]
     about = read_json(row["circuit"].with_suffix(".json"))
     perplexity = read_json(metrics_path("evaluate", name))["baseline"]["perplexity"]
     change = differences["ppl_delta"]
-    found: dict[str, dict[str, Any]] = {
+    quantities: dict[str, dict[str, Any]] = {
         "setup": {
             "layers": about["layers"],
             "width": about["width"],
             f"neurons_{name}": about["num_neurons"],
         },
-        "differential": {name: row["differential"]},
+        "gap": {name: row["gap"]},
         "ppl_delta": {name: change},
         "perplexity": {
             "before": perplexity,
@@ -237,22 +223,22 @@ def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]
         },
     }
     if "completions" not in spec.instruments:  # what was published are scores of completions
-        return found
+        return quantities
     prefix = "" if split == "test" else f"{split}_"
     for quantity in ("reduction", "improved"):
         if prefix + quantity in differences:
-            found[quantity] = {name: differences[prefix + quantity]}
+            quantities[quantity] = {name: differences[prefix + quantity]}
     scorer = params.scorers[spec.scorers[0]]
     modern = "modernbert" in (scorer.path or "").lower()
-    found["setup"][f"scorer_{name}"] = "modernbert" if modern else scorer.kind
+    quantities["setup"][f"scorer_{name}"] = "modernbert" if modern else scorer.kind
     prompts = read_csv(evaluation_folder(name) / "prompts.csv")
     for quantity, circuit in (("baseline", "none"), ("pruned", row["circuit"].stem)):
         rows = [r for r in prompts if (r["circuit"], r["split"]) == (circuit, split)]
         scores = [float(r[f"{spec.scorers[0]}_mean"]) for r in rows if r[f"{spec.scorers[0]}_mean"]]
         if scores:
             estimate = inference.mean_interval(scores, [r["group"] for r in rows])
-            found[quantity] = {name: estimate.as_dict()}
-    return found
+            quantities[quantity] = {name: estimate.as_dict()}
+    return quantities
 
 
 def claims_table(params: Params, table: list[dict[str, Any]]) -> str:

@@ -1,8 +1,10 @@
-"""Gate: does the behaviour differ enough from its reference to go on?
+"""Gate: does the reference's total relevance exceed the behaviour's by enough to go on?
 
-The reproduction's check before its expensive run: the difference of total relevance, in percent of
-the reference's, on the first few prompts of both sets. It sees length and scale, not where in the
-model the difference lies: a pass is weak evidence, a failure is worth a look at the prompts.
+The reproduction's check before its expensive run: the relevance gap, which is the reference's total
+relevance minus the behaviour's, in percent of the reference's, on the first few prompts of both
+sets. One-sided: a behaviour of more relevance than its reference fails. It sees length and scale,
+not where in the model the difference lies: a pass is weak evidence, a failure is worth a look at
+the prompts.
 """
 
 import logging
@@ -26,8 +28,8 @@ class Totals(NamedTuple):
     groups: list[str]
 
 
-def differential_percent(reference: Array, behaviour: Array) -> float:
-    """100 * (R_general - R_behaviour) / R_general, in percent.
+def relevance_gap(reference: Array, behaviour: Array) -> float:
+    """100 * (R_reference - R_behaviour) / R_reference, in percent.
 
     `reference` and `behaviour` hold each prompt's total absolute relevance, shape (prompt,); the R
     are their means. Raises InputError if the reference has no relevance at all.
@@ -38,12 +40,12 @@ def differential_percent(reference: Array, behaviour: Array) -> float:
     return 100 * (total - float(np.mean(behaviour, dtype=np.float64))) / total
 
 
-def differential_interval(reference: Totals, behaviour: Totals) -> inference.Estimate:
-    """`differential_percent` with its interval: groups of both sets resampled, each set apart.
+def gap_interval(reference: Totals, behaviour: Totals) -> inference.Estimate:
+    """`relevance_gap` with its interval: groups of both sets resampled, each set apart.
 
-    Raises InputError as `differential_percent`, and for fewer than 6 groups in a set.
+    Raises InputError as `relevance_gap`, and for fewer than 6 groups in a set.
     """
-    differential_percent(reference.relevance, behaviour.relevance)
+    relevance_gap(reference.relevance, behaviour.relevance)
     parts = [by_group(totals) for totals in (reference, behaviour)]
     count = len(parts[0])
 
@@ -64,7 +66,10 @@ def by_group(totals: Totals) -> Array:
 
 
 def totals(prompt_set: str, score: str, prompts: int) -> Totals:
-    """Of the first `prompts` prompts of a set's attribute split."""
+    """Of the first `prompts` prompts of a set's attribute split.
+
+    Raises InputError where they are of too few groups for an interval.
+    """
     ids: list[str] = []
     sums: list[float] = []
     for shard, scores in score_shards(prompt_set, score):
@@ -73,20 +78,26 @@ def totals(prompt_set: str, score: str, prompts: int) -> Totals:
         sums += np.abs(more).sum((1, 2), dtype=np.float64).tolist()
         if len(sums) >= prompts:
             break
-    return Totals(np.array(sums), groups_of(prompt_set, ids))
+    groups = groups_of(prompt_set, ids)
+    if len(set(groups)) < inference.MIN_CLUSTERS:
+        raise InputError(
+            f"gate: the first {len(ids)} prompts of {prompt_set} are of {len(set(groups))} groups, "
+            f"too few for an interval, which needs {inference.MIN_CLUSTERS}; raise gate.prompts or "
+            f"prompt_sets.{prompt_set}.count"
+        )
+    return Totals(np.array(sums), groups)
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, gate = params.behaviours[behaviour], params.gate
-    found = {
-        name: totals(name, gate.score, gate.prompts) for name in (spec.reference, spec.prompts)
-    }
-    estimate = differential_interval(found[spec.reference], found[spec.prompts])
-    passed = estimate.value >= gate.threshold
+    sets = {name: totals(name, gate.score, gate.prompts) for name in (spec.reference, spec.prompts)}
+    gap = gap_interval(sets[spec.reference], sets[spec.prompts])
+    passed = gap.value >= gate.threshold
     if not passed:
         message = (
-            f"gate: {behaviour}: differential {estimate.value:.1f} % is below gate.threshold "
-            f"{gate.threshold:g} %"
+            f"gate: {behaviour}: relevance gap {gap.value:.1f} %, below gate.threshold "
+            f"{gate.threshold:g} %: the total relevance of {spec.reference} does not exceed that "
+            f"of {spec.prompts} by enough"
         )
         if spec.on_fail == "stop":
             raise InputError(
@@ -94,18 +105,15 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
             )
         log.warning("%s; going on, since behaviours.%s.on_fail is warn", message, behaviour)
     rows = [
-        {"prompt_set": name, "prompt": i, "relevance": float(value)}
-        for name, measured in found.items()
-        for i, value in enumerate(measured.relevance)
+        {"prompt_set": name, "prompt": i, "relevance": value}
+        for name, given in sets.items()
+        for i, value in enumerate(given.relevance.tolist())
     ]
     write_csv(OUTPUTS / "gate" / f"{behaviour}.csv", rows, ("prompt_set", "prompt", "relevance"))
-    write_json(
-        metrics_path("gate", behaviour),
-        {"differential": estimate.as_dict(), "passed": float(passed)},
-    )
+    write_json(metrics_path("gate", behaviour), {"gap": gap.as_dict(), "passed": float(passed)})
     return {
-        "differential": estimate.value,
-        "differential_low": estimate.low,
-        "differential_high": estimate.high,
+        "differential": gap.value,  # the name that MLflow's users know
+        "differential_low": gap.low,
+        "differential_high": gap.high,
         "passed": float(passed),
     }

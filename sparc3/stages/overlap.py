@@ -4,50 +4,75 @@ All circuits have one size here, whatever size each is pruned at: overlap means 
 of different sizes. The plain numbers of the reproduction (regions, enrichment, correlations,
 quadrants, layers) stand beside the nulls that the uniform one hides: neurons permuted within
 layers, references that share no text, halves of one behaviour, a behaviour that is none.
+
+Behaviours are taken by their names' order, prompt sets in that of params.prompt_sets, so that no
+number depends on the order of params.behaviours.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from sparc3.base.artifacts import (
-    OUTPUTS,
-    differential_path,
-    groups_of,
-    metrics_path,
-    read_prompts,
-    read_scores,
-)
-from sparc3.base.files import Array, read_tensors, write_csv, write_json
+from sparc3.base.artifacts import OUTPUTS, metrics_path, read_prompts
+from sparc3.base.files import Array, write_csv, write_json
 from sparc3.base.params import Params
-from sparc3.circuits import correlation, nulls
-from sparc3.circuits import overlap as sets_of
-from sparc3.circuits.choose import choose, protected
+from sparc3.circuits import nulls, overlap
+from sparc3.circuits.choose import choose, protected, ranked, read_differential
+from sparc3.circuits.correlation import (
+    Behaviours,
+    bootstrap_correlations,
+    correlations,
+    quadrants,
+    read_flat,
+)
+from sparc3.circuits.overlap import Names, joined
 from sparc3.relevance.contrasts import CONTRASTS
 
 REGION_COLUMNS = ("behaviours", "layer", "neuron")
 
 
-def named(table: dict[Any, Any]) -> dict[str, Any]:
-    """The same mapping with keys for JSON: ('a', 'b') is 'a-b', (('a', 'b'), ('a', 'c')) is
-    'a-b minus a-c'.
-    """
-    return {
-        " minus ".join(map("-".join, key)) if isinstance(key[0], tuple) else joined(key): value
-        for key, value in table.items()
+def keyed(table: Mapping[Names, Any]) -> dict[str, Any]:
+    """The same mapping with keys for JSON."""
+    return {joined(names): value for names, value in table.items()}
+
+
+def compare_sets(sets: Mapping[str, Array], layers: int, width: int) -> dict[str, Any]:
+    """Everything that needs only the sets of neurons: behaviour -> flat ids."""
+    total, last = layers * width, overlap.late_layers(layers)
+    counts = {name: overlap.layer_counts(ids, layers, width) for name, ids in sets.items()}
+    found = {
+        "regions": keyed({n: int(ids.size) for n, ids in overlap.regions(sets, total).items()}),
+        "overlaps": {
+            joined(o.names): asdict(o) | {"p": o.p, "layered_p": o.layered_p}
+            for o in overlap.overlaps(sets, layers, width)
+        },
+        "layers": {name: row.tolist() for name, row in counts.items()},
+        "late_share": {name: overlap.late_share(row, last) for name, row in counts.items()},
+        "late_layers": last,
     }
+    triples = {}
+    for names in combinations(sets, 3):
+        a, b, c = (sets[name] for name in names)
+        pairs = overlap.common(a, b), overlap.common(a, c), overlap.common(b, c)
+        sizes = a.size, b.size, c.size
+        given = overlap.triple_given_pairs(overlap.common(a, b, c), pairs, sizes, total)
+        triples[names] = asdict(given)
+    return found | ({"triple_given_pairs": keyed(triples)} if triples else {})
 
 
-def joined(key: Any) -> str:
-    return key if isinstance(key, str) else "-".join(key)
-
-
-def prompt_scores(prompt_set: str, score: str) -> correlation.Scores:
-    """All scores of a set, flat, with the grouping key of each prompt."""
-    ids, values = read_scores(prompt_set, score)
-    return correlation.Scores(values.reshape(len(ids), -1), np.array(groups_of(prompt_set, ids)))
+def compare_differentials(differentials: Mapping[str, Array]) -> dict[str, Any]:
+    """Correlations and signs of the differentials, (neuron,) of every behaviour."""
+    pearson, spearman = correlations(differentials)
+    return {
+        "correlations": {
+            joined((a, b)): {"pearson": float(pearson[i, j]), "spearman": float(spearman[i, j])}
+            for (i, a), (j, b) in combinations(enumerate(differentials), 2)
+        },
+        "quadrants": keyed(quadrants(differentials)),
+    }
 
 
 def one_of_each(prompt_set: str, seed: int) -> Array:
@@ -62,104 +87,68 @@ def one_of_each(prompt_set: str, seed: int) -> Array:
     return np.sort(order[first])
 
 
-def compare_sets(sets: dict[str, Array], layers: int, width: int) -> dict[str, Any]:
-    """Everything that needs only the sets of neurons."""
-    found: dict[str, Any] = {
-        "regions": {
-            "-".join(names): int(ids.size)
-            for names, ids in sets_of.regions(sets, layers * width).items()
-        },
-        "overlaps": {
-            "-".join(o.names): asdict(o) | {"p": o.p, "layered_p": o.layered_p}
-            for o in sets_of.overlaps(sets, layers, width)
-        },
-        "layers": {
-            name: sets_of.layer_counts(ids, layers, width).tolist() for name, ids in sets.items()
-        },
+def compare_prompts(params: Params, behaviours: Behaviours, barred: Array) -> dict[str, Any]:
+    """What other prompts would give: corrected correlations and nulls. `barred`: (neuron,)."""
+    settings, method = params.overlap, params.methods[params.overlap.method]
+    assert method.contrast is not None  # stages.checks
+    contrast, seed = CONTRASTS[method.contrast], settings.seed
+    needed = {name for pair in behaviours.values() for name in pair}
+    scores = {name: read_flat(name, method.score) for name in params.prompt_sets if name in needed}
+    found = {}
+    if method.contrast == "mean-difference":  # what the estimator is for
+        estimated = bootstrap_correlations(scores, behaviours, settings.resamples, seed)
+        found["corrected"] = {
+            "correlations": keyed(estimated["correlations"]),
+            "differences": {
+                f"{joined(one)} minus {joined(other)}": row
+                for (one, other), row in estimated["differences"].items()
+            },
+            "reliability": estimated["reliability"],
+        }
+
+    def derive(reference: Array, prompts: Array) -> nulls.Derived:
+        differential = contrast(reference[:, None], prompts[:, None])[0]
+        return differential, ranked(differential, barred)[: settings.num_neurons]
+
+    for reference in {reference for reference, _ in behaviours.values()}:
+        scores[reference] = scores[reference].at(one_of_each(reference, seed))
+    drawn = scores, behaviours, derive, settings.repeats, seed
+    apart = nulls.disjoint_references(*drawn)
+    found["nulls"] = {
+        "split_halves": keyed(nulls.split_halves(*drawn)),
+        "disjoint_references": {kind: keyed(table) for kind, table in apart.items()},
+        "pseudo_behaviour": nulls.pseudo_behaviour(*drawn),
     }
-    last = sets_of.late_layers(layers)
-    found["late_share"] = {
-        name: sets_of.late_share(np.array(counts), last) for name, counts in found["layers"].items()
-    }
-    found["late_layers"] = last
-    for names in combinations(sets, 3):
-        a, b, c = (sets[name] for name in names)
-        given = sets_of.triple_given_pairs(
-            sets_of.common(a, b, c),
-            (sets_of.common(a, b), sets_of.common(a, c), sets_of.common(b, c)),
-            (a.size, b.size, c.size),
-            layers * width,
-        )
-        found.setdefault("triple_given_pairs", {})["-".join(names)] = asdict(given)
     return found
 
 
 def run(params: Params) -> dict[str, float]:
-    overlap = params.overlap
-    method = params.methods[overlap.method]
-    assert method.contrast is not None  # stages.checks
-    sets, differentials, importance = {}, {}, None
-    for behaviour in params.behaviours:
-        tensors, _ = read_tensors(differential_path(behaviour, overlap.method))
-        importance = tensors["importance"]
-        barred = protected(importance, overlap.protect)
-        sets[behaviour] = choose(tensors["differential"], overlap.num_neurons, barred)
-        differentials[behaviour] = tensors["differential"].ravel()
-    assert importance is not None  # params.behaviours is never empty
-    layers, width = importance.shape
-
-    found = compare_sets(sets, layers, width)
-    pearson, spearman = correlation.correlations(differentials)
-    found["correlations"] = {
-        f"{a}-{b}": {"pearson": float(pearson[i, j]), "spearman": float(spearman[i, j])}
-        for (i, a), (j, b) in combinations(enumerate(differentials), 2)
+    name, k = params.overlap.method, params.overlap.num_neurons
+    behaviours = sorted(params.behaviours)
+    tensors = {behaviour: read_differential(behaviour, name) for behaviour in behaviours}
+    _, importance = tensors[behaviours[0]]  # general text's: the same for all
+    (layers, width), barred = importance.shape, protected(importance, params.overlap.protect)
+    differentials = {behaviour: values for behaviour, (values, _) in tensors.items()}
+    sets = {
+        behaviour: choose(values, k, barred, "overlap.num_neurons")
+        for behaviour, values in differentials.items()
     }
-    found["quadrants"] = named(correlation.quadrants(differentials))
-
-    contrasts = {n: (b.reference, b.prompts) for n, b in params.behaviours.items()}
-    used = {
-        name: prompt_scores(name, method.score)
-        for name in dict.fromkeys(name for pair in contrasts.values() for name in pair)
-    }
-    by_layer = CONTRASTS[method.contrast]
-    flat = protected(importance, overlap.protect).reshape(1, -1)
-
-    def contrast(reference: Array, behaviour: Array) -> Array:
-        return by_layer(reference[:, None], behaviour[:, None])[0]
-
-    def choose_flat(differential: Array, count: int) -> Array:
-        return choose(differential.reshape(1, -1), count, flat)
-
-    if len(contrasts) > 1:
-        if method.contrast == "mean-difference":  # what the estimator is for
-            estimated = correlation.bootstrap_correlations(
-                used, contrasts, draws=overlap.resamples, seed=overlap.seed
-            )
-            found["corrected"] = {key: named(table) for key, table in estimated.items()}
-        references = {reference for reference, _ in contrasts.values()}
-        apart = {
-            name: scores.at(one_of_each(name, overlap.seed)) if name in references else scores
-            for name, scores in used.items()
-        }
-        arguments = (apart, contrasts, contrast, choose_flat, overlap.num_neurons)
-        repeated = {"repeats": overlap.repeats, "seed": overlap.seed}
-        found["nulls"] = {
-            "split_halves": named(nulls.split_halves(*arguments, **repeated)),
-            "disjoint_references": {
-                kind: named(table)
-                for kind, table in nulls.disjoint_references(*arguments, **repeated).items()
-            },
-            "pseudo_behaviour": nulls.pseudo_behaviour(*arguments, **repeated),
-        }
+    found = compare_sets(sets, layers, width) | compare_differentials(
+        {behaviour: values.ravel() for behaviour, values in differentials.items()}
+    )
+    if len(behaviours) > 1:
+        specs = {behaviour: params.behaviours[behaviour] for behaviour in behaviours}
+        prompt_sets = {behaviour: (s.reference, s.prompts) for behaviour, s in specs.items()}
+        found |= compare_prompts(params, prompt_sets, barred.ravel())
     rows = [
-        {"behaviours": "-".join(names), "layer": int(i) // width, "neuron": int(i) % width}
-        for names, ids in sets_of.regions(sets, layers * width).items()
+        {"behaviours": joined(names), "layer": int(i) // width, "neuron": int(i) % width}
+        for names, ids in overlap.regions(sets, layers * width).items()
         for i in ids
     ]
     write_csv(OUTPUTS / "overlap" / "regions.csv", rows, REGION_COLUMNS)
     write_json(metrics_path("overlap"), found)
     return {
-        f"{key}.{name}": float(row[key])
-        for name, row in found["overlaps"].items()
+        f"{key}.{names}": float(row[key])
+        for names, row in found["overlaps"].items()
         for key in ("observed", "enrichment", "jaccard")
-    } | {f"correlation.{name}": row["pearson"] for name, row in found["correlations"].items()}
+    } | {f"correlation.{names}": row["pearson"] for names, row in found["correlations"].items()}

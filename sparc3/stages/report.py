@@ -14,6 +14,7 @@ from sparc3.base.artifacts import (
 )
 from sparc3.base.files import read_csv, read_json, write_text
 from sparc3.base.params import Params
+from sparc3.circuits.overlap import joined
 from sparc3.measure.instruments import instruments_of
 from sparc3.reporting.published import claims_table
 from sparc3.reporting.tables import (
@@ -59,7 +60,7 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
         figures.pairwise_overlap(at("overlaps"), overlap["overlaps"])
         matrix = np.eye(len(behaviours))
         for (i, a), (j, b) in combinations(enumerate(behaviours), 2):
-            matrix[i, j] = matrix[j, i] = overlap["correlations"][f"{a}-{b}"]["pearson"]
+            matrix[i, j] = matrix[j, i] = overlap["correlations"][joined((a, b))]["pearson"]
         title = "Correlation of differentials"
         figures.heat_map(at("correlations"), matrix, behaviours, behaviours, title, limit=1)
     figures.layer_distribution(at("layers"), overlap["layers"])

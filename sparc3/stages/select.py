@@ -5,34 +5,49 @@ those that the sweep has; of several, each method takes the best on the tune spl
 perplexity budget. The test split is never looked at.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from tqdm import tqdm
 
 from sparc3.base.artifacts import (
     circuit_names,
     circuit_path,
-    differential_path,
-    groups_of,
     metrics_path,
     read_prompts,
-    read_scores,
     stability_path,
     sweep_path,
 )
 from sparc3.base.errors import InputError
-from sparc3.base.files import Array, read_csv, read_tensors, write_csv, write_json
-from sparc3.base.params import Params
-from sparc3.circuits.choose import choose, choose_per_layer, protected, scales
-from sparc3.circuits.circuit import Circuit, write_circuit
+from sparc3.base.files import Array, read_csv, write_csv, write_json
+from sparc3.base.params import Behaviour, Params
+from sparc3.circuits.choose import (
+    choose,
+    choose_per_layer,
+    circuit_of,
+    protected,
+    ranked,
+    read_differential,
+)
+from sparc3.circuits.circuit import write_circuit
+from sparc3.circuits.correlation import read_flat
 from sparc3.circuits.methods import leader, noise
+from sparc3.circuits.overlap import layer_counts
 from sparc3.circuits.stability import (
     CANDIDATES,
     SHARES,
-    Candidates,
     mean_overlap,
     resampled_circuits,
     selection_frequency,
 )
+
+
+class Choice(NamedTuple):
+    """How many neurons a method takes, of which the most important `share` are left alone."""
+
+    k: int
+    share: float
+    key: str  # of params, that asks for k
 
 
 def best_point(
@@ -68,10 +83,46 @@ def best_point(
     return best[2], float(best[3])
 
 
-def candidates(prompt_set: str, score: str, ids: Array) -> Candidates:
-    """The scores of some neurons, by their flat ids, for every prompt of a set."""
-    prompts, scores = read_scores(prompt_set, score)
-    return Candidates(scores.reshape(len(scores), -1)[:, ids], groups_of(prompt_set, prompts))
+def choice(
+    params: Params, name: str, followed: Choice | None, rows: list[dict[str, str]]
+) -> Choice:
+    """A method's choice: of the method it follows, what `select` fixes, or the sweep's best."""
+    method, select = params.methods[name], params.select
+    if followed is not None:
+        share = followed.share if method.protect is None else method.protect
+        return Choice(followed.k, share, f"methods.{name}")
+    key = "sweep.num_neurons" if select.num_neurons is None else "select.num_neurons"
+    sizes, shares = strengths(params)
+    if len(sizes) == len(shares) == 1:
+        return Choice(sizes[0], shares[0], key)
+    fixed = select.num_neurons, select.protect
+    return Choice(*best_point(rows, name, *fixed, select.ppl_budget), key)
+
+
+def strengths(params: Params) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Numbers of neurons and shares to choose from: of `select`, or, where null, of the sweep."""
+    select, sweep = params.select, params.sweep
+    return (
+        sweep.num_neurons if select.num_neurons is None else (select.num_neurons,),
+        sweep.protect if select.protect is None else (select.protect,),
+    )
+
+
+def chosen_on(params: Params, spec: Behaviour) -> dict[str, Any]:
+    """Prompts and groups that the circuits depend on, none of which may test them."""
+    general = params.differential.general
+    seen = {
+        prompt_set: read_prompts(prompt_set, "attribute")
+        for prompt_set in dict.fromkeys((spec.prompts, spec.reference, general))
+    }
+    sizes, shares = strengths(params)
+    if len(sizes) * len(shares) > 1:  # chosen by what the sweep measured
+        for prompt_set in (spec.prompts, general):
+            seen[prompt_set] = [*seen[prompt_set], *read_prompts(prompt_set, "tune")]
+    return {
+        "chosen_on": {name: [row["id"] for row in rows] for name, rows in seen.items()},
+        "groups": sorted({row["group"] for rows in seen.values() for row in rows}),
+    }
 
 
 def measure_stability(
@@ -84,12 +135,11 @@ def measure_stability(
     """
     spec, method = params.behaviours[behaviour], params.methods[name]
     assert method.contrast is not None  # only methods that score are measured
-    free = int(barred.size - barred.sum())
-    among = choose(differential, min(CANDIDATES * ids.size, free), barred)
+    among = ranked(differential, barred)[: CANDIDATES * ids.size]
     reference, prompts = (
-        candidates(prompt_set, method.score, among) for prompt_set in (spec.reference, spec.prompts)
+        read_flat(prompt_set, method.score, among) for prompt_set in (spec.reference, spec.prompts)
     )
-    sizes = [max(2, round(share * len(prompts.scores))) for share in SHARES]
+    sizes = [max(2, round(share * len(prompts.values))) for share in SHARES]
     chosen = resampled_circuits(
         reference,
         prompts,
@@ -100,63 +150,44 @@ def measure_stability(
         params.select.seed,
     )
     frequency = selection_frequency(chosen[-1], among.size)[: ids.size]
+    width = differential.shape[1]
     rows = [
-        {
-            "layer": int(i) // differential.shape[1],
-            "neuron": int(i) % differential.shape[1],
-            "frequency": float(f),
-        }
-        for i, f in zip(ids, frequency, strict=True)
+        {"layer": i // width, "neuron": i % width, "frequency": f}
+        for i, f in zip(ids.tolist(), frequency.tolist(), strict=True)
     ]
     write_csv(stability_path(behaviour, name), rows, ("layer", "neuron", "frequency"))
     return [
-        {"method": name, "prompts": size, "overlap": mean_overlap(found, ids.size)}
-        for size, found in zip(sizes, chosen, strict=True)
+        {"method": name, "prompts": size, "overlap": mean_overlap(drawn, ids.size)}
+        for size, drawn in zip(sizes, chosen, strict=True)
     ]
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    spec, select = params.behaviours[behaviour], params.select
-    rows = read_csv(sweep_path(behaviour))
-    sizes = params.sweep.num_neurons if select.num_neurons is None else (select.num_neurons,)
-    protects = params.sweep.protect if select.protect is None else (select.protect,)
-    seen = {
-        prompt_set: read_prompts(prompt_set, "attribute")
-        for prompt_set in dict.fromkeys((spec.prompts, spec.reference, params.differential.general))
-    }
-    if len(sizes) * len(protects) > 1:  # chosen by what the sweep measured
-        for prompt_set in (spec.prompts, params.differential.general):
-            seen[prompt_set] = [*seen[prompt_set], *read_prompts(prompt_set, "tune")]
-    chosen_on = {name: [row["id"] for row in found] for name, found in seen.items()}
-    groups = sorted({row["group"] for found in seen.values() for row in found})
-    circuits: dict[str, Array] = {}
-    shares: dict[str, float] = {}
+    spec, seed = params.behaviours[behaviour], params.select.seed
+    rows, about = read_csv(sweep_path(behaviour)), chosen_on(params, spec)
+    chosen: dict[str, tuple[Choice, Array]] = {}  # with the flat ids of the neurons taken
     scalars: dict[str, float] = {}
     curves: list[dict[str, object]] = []
     # A method that takes its number of neurons from another comes after it.
     order = sorted(params.methods.items(), key=lambda item: bool(item[1].match or item[1].layers))
     for name, method in tqdm(order, desc=f"select {behaviour}", unit="method"):
-        tensors, _ = read_tensors(differential_path(behaviour, name))
-        values, importance = tensors["differential"], tensors["importance"]
+        values, importance = read_differential(behaviour, name)
         leads = leader(method, spec.method)
-        if leads is not None:
-            k = circuits[leads].size
-            share = shares[leads] if method.protect is None else method.protect
-        elif len(sizes) == len(protects) == 1:
-            k, share = sizes[0], protects[0]
-        else:
-            k, share = best_point(rows, name, select.num_neurons, select.protect, select.ppl_budget)
+        followed, theirs = (None, None) if leads is None else chosen[leads]
+        k, share, key = taken = choice(params, name, followed, rows)
         barred = protected(importance, share)
         ids = np.empty(0, dtype=np.int64)
         for draw, circuit in enumerate(circuit_names(name, method)):
             if method.score == "random":
-                values = noise(select.seed, f"{behaviour}/{name}/{draw}", importance.shape)
-            if method.layers is not None and leads is not None:
-                counts = np.bincount(circuits[leads] // values.shape[1], minlength=values.shape[0])
-                ids = choose_per_layer(values, counts, barred)
+                values = noise(seed, f"{behaviour}/{name}/{draw}", importance.shape)
+            if method.layers is not None and theirs is not None:
+                counts = layer_counts(theirs, *values.shape)
+                ids = choose_per_layer(values, counts, barred, key)
             else:
-                ids = choose(values, k, barred)
-            about = {
+                ids = choose(values, k, barred, key)
+            path = circuit_path(behaviour, circuit)
+            write_circuit(path, circuit_of(method, values, ids))
+            facts = {
                 "behaviour": behaviour,
                 "method": name,
                 "draw": draw,
@@ -165,17 +196,10 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
                 "of_neurons": int(values.size),
                 "layers": int(values.shape[0]),
                 "width": int(values.shape[1]),
-                "chosen_on": chosen_on,
-                "groups": groups,
             }
-            path = circuit_path(behaviour, circuit)
-            layers, neurons = np.divmod(ids, values.shape[1])
-            scores = values.ravel()[ids].astype(np.float64)
-            write_circuit(path, Circuit(layers, neurons, scores, scales(method, scores)))
-            write_json(path.with_suffix(".json"), about)
-        circuits[name], shares[name] = ids, share
-        scalars[f"{name}.num_neurons"] = float(k)
-        scalars[f"{name}.protect"] = share
+            write_json(path.with_suffix(".json"), facts | about)
+        chosen[name] = taken, ids
+        scalars |= {f"{name}.num_neurons": float(k), f"{name}.protect": share}
         if method.score != "random":
             curve = measure_stability(params, behaviour, name, ids, values, barred)
             curves += curve

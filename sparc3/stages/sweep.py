@@ -10,10 +10,10 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sparc3.base.artifacts import differential_path, metrics_path, read_prompts, sweep_path
-from sparc3.base.files import read_tensors, write_csv, write_json
+from sparc3.base.artifacts import metrics_path, read_prompts, sweep_path
+from sparc3.base.files import write_csv, write_json
 from sparc3.base.params import Method, Params
-from sparc3.circuits.choose import circuit_at
+from sparc3.circuits.choose import circuit_at, read_differential
 from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.measure.instrument import How, Instrument, Measured, Reading
 from sparc3.measure.instruments import instruments_of, perplexity
@@ -29,13 +29,11 @@ def curves(
     points: list[dict[str, Any]] = [{"method": "none", "protect": 0.0, "num_neurons": 0}]
     circuits = [INTACT]
     for name, method in methods.items():
-        tensors, _ = read_tensors(differential_path(behaviour, name))
+        differential = read_differential(behaviour, name)
         for share in params.sweep.protect:
             for k in sorted(params.sweep.num_neurons):
                 points.append({"method": name, "protect": share, "num_neurons": k})
-                circuits.append(
-                    circuit_at(method, tensors["differential"], tensors["importance"], k, share)
-                )
+                circuits.append(circuit_at(method, *differential, k, share, "sweep.num_neurons"))
     return points, circuits
 
 
