@@ -344,11 +344,15 @@ def standard_error(before: Naive, after: Naive, rows: Sequence[Row]) -> float:
 def test_select_takes_the_best_point_within_the_budget(project: Project, behaviour: str) -> None:
     points = project.csv(f"sweep/{behaviour}")
     budget, sizes = PARAMS["select"]["ppl_budget"], {}
+
+    def cost(point: dict[str, str]) -> float:
+        return float(point["ppl_delta"]) + float(point["ppl_error"])
+
     for method in ("lrp", "gradient-t", "aura"):
         own = [point for point in points if point["method"] == method]
-        costs = [float(point["ppl_delta"]) + float(point["ppl_error"]) for point in own]
-        affordable = [p for p, cost in zip(own, costs, strict=True) if cost <= budget]
-        best = max(affordable, key=lambda point: float(point["objective"]))
+        own.sort(key=cost)
+        within = [point for point in own if cost(point) <= budget]
+        best = max(within, key=lambda point: float(point["objective"])) if within else own[0]
         sizes[method] = int(best["num_neurons"]), float(best["protect"])
     sizes["most-positive"] = sizes[OWN[behaviour]]
     for method, (count, share) in sizes.items():
