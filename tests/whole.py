@@ -256,8 +256,11 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def run(folder: Path) -> dict[str, Figure]:
-    """Every stage and `export`, in order, in `folder`; the report's figures by name."""
+def run(folder: Path, behaviour: str | None = None) -> dict[str, Figure]:
+    """Every stage and `export`, in order, in `folder`; the report's figures by name.
+
+    With a behaviour: its own stages only.
+    """
     figures: dict[str, Figure] = {}
     save = Figure.savefig
 
@@ -269,9 +272,13 @@ def run(folder: Path) -> dict[str, Figure]:
         params = load(Path("params.yaml"))
         for stage, section in STAGES:
             module = import_module(f"sparc3.stages.{stage}")
-            for name in getattr(params, section) if section else [None]:
-                module.run(params, *([name] if name else []))
-        export(params)
+            if section is None and behaviour is None:
+                module.run(params)
+            for name in getattr(params, section) if section else ():
+                if section == "prompt_sets" or behaviour in (None, name):
+                    module.run(params, name)
+        if behaviour is None:
+            export(params)
     return figures
 
 
