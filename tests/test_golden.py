@@ -477,8 +477,11 @@ def test_evaluate_of_pairs_counts_preferences_by_term(
 def test_no_preference_is_a_near_tie(project: Project) -> None:
     """Another machine rounds otherwise: it must not turn a preference round, and a golden value."""
     for row in project.csv("evaluation/bias/prompts"):
-        texts = [float(row[key]) for key in ("stereotype", "anti", "unrelated") if row[key]]
-        assert min(abs(a - b) for n, a in enumerate(texts) for b in texts[:n]) > 1e-4
+        stereotype, anti, unrelated = (float(row[k]) for k in ("stereotype", "anti", "unrelated"))
+        assert abs(stereotype - anti) > 1e-4
+        assert (
+            math.isnan(unrelated) or min(abs(stereotype - unrelated), abs(anti - unrelated)) > 1e-4
+        )
 
 
 def test_prompts_csv_holds_what_every_model_gave(

@@ -61,16 +61,11 @@ def differences(before: Any, after: Any, name: str = "") -> Iterator[str]:
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for number, pair in enumerate(zip(before, after, strict=True)):
             yield from differences(*pair, f"{name}[{number}]")
-    elif _numbers(before, after) and math.isclose(
-        before, after, rel_tol=TOLERANCE, abs_tol=TOLERANCE
-    ):
-        return
+    elif isinstance(before, int | float) and isinstance(after, int | float):
+        if not math.isclose(before, after, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+            yield f"{name}: {before} committed, {after} now"
     elif before != after:
         yield f"{name}: {_short(before)} committed, {_short(after)} now"
-
-
-def _numbers(*values: Any) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def _short(value: Any) -> str:
