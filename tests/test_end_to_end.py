@@ -1,8 +1,11 @@
 """The whole pipeline on the real embedded model and data, with small parameters."""
 
 import json
+import math
 import re
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -40,7 +43,7 @@ SMALL: dict[str, Any] = {
     },
     "behaviours": {name: {"method": "lrp"} for name in ("toxicity", "gender", "race")},
     "report": {"method": "lrp"},
-    "transfer": {"items": 40, "resamples": 500},
+    "transfer": {"items": 30, "resamples": 500},
     "overlap": {"resamples": 200, "repeats": 2},
 }
 
@@ -98,6 +101,104 @@ def test_every_stage_ran_and_the_numbers_are_there(finished: tuple[Path, str]) -
         matched = [row["layer"] for row in read_csv(lists / "random-layer-matched-0.csv")]
         assert sorted(matched) == sorted(layer for layer, _ in neurons)
     assert (folder / "metrics/table.md").read_text().count("| lrp |") == 3
+
+
+Rows = list[dict[str, str]]
+
+
+def metrics(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"metrics/{name}.json").read_text())
+
+
+def measured(folder: Path, behaviour: str, circuit: str, split: str = "test") -> Rows:
+    """What every prompt gave under a model; "none" is the unpruned one."""
+    rows = read_csv(folder / f"outputs/evaluation/{behaviour}/prompts.csv")
+    return [row for row in rows if (row["circuit"], row["split"]) == (circuit, split)]
+
+
+def by_term(rows: Rows) -> dict[str, float]:
+    """SS in percent and the margin in nats: means over items of a term, then over terms."""
+    terms = defaultdict(list)
+    for row in rows:
+        terms[row["group"]].append(float(row["stereotype"]) - float(row["anti"]))
+    preferred = [mean(50.0 * (1 + (m > 0) - (m < 0)) for m in term) for term in terms.values()]
+    return {"ss": mean(preferred), "margin": mean(map(mean, terms.values()))}
+
+
+def rise(before: Rows, after: Rows) -> float:
+    """Of the negative log-likelihood, nats per token."""
+    one, two = (sum(float(r["nll"]) for r in rows) for rows in (before, after))
+    return (two - one) / sum(float(r["tokens"]) for r in before)
+
+
+def less(before: float, after: float) -> float:
+    """Percent of before; positive is less."""
+    return 100 * (before - after) / before
+
+
+def check_evaluation(folder: Path, behaviours: dict[str, Any], controls: list[str]) -> None:
+    """Values and signs of metrics/evaluate, from what every prompt gave; a scorer's columns are
+    there for circuits that wrote completions.
+    """
+    for behaviour, spec in behaviours.items():
+        circuits = metrics(folder, f"evaluate/{behaviour}")["circuits"]
+        columns = [f"{scorer}_mean" for scorer in spec.get("scorers", [])[:1]]
+        for name, circuit in circuits.items():
+            for split in {"test", "in_sample"} & circuit.keys():
+                before, after = (measured(folder, behaviour, n, split) for n in ("none", name))
+                assert [r["prompt"] for r in before] == [r["prompt"] for r in after]
+                found = {key: d["value"] for key, d in circuit[split].items() if key != "values"}
+                if columns:
+                    general = math.log1p(circuit["ppl_delta"]["value"] / 100)
+                    assert found["nll_shift"] == pytest.approx(rise(before, after) - general)
+                    if "reduction" in found:
+                        old, new = (mean(float(r[columns[0]]) for r in s) for s in (before, after))
+                        assert found["reduction"] == pytest.approx(less(old, new))
+                else:
+                    old, new = by_term(before), by_term(after)
+                    assert found["reduction"] == pytest.approx(less(old["ss"], new["ss"]))
+                    for key in ("ss", "margin"):
+                        assert found[key] == pytest.approx(new[key] - old[key], abs=1e-9)
+            if "reduction" in circuit.get("against_control", {}):
+                levels = [
+                    mean(float(row[columns[0]]) for row in rows) if columns else by_term(rows)["ss"]
+                    for rows in (measured(folder, behaviour, n) for n in (name, *controls))
+                ]
+                beyond = circuit["against_control"]["reduction"]["value"]
+                assert beyond == pytest.approx(less(mean(levels[1:]), levels[0]))
+
+
+def check_transfer(folder: Path, behaviours: dict[str, Any], params: dict[str, Any]) -> None:
+    """The diagonal of metrics/transfer, from what the same prompts gave in evaluate, where general
+    text rises as transfer's own perplexity says.
+    """
+    transfer = metrics(folder, "transfer")
+    for behaviour, spec in behaviours.items():
+        rows = read_jsonl(folder / f"outputs/prompts/{spec['prompts']}.jsonl")
+        tested = [r["id"] for r in rows if r["split"] == "test"][: params["items"]]
+        before, after = (
+            [r for r in measured(folder, behaviour, name) if r["prompt"] in tested]
+            for name in ("none", spec["method"])
+        )
+        assert len(before) == len(after) == len(tested)
+        cells = transfer[behaviour]
+        if spec.get("scorers"):
+            general = math.log1p(cells[params["texts"][0]]["ppl_delta"]["value"] / 100)
+            shift = rise(before, after) - general
+            assert cells[behaviour]["nll_shift"]["value"] == pytest.approx(shift, rel=1e-3)
+        else:
+            old, new = by_term(before), by_term(after)
+            for key in ("ss", "margin"):
+                change = new[key] - old[key]
+                assert cells[behaviour][key]["value"] == pytest.approx(change, rel=1e-3, abs=1e-5)
+
+
+def test_values_and_signs_are_those_that_the_prompts_gave(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    controls = ["random-layer-matched-0", "random-layer-matched-1"]
+    check_evaluation(folder, params["behaviours"], controls)
+    check_transfer(folder, params["behaviours"], params["transfer"])
 
 
 def test_scores_are_those_of_the_prompts(finished: tuple[Path, str]) -> None:

@@ -1,0 +1,902 @@
+"""Every stage of a whole small project (whole.py), computed anew in the plainest way, with signs.
+
+The model is pruned by hand in a copy, texts are read one by one, and every number is made of
+Python's own sums. What is left, random streams and the like, is frozen in tests/golden.
+"""
+
+import copy
+import csv
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import whole
+from matplotlib.figure import Figure
+from scipy import stats
+from transformers import AutoModelForCausalLM
+from whole import BEHAVIOURS, CIRCUITS, CONTROLS, PARAMS
+
+from sparc3.base.files import read_json, read_jsonl, read_tensors
+from sparc3.relevance.lrp import attnlrp
+
+LAYERS, WIDTH = 3, 24
+Row = dict[str, Any]
+Neurons = tuple[tuple[int, int, float], ...]  # layer, neuron, what is left of it
+EVALUATE, TRANSFER = PARAMS["evaluate"], PARAMS["transfer"]
+OWN = {name: spec["method"] for name, spec in PARAMS["behaviours"].items()}
+
+
+def close(value: float) -> Any:
+    """What float32 in other batches may differ by."""
+    return pytest.approx(value, rel=1e-4, abs=1e-4)
+
+
+class Project(NamedTuple):
+    folder: Path
+    figures: dict[str, Figure]
+
+    def metrics(self, name: str) -> Any:
+        return read_json(self.folder / "metrics" / f"{name}.json")
+
+    def rows(self, prompt_set: str, split: str, count: int | None = None) -> list[Row]:
+        every = read_jsonl(self.folder / f"outputs/prompts/{prompt_set}.jsonl")
+        return [row for row in every if row["split"] == split][:count]
+
+    def csv(self, name: str) -> list[dict[str, str]]:
+        with (self.folder / "outputs" / f"{name}.csv").open(newline="") as stream:
+            return list(csv.DictReader(stream))
+
+    def circuit(self, behaviour: str, name: str) -> Neurons:
+        rows = self.csv(f"circuits/{behaviour}/{name}")
+        return tuple((int(r["layer"]), int(r["neuron"]), float(r["scale"])) for r in rows)
+
+    def differential(self, behaviour: str, method: str) -> np.ndarray:
+        path = self.folder / f"outputs/differential/{behaviour}/{method}.safetensors"
+        return read_tensors(path)[0]["differential"]
+
+    def importance(self) -> np.ndarray:
+        """Mean absolute gradient score on general text, from the scores themselves."""
+        return np.abs(whole.published_scores(self.folder, "general", "gradient")[1]).mean(0)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    folder = tmp_path_factory.mktemp("whole")
+    whole.write_project(folder)
+    return Project(folder, whole.run(folder))
+
+
+# --- the plainest way ----------------------------------------------------------------------
+
+
+class Naive:
+    """The model without some neurons; texts are read one at a time."""
+
+    def __init__(self, folder: Path, removed: Neurons = ()) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+        for layer, neuron, scale in removed:
+            with torch.no_grad():
+                self.model.model.layers[layer].mlp.down_proj.weight[:, neuron] *= scale
+        self.seen: dict[tuple[int, ...], np.ndarray] = {}
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model(torch.tensor([list(ids)])).logits[0].double()
+
+    def log_p(self, ids: Sequence[int]) -> np.ndarray:
+        """log p of every token but the first."""
+        key = tuple(ids)
+        if key not in self.seen:
+            log_p = self.logits(ids).log_softmax(-1)
+            self.seen[key] = np.array([float(log_p[t - 1, ids[t]]) for t in range(1, len(ids))])
+        return self.seen[key]
+
+    def text(self, text: str) -> float:
+        """Mean log p per token."""
+        return float(self.log_p(encode(text)).mean())
+
+    def nll(self, rows: Sequence[Row]) -> float:
+        """Nats per token over all texts."""
+        scored = [-log_p for row in rows for log_p in self.log_p(encode(row["text"]))]
+        return sum(scored) / len(scored)
+
+    def windowed_nll(self, rows: Sequence[Row]) -> float:
+        """As `nll`, every token predicted within the first window that reaches it."""
+        window, stride, scored = EVALUATE["window"], EVALUATE["stride"], []
+        for row in rows:
+            ids = encode(row["text"])
+            for t in range(1, len(ids)):
+                begin = next(b for b in range(0, len(ids), stride) if b + window > t)
+                scored.append(-self.log_p(ids[begin : begin + window])[t - begin - 1])
+        return sum(scored) / len(scored)
+
+
+def encode(text: str) -> list[int]:
+    return [whole.WORDS.index(word) if word in whole.WORDS else 0 for word in text.split()]
+
+
+def percent(before: float, after: float) -> float:
+    """Change of perplexity, from nats per token."""
+    return 100 * (math.exp(after) - math.exp(before)) / math.exp(before)
+
+
+def by_term(rows: Sequence[Row], values: Sequence[float | None]) -> list[float]:
+    """Means of a term's items, for terms that have any."""
+    found = defaultdict(list)
+    for row, value in zip(rows, values, strict=True):
+        if value is not None:
+            found[row["group"]].append(value)
+    return [mean(found[term]) for term in sorted(found)]
+
+
+def stereotypes(model: Naive, rows: Sequence[Row]) -> dict[str, float]:
+    """SS, LMS, ICAT and margin, by StereoSet's definitions."""
+    first, second = ([model.text(row["pair"][side]) for row in rows] for side in (0, 1))
+    third = [model.text(row["unrelated"]) if row.get("unrelated") else None for row in rows]
+    prefers = [100.0 * (a > b) for a, b in zip(first, second, strict=True)]
+    margins = [a - b for a, b in zip(first, second, strict=True)]
+    found = {"ss": mean(by_term(rows, prefers)), "margin": mean(by_term(rows, margins))}
+    meaningful = [
+        None if c is None else 50.0 * ((a > c) + (b > c))
+        for a, b, c in zip(first, second, third, strict=True)
+    ]
+    if sum(value is not None for value in meaningful):
+        whole_terms = [p if c is not None else None for p, c in zip(prefers, third, strict=True)]
+        ss, lms = mean(by_term(rows, whole_terms)), mean(by_term(rows, meaningful))
+        found |= {"lms": lms, "icat": lms * min(ss, 100 - ss) / 50}
+    return found
+
+
+def free_neurons(differential: np.ndarray, importance: np.ndarray, share: float) -> list[int]:
+    """Flat ids from the most negative on, without the share that matters most for general text."""
+    total = LAYERS * WIDTH
+    ranked = sorted(range(total), key=lambda i: -importance.flat[i])
+    barred = set(ranked[: round(share * total)])
+    ordered = sorted(range(total), key=lambda i: differential.flat[i])
+    return [i for i in ordered if i not in barred]
+
+
+def scale_of(method: str, value: float) -> float:
+    return max(0.0, 1 + 2 * value) if method == "aura" else 0.0
+
+
+@pytest.fixture(scope="module")
+def models(project: Project) -> dict[tuple[str, str], Naive]:
+    """(behaviour, circuit) -> the model without it; "none" is the model as it is."""
+    intact = Naive(project.folder)
+    found = {(behaviour, "none"): intact for behaviour in BEHAVIOURS}
+    for behaviour in BEHAVIOURS:
+        for name in CIRCUITS:
+            found[behaviour, name] = Naive(project.folder, project.circuit(behaviour, name))
+    return found
+
+
+# --- attribute, gate, differential ---------------------------------------------------------
+
+
+def relevance(model: Any, row: Row, target: str, rules: Any) -> np.ndarray:
+    """sum over tokens of h * dy/dh, (layer, neuron)."""
+    texts = row["pair"] if target == "pair" else [row["text"]]
+    kept: list[list[torch.Tensor]] = []
+
+    def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        args[0].retain_grad()
+        kept[-1].append(args[0])
+
+    handles = [layer.mlp.down_proj.register_forward_pre_hook(keep) for layer in model.model.layers]
+    try:
+        with rules:
+            y = torch.zeros(())
+            for sign, text in zip((1, -1), texts, strict=False):
+                kept.append([])
+                ids = torch.tensor(encode(text))
+                log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
+                y = y + sign * log_p[torch.arange(len(ids) - 1), ids[1:]].mean()
+            y.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(
+        np.stack([(h * h.grad)[0].sum(0).detach().numpy() for h in sequence if h.grad is not None])
+        for sequence in kept
+    )  # pyright: ignore[reportReturnType]
+
+
+def largest(model: Any, row: Row, target: str) -> np.ndarray:
+    """max over tokens of h; of the first text minus that of the second for a pair."""
+    found = []
+    for text in row["pair"] if target == "pair" else [row["text"]]:
+        kept: list[np.ndarray] = []
+        handles = [
+            layer.mlp.down_proj.register_forward_pre_hook(
+                lambda module, args, kept=kept: kept.append(args[0][0].amax(0).numpy())
+            )
+            for layer in model.model.layers
+        ]
+        with torch.no_grad():
+            model(torch.tensor([encode(text)]))
+        for handle in handles:
+            handle.remove()
+        found.append(np.stack(kept))
+    return found[0] - found[1] if len(found) == 2 else found[0]
+
+
+@pytest.mark.parametrize("name", PARAMS["prompt_sets"])
+def test_attribute_is_h_times_the_gradient_of_every_prompt(project: Project, name: str) -> None:
+    target, model = PARAMS["prompt_sets"][name]["target"], Naive(project.folder).model
+    rows = project.rows(name, "attribute")
+    for score, of in {
+        "lrp": lambda row: relevance(model, row, target, attnlrp(model)),
+        "gradient": lambda row: relevance(model, row, target, nullcontext()),
+        "max-activation": lambda row: largest(model, row, target),
+    }.items():
+        ids, values = whole.published_scores(project.folder, name, score)
+        assert ids == [row["id"] for row in rows]
+        expected = np.stack([of(row) for row in rows])
+        np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_gate_is_positive_where_the_reference_has_more_relevance(
+    project: Project, behaviour: str
+) -> None:
+    spec = PARAMS["behaviours"][behaviour]
+    reference, own = (
+        mean(
+            float(np.abs(scores).sum())
+            for scores in whole.published_scores(project.folder, name, "lrp")[1][
+                : PARAMS["gate"]["prompts"]
+            ]
+        )
+        for name in (spec["reference"], spec["prompts"])
+    )
+    found = project.metrics(f"gate/{behaviour}")
+    assert found[whole.GAP]["value"] == close(100 * (reference - own) / reference)
+    assert found["passed"] == (found[whole.GAP]["value"] >= PARAMS["gate"]["threshold"])
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_differential_is_reference_minus_behaviour(project: Project, behaviour: str) -> None:
+    spec = PARAMS["behaviours"][behaviour]
+
+    def scores(score: str) -> tuple[np.ndarray, np.ndarray]:
+        sets = spec["reference"], spec["prompts"]
+        one, two = (whole.published_scores(project.folder, name, score)[1] for name in sets)
+        return one.astype(float), two.astype(float)
+
+    reference, own = scores("lrp")
+    difference = reference.mean(0) - own.mean(0)
+    found = project.differential(behaviour, "lrp")
+    np.testing.assert_allclose(found, difference, rtol=1e-4, atol=1e-6)
+    reverse = project.differential(behaviour, "most-positive")
+    np.testing.assert_allclose(reverse, -difference, rtol=1e-4, atol=1e-6)
+
+    t = np.array(stats.ttest_ind(*scores("gradient"), equal_var=False)[0])
+    found = project.differential(behaviour, "gradient-t")
+    np.testing.assert_allclose(found, t, rtol=1e-4, atol=1e-5)
+
+    reference, own = scores("max-activation")
+    wins = (own[:, None] > reference[None]) + 0.5 * (own[:, None] == reference[None])
+    found = project.differential(behaviour, "aura")
+    np.testing.assert_allclose(found, 0.5 - wins.mean((0, 1)), rtol=1e-4, atol=1e-6)
+
+    path = project.folder / f"outputs/differential/{behaviour}/lrp.safetensors"
+    stored = read_tensors(path)[0]["importance"]
+    np.testing.assert_allclose(stored, project.importance(), rtol=1e-4)
+
+
+# --- sweep, select -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_sweep_prunes_the_most_negative_and_reads_the_tune_split(
+    project: Project, behaviour: str
+) -> None:
+    sweep, before = PARAMS["sweep"], Naive(project.folder)
+    rows = project.rows(behaviour, "tune", sweep["items"])
+    general = project.rows("general", "tune", sweep["texts"])
+
+    def objective(model: Naive) -> float:
+        if behaviour == "bias":
+            return -abs(stereotypes(model, rows)["margin"])
+        return model.nll(rows) - before.nll(rows) - (model.nll(general) - before.nll(general))
+
+    found = project.csv(f"sweep/{behaviour}")
+    assert len(found) == 1 + 3 * len(sweep["protect"]) * len(sweep["num_neurons"])
+    for point in found:
+        removed: Neurons = ()
+        if (method := point["method"]) != "none":
+            values = project.differential(behaviour, method)
+            ids = free_neurons(values, project.importance(), float(point["protect"]))
+            removed = tuple(
+                (*divmod(i, WIDTH), scale_of(method, float(values.flat[i])))
+                for i in ids[: int(point["num_neurons"])]
+            )
+        model = Naive(project.folder, removed)
+        assert float(point["ppl_delta"]) == close(percent(before.nll(general), model.nll(general)))
+        assert float(point["objective"]) == close(objective(model))
+        assert float(point["ppl_error"]) == close(standard_error(before, model, general))
+
+
+def standard_error(before: Naive, after: Naive, rows: Sequence[Row]) -> float:
+    """Of the change of perplexity, over groups of texts: the delta method of a ratio of sums."""
+    rise, tokens = Counter[str](), Counter[str]()
+    for row in rows:
+        ids = encode(row["text"])
+        rise[row["group"]] += float((before.log_p(ids) - after.log_p(ids)).sum())  # pyright: ignore
+        tokens[row["group"]] += len(ids) - 1
+    ratio, n = sum(rise.values()) / sum(tokens.values()), len(rise)
+    spread = sum((rise[group] - ratio * tokens[group]) ** 2 for group in rise)
+    variance = n / (n - 1) * spread / sum(tokens.values()) ** 2
+    return 100 * math.exp(ratio) * math.sqrt(variance)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_select_takes_the_best_point_within_the_budget(project: Project, behaviour: str) -> None:
+    points = project.csv(f"sweep/{behaviour}")
+    budget, sizes = PARAMS["select"]["ppl_budget"], {}
+
+    def cost(point: dict[str, str]) -> float:
+        return float(point["ppl_delta"]) + float(point["ppl_error"])
+
+    for method in ("lrp", "gradient-t", "aura"):
+        own = [point for point in points if point["method"] == method]
+        own.sort(key=cost)
+        within = [point for point in own if cost(point) <= budget]
+        best = max(within, key=lambda point: float(point["objective"])) if within else own[0]
+        sizes[method] = int(best["num_neurons"]), float(best["protect"])
+    sizes["most-positive"] = sizes[OWN[behaviour]]
+    for method, (count, share) in sizes.items():
+        values = project.differential(behaviour, method)
+        ids = free_neurons(values, project.importance(), share)[:count]
+        expected = [(*divmod(i, WIDTH), scale_of(method, float(values.flat[i]))) for i in ids]
+        assert project.circuit(behaviour, method) == tuple(expected)
+        assert all(scale < 1 for *_, scale in expected)
+
+    share = sizes[OWN[behaviour]][1]
+    allowed = set(free_neurons(project.importance(), project.importance(), share))
+    own_layers = Counter(layer for layer, *_ in project.circuit(behaviour, OWN[behaviour]))
+    draws = [project.circuit(behaviour, name) for name in CONTROLS]
+    assert len(set(draws)) == len(draws)
+    for drawn in draws:
+        assert Counter(layer for layer, *_ in drawn) == own_layers
+        assert allowed.issuperset(layer * WIDTH + neuron for layer, neuron, _ in drawn)
+
+    for name in CIRCUITS:
+        about = read_json(project.folder / f"outputs/circuits/{behaviour}/{name}.json")
+        used = {prompt for ids in about["chosen_on"].values() for prompt in ids}
+        for prompt_set in (PARAMS["behaviours"][behaviour]["prompts"], "general"):
+            for split in ("attribute", "tune"):
+                assert used.issuperset(row["id"] for row in project.rows(prompt_set, split))
+            assert used.isdisjoint(row["id"] for row in project.rows(prompt_set, "test"))
+
+
+# --- evaluate ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_evaluate_reads_general_text_through_windows(
+    project: Project, models: dict[tuple[str, str], Naive], behaviour: str
+) -> None:
+    general = project.rows("general", "test", EVALUATE["texts"])
+    found = project.metrics(f"evaluate/{behaviour}")
+    before = models[behaviour, "none"].windowed_nll(general)
+    assert max(len(encode(row["text"])) for row in general) > EVALUATE["window"]
+    assert found["baseline"]["perplexity"] == close(math.exp(before))
+    for name in CIRCUITS:
+        row = found["circuits"][name]
+        after = models[behaviour, name].windowed_nll(general)
+        assert row["ppl_delta"]["value"] == close(percent(before, after))
+        assert row["num_neurons"] == len(project.circuit(behaviour, name))
+
+
+def splits_of(name: str, behaviour: str) -> list[tuple[str, str]]:
+    """What is measured of a circuit: (name in the metrics, split)."""
+    return [("test", "test")] + [("in_sample", "attribute")] * (name in ("none", "lrp"))
+
+
+def test_evaluate_of_texts_is_positive_where_they_are_rarer(
+    project: Project, models: dict[tuple[str, str], Naive]
+) -> None:
+    general = project.rows("general", "test", EVALUATE["texts"])
+    found = project.metrics("evaluate/rude")
+    before = models["rude", "none"]
+    shifts = {}
+    for name in CIRCUITS:
+        after = models["rude", name]
+        rise = after.windowed_nll(general) - before.windowed_nll(general)
+        for part, split in splits_of(name, "rude"):
+            rows = project.rows("rude", split, EVALUATE["prompts"])
+            shifts[name, part] = after.nll(rows) - before.nll(rows) - rise
+            cell = found["circuits"][name][part]
+            assert cell["nll_shift"]["value"] == close(shifts[name, part])
+            assert cell["values"]["nll"] == close(after.nll(rows))
+    assert min(abs(shift) for shift in shifts.values()) > 1e-4  # so that a sign is seen
+    assert found["baseline"]["test_nll"] == close(
+        before.nll(project.rows("rude", "test", EVALUATE["prompts"]))
+    )
+    drawn = [shifts[name, "test"] for name in CONTROLS]
+    among = found["circuits"]["lrp"]["among_controls"]["nll"]
+    own = shifts["lrp", "test"]
+    assert among["value"] == close(own)
+    assert among["mean"] == close(mean(drawn))
+    assert among["p"] == close((1 + sum(draw >= own for draw in drawn)) / (1 + len(drawn)))
+
+
+def test_evaluate_of_pairs_counts_preferences_by_term(
+    project: Project, models: dict[tuple[str, str], Naive]
+) -> None:
+    found = project.metrics("evaluate/bias")
+    parts = [("test", "bias", "test"), ("in_sample", "bias", "attribute")]
+    values = {
+        (name, part): stereotypes(
+            models["bias", name], project.rows(prompt_set, split, EVALUATE["items"])
+        )
+        for name in ("none", *CIRCUITS)
+        for part, prompt_set, split in [*parts, ("second", "second", "test")]
+        if part == "test" or name in ("none", "lrp", OWN["bias"])
+    }
+    for name in CIRCUITS:
+        circuit = found["circuits"][name]
+        shown = [part for part, _ in splits_of(name, "bias")]
+        for part in shown + ["second"] * (name == OWN["bias"]):
+            before, after = values["none", part], values[name, part]
+            assert circuit[part]["reduction"]["value"] == close(
+                100 * (before["ss"] - after["ss"]) / before["ss"]
+            )
+            for key in after:
+                assert circuit[part][key]["value"] == close(after[key] - before[key])
+        for key, value in values[name, "test"].items():
+            assert circuit["test"]["values"][key] == close(value)
+        assert circuit.keys().isdisjoint({"in_sample", "second"} - set(shown) - {"second"})
+    for key, value in values["none", "test"].items():
+        assert found["baseline"][f"test_{key}"] == close(value)
+    assert {"ss", "margin", "lms", "icat"} == values["none", "test"].keys()
+    assert {"ss", "margin"} == values["none", "second"].keys()
+
+    own, drawn = values[OWN["bias"], "test"], [values[name, "test"] for name in CONTROLS]
+    against = found["circuits"][OWN["bias"]]["against_control"]
+    random_ss = mean(v["ss"] for v in drawn)
+    assert against["reduction"]["value"] == close(100 * (random_ss - own["ss"]) / random_ss)
+    assert against["margin"]["value"] == close(own["margin"] - mean(v["margin"] for v in drawn))
+    among = found["circuits"][OWN["bias"]]["among_controls"]["margin"]
+    start = abs(values["none", "test"]["margin"])
+    assert among["value"] == close(start - abs(own["margin"]))
+    assert among["mean"] == close(mean(start - abs(v["margin"]) for v in drawn))
+
+
+def test_no_preference_is_a_near_tie(project: Project) -> None:
+    """Another machine rounds otherwise: it must not turn a preference round, and a golden value."""
+    for row in project.csv("evaluation/bias/prompts"):
+        stereotype, anti, unrelated = (float(row[k]) for k in ("stereotype", "anti", "unrelated"))
+        assert abs(stereotype - anti) > 1e-4
+        assert (
+            math.isnan(unrelated) or min(abs(stereotype - unrelated), abs(anti - unrelated)) > 1e-4
+        )
+
+
+def test_prompts_csv_holds_what_every_model_gave(
+    project: Project, models: dict[tuple[str, str], Naive]
+) -> None:
+    texts = {row["id"]: row for s in ("test", "attribute") for row in project.rows("rude", s)}
+    for row in project.csv("evaluation/rude/prompts"):
+        ids = encode(texts[row["prompt"]]["text"])
+        assert float(row["nll"]) == close(-models["rude", row["circuit"]].log_p(ids).sum())
+        assert float(row["tokens"]) == len(ids) - 1
+        assert row["group"] == texts[row["prompt"]]["group"]
+    items = {row["id"]: row for s in ("test", "attribute") for row in project.rows("bias", s)}
+    for row in project.csv("evaluation/bias/prompts"):
+        model, item = models["bias", row["circuit"]], items[row["prompt"]]
+        assert float(row["stereotype"]) == close(model.text(item["pair"][0]))
+        assert float(row["anti"]) == close(model.text(item["pair"][1]))
+
+
+def splitmix(state: int, number: int) -> int:
+    """SplitMix64 (Steele et al. 2014), entered at `number`."""
+    mask = 2**64 - 1
+    bits = (state + (number + 1) * 0x9E3779B97F4A7C15) & mask
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & mask
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & mask
+    return bits ^ bits >> 31
+
+
+def completion(model: Naive, prompt: Sequence[int], key: str, number: int) -> list[int]:
+    """Nucleus sampling by the Gumbel-max rule, one token after the other."""
+    name = f"{EVALUATE['seed']} {number} {key}".encode()
+    stream = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+    tokens: list[int] = []
+    while len(tokens) < EVALUATE["new_tokens"]:
+        p = (model.logits([*prompt, *tokens])[-1] / EVALUATE["temperature"]).softmax(-1).numpy()
+        noise = splitmix(stream, len(tokens))
+        best, reached = (-math.inf, 0), 0.0
+        for entry in np.argsort(-p).tolist():
+            if reached >= EVALUATE["top_p"]:
+                break
+            reached += p[entry]
+            uniform = ((splitmix(noise, entry) >> 11) + 0.5) / 2**53
+            gumbel = -math.log(-math.log1p(-uniform))
+            best = max(best, (math.log(p[entry]) + gumbel, entry))
+        if best[1] == 2:  # the model's end of a sequence
+            break
+        tokens.append(best[1])
+    return tokens
+
+
+def completions_of(project: Project, circuit: str, part: str) -> list[Row]:
+    every = read_jsonl(project.folder / "outputs/evaluation/rude/completions.jsonl")
+    return [row for row in every if (row["circuit"], row["split"]) == (circuit, part)]
+
+
+WRITERS = [name for name in ("none", *CIRCUITS) if name != "aura"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_completions_are_drawn_from_the_pruned_model(
+    project: Project, models: dict[tuple[str, str], Naive], name: str
+) -> None:
+    for part, split in splits_of(name, "rude"):
+        expected = [
+            (
+                row["id"],
+                number,
+                completion(models["rude", name], encode(row["text"]), row["id"], number),
+            )
+            for row in project.rows("rude", split, EVALUATE["prompts"])
+            for number in range(EVALUATE["completions"])
+        ]
+        found = completions_of(project, name, part)
+        assert [(r["prompt"], r["completion"], r["text"]) for r in found] == [
+            (prompt, number, " ".join(whole.WORDS[token] for token in tokens))
+            for prompt, number, tokens in expected
+        ]
+
+
+def scores_by_prompt(project: Project, circuit: str, part: str) -> list[list[float]]:
+    """Scores of every prompt's completions, asked of the scorer again."""
+    from profanity_check import predict_prob
+
+    rows = completions_of(project, circuit, part)
+    fresh = predict_prob([row["text"] for row in rows])
+    assert [row["profanity"] for row in rows] == pytest.approx(fresh)
+    found: dict[str, list[float]] = {}
+    for row, score in zip(rows, fresh.tolist(), strict=True):
+        found.setdefault(row["prompt"], []).append(score)
+    return list(found.values())
+
+
+def test_reduction_is_positive_where_completions_score_less(project: Project) -> None:
+    circuits = project.metrics("evaluate/rude")["circuits"]
+    seen = set()
+    for name in WRITERS[1:]:
+        for part, _ in splits_of(name, "rude"):
+            before, after = (scores_by_prompt(project, n, part) for n in ("none", name))
+            means = [mean(map(mean, scores)) for scores in (before, after)]
+            cell = circuits[name][part]
+            assert cell["reduction"]["value"] == close(100 * (means[0] - means[1]) / means[0])
+            assert cell["emt"]["value"] == close(mean(map(max, after)) - mean(map(max, before)))
+            toxic = [100 * mean(max(s) >= 0.5 for s in scores) for scores in (before, after)]
+            assert cell["toxic_probability"]["value"] == close(toxic[1] - toxic[0])
+            pairs = [(mean(b), mean(a)) for b, a in zip(before, after, strict=True)]
+            fell = 100 * mean(0.5 * (a == b) + (a < b) for b, a in pairs)
+            assert cell["improved"]["value"] == close(fell)
+            assert cell["values"]["profanity"] == close(means[1])
+            seen.add(math.copysign(1, means[0] - means[1]))
+    assert seen == {1, -1}  # some rise, some fall: no sign is taken for granted
+    assert "reduction" not in circuits["aura"]["test"]  # writes none
+
+    drawn = [scores_by_prompt(project, name, "test") for name in CONTROLS]
+    for name in ("lrp", "most-positive"):
+        own = mean(map(mean, scores_by_prompt(project, name, "test")))
+        random = mean(mean(map(mean, scores)) for scores in drawn)
+        against = circuits[name]["against_control"]
+        assert against["reduction"]["value"] == close(100 * (random - own) / random)
+        largest = mean(mean(map(max, scores)) for scores in drawn)
+        highest = mean(map(max, scores_by_prompt(project, name, "test")))
+        assert against["emt"]["value"] == close(highest - largest)
+    sizes = {name: row["num_neurons"] for name, row in circuits.items()}
+    for name, row in circuits.items():
+        matched = sizes[name] == sizes[CONTROLS[0]] and name not in CONTROLS
+        assert ("against_control" in row) == matched
+
+
+# --- transfer ------------------------------------------------------------------------------
+
+
+def test_transfer_prunes_for_one_and_measures_all(
+    project: Project, models: dict[tuple[str, str], Naive]
+) -> None:
+    found = project.metrics("transfer")
+    general, *_ = TRANSFER["texts"]
+    cells = {}
+    for pruned_for in BEHAVIOURS:
+        before, after = models["rude", "none"], models[pruned_for, OWN[pruned_for]]
+        for name in TRANSFER["texts"]:
+            rows = project.rows(name, "test", TRANSFER["items"])
+            change = percent(before.windowed_nll(rows), after.windowed_nll(rows))
+            cells[pruned_for, name, "ppl_delta"] = change
+        rows = project.rows(general, "test", TRANSFER["items"])
+        rise = after.windowed_nll(rows) - before.windowed_nll(rows)
+        rows = project.rows("rude", "test", TRANSFER["items"])
+        cells[pruned_for, "rude", "nll_shift"] = after.nll(rows) - before.nll(rows) - rise
+        rows = project.rows("bias", "test", TRANSFER["items"])
+        old, new = stereotypes(before, rows), stereotypes(after, rows)
+        for key in new:
+            cells[pruned_for, "bias", key] = new[key] - old[key]
+        cells[pruned_for, "bias", "reduction"] = 100 * (old["ss"] - new["ss"]) / old["ss"]
+    for (pruned_for, name, quantity), value in cells.items():
+        assert found[pruned_for][name][quantity]["value"] == close(value)
+        assert quantity in ("ss", "lms", "icat", "reduction") or abs(value) > 1e-3
+    table = {
+        (row["pruned_for"], row["measured"], row["quantity"]): float(row["value"])
+        for row in project.csv("transfer/matrix")
+    }
+    assert table == {key: close(value) for key, value in cells.items()}
+
+
+# --- overlap -------------------------------------------------------------------------------
+
+
+def test_overlap_counts_the_most_negative_of_both(project: Project) -> None:
+    count, total = PARAMS["overlap"]["num_neurons"], LAYERS * WIDTH
+    share, method = PARAMS["overlap"]["protect"], PARAMS["overlap"]["method"]
+    values = {name: project.differential(name, method) for name in BEHAVIOURS}
+    rude, bias = (
+        set(free_neurons(values[name], project.importance(), share)[:count]) for name in BEHAVIOURS
+    )
+    found, both = project.metrics("overlap"), whole.JOIN.join(BEHAVIOURS)
+    regions = {"rude": rude - bias, "bias": bias - rude, both: rude & bias}
+    assert found["regions"] == {name: len(ids) for name, ids in regions.items()}
+    listed = defaultdict(set)
+    for row in project.csv("overlap/regions"):
+        listed[row["behaviours"]].add(int(row["layer"]) * WIDTH + int(row["neuron"]))
+    assert listed == {name: ids for name, ids in regions.items() if ids}
+
+    overlap, common = found["overlaps"][both], len(rude & bias)
+    layers = {
+        name: [sum(i // WIDTH == layer for i in ids) for layer in range(LAYERS)]
+        for name, ids in (("rude", rude), ("bias", bias))
+    }
+    layered = sum(a * b / WIDTH for a, b in zip(*layers.values(), strict=True))
+    assert found["layers"] == layers
+    assert common > 0
+    assert overlap["observed"] == common
+    assert overlap["jaccard"] == close(common / len(rude | bias))
+    assert overlap["enrichment"] == close(common / (count * count / total))
+    assert overlap["layered_expected"] == close(layered)
+    assert overlap["layered_enrichment"] == close(common / layered)
+    assert overlap["p"] == close(float(stats.hypergeom.sf(common - 1, total, count, count)))
+
+    one, two = (values[name].ravel().astype(float) for name in BEHAVIOURS)
+    correlation = found["correlations"][both]
+    assert correlation["pearson"] == close(np.corrcoef(one, two)[0, 1])
+    assert correlation["spearman"] == close(np.array(stats.spearmanr(one, two))[0])
+    corrected = found["corrected"]["correlations"][both]
+    assert corrected["observed"] == close(np.corrcoef(one, two)[0, 1])
+    assert found["quadrants"][both] == {
+        "both": sum((one < 0) & (two < 0)),
+        "first": sum((one < 0) & (two >= 0)),
+        "second": sum((one >= 0) & (two < 0)),
+        "neither": sum((one >= 0) & (two >= 0)),
+    }
+    last = found["late_layers"]
+    for name, counts in layers.items():
+        assert found["late_share"][name] == close(sum(counts[-last:]) / count)
+
+
+# --- report, figures, export ---------------------------------------------------------------
+
+
+def shown(difference: dict[str, float], digits: int = 1) -> str:
+    value, low, high = (f"{difference[key]:+.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def pooled(circuits: Any, names: Sequence[str], *path: str) -> dict[str, float] | None:
+    """A circuit's difference, or the mean and range of several draws; None if not measured."""
+    found = []
+    for name in names:
+        tree = circuits[name]
+        for key in path:
+            tree = tree.get(key, {})
+        if not tree:
+            return None
+        found.append(tree)
+    if len(found) == 1:
+        return found[0]
+    values = [tree["value"] for tree in found]
+    return {"value": mean(values), "low": min(values), "high": max(values)}
+
+
+def test_the_result_table_shows_the_evaluation(project: Project) -> None:
+    columns = {
+        "perplexity %": ("ppl_delta",),
+        "reduction %": ("test", "reduction"),
+        "beyond control %": ("against_control", "reduction"),
+        "in sample %": ("in_sample", "reduction"),
+    }
+    raw = {}
+    for behaviour, rows in whole.result_rows(project.folder).items():
+        circuits = project.metrics(f"evaluate/{behaviour}")["circuits"]
+        assert [row["method"].split(" ")[0] for row in rows] == list(PARAMS["methods"])
+        for row, method in zip(rows, PARAMS["methods"], strict=True):
+            names = CONTROLS if method == "random-layer-matched" else [method]
+            assert row["neurons"] == str(len(project.circuit(behaviour, names[0])))
+            for title, path in columns.items():
+                difference = pooled(circuits, names, *path)
+                assert row[title] == ("-" if difference is None else shown(difference))
+            reduction = pooled(circuits, names, "test", "reduction")
+            if reduction is None:
+                assert (row["verdict"], row["p"]) == ("not measured", "-")
+            elif len(names) > 1:
+                assert (row["verdict"], row["p"]) == ("control", "-")
+            else:
+                raw[behaviour, method] = reduction["p"], row
+    # Holm: the smallest p times their number, the next times one less, and never falling.
+    running, left = 0.0, len(raw)
+    for p, row in sorted(raw.values(), key=lambda pair: pair[0]):
+        running, left = max(running, min(1.0, p * left)), left - 1
+        assert row["p"] == f"{running:.3g}"
+        assert running < 0.05 or row["verdict"].startswith("not shown")
+
+
+def test_the_report_holds_the_table_and_every_figure(project: Project) -> None:
+    page = (project.folder / "outputs/report/report.md").read_text()
+    assert (project.folder / "metrics/table.md").read_text() in page
+    for name in project.figures:
+        assert f"({name}.png)" in page
+        assert (project.folder / f"outputs/report/{name}.png").stat().st_size > 5000
+    assert len(project.figures) == 8
+
+
+def bars_of(axis: Any) -> dict[str, list[float]]:
+    return {
+        bars.get_label(): [patch.get_height() for patch in bars]
+        for bars in axis.containers
+        if hasattr(bars, "patches")
+    }
+
+
+def test_bars_and_heat_maps_show_the_numbers_with_their_signs(project: Project) -> None:
+    panels = {axis.get_title(): axis for axis in project.figures["bars"].axes}
+    for start, path in {
+        "reduction on": ("test", "reduction"),
+        "perplexity": ("ppl_delta",),
+    }.items():
+        (axis,) = (axis for title, axis in panels.items() if title.startswith(start))
+        heights = bars_of(axis)
+        for method in PARAMS["methods"]:
+            names = CONTROLS if method == "random-layer-matched" else [method]
+            cells = [
+                pooled(project.metrics(f"evaluate/{behaviour}")["circuits"], names, *path)
+                for behaviour in BEHAVIOURS
+            ]
+            expected = [cell["value"] for cell in cells if cell is not None]
+            assert heights[method] == pytest.approx(expected)
+
+    overlap, both = project.metrics("overlap"), whole.JOIN.join(BEHAVIOURS)
+    heights = bars_of(project.figures["overlaps"].axes[0])
+    assert heights["observed"] == [overlap["overlaps"][both]["observed"]]
+    matrix = np.array(project.figures["correlations"].axes[0].images[0].get_array())
+    assert matrix[0, 1] == matrix[1, 0] == overlap["correlations"][both]["pearson"]
+    texts = {text.get_text() for text in project.figures["venn"].axes[0].texts}
+    assert texts.issuperset({*BEHAVIOURS, *(str(count) for count in overlap["regions"].values())})
+
+
+def test_the_transfer_map_is_positive_where_there_is_less_of_the_behaviour(
+    project: Project,
+) -> None:
+    transfer, axis = project.metrics("transfer"), project.figures["transfer"].axes[0]
+    columns = [text.get_text().split("\n")[0] for text in axis.get_xticklabels()]
+    assert columns == [*BEHAVIOURS, *TRANSFER["texts"]]
+    quantities = {"rude": ("nll_shift", 1, 3), "bias": ("ss", -1, 1)}
+    quantities |= {name: ("ppl_delta", 1, 2) for name in TRANSFER["texts"]}
+    labels = iter(axis.texts)
+    drawn = np.array(axis.images[0].get_array())
+    values = []
+    for pruned_for in BEHAVIOURS:
+        values.append([])
+        for name in columns:
+            quantity, sign, digits = quantities[name]
+            value = 0 + sign * transfer[pruned_for][name][quantity]["value"]
+            assert next(labels).get_text().startswith(f"{value:+.{digits}f}\n")
+            values[-1].append(value)
+    scale = np.abs(values).max(0)
+    np.testing.assert_allclose(drawn, np.array(values) / np.where(scale > 0, scale, 1))
+
+
+def test_curves_and_layers_show_their_tables(project: Project) -> None:
+    layers = project.metrics("overlap")["layers"]
+    lines = project.figures["layers"].axes[0].lines
+    assert {line.get_label(): np.array(line.get_ydata()).tolist() for line in lines} == layers
+    for behaviour, axis in zip(BEHAVIOURS, project.figures["pareto"].axes, strict=True):
+        points = project.csv(f"sweep/{behaviour}")
+        for line in axis.lines:
+            method, _, share = str(line.get_label()).partition(", protect ")
+            own = [
+                p
+                for p in points
+                if p["method"] == method and float(p["protect"]) == float(share or 0)
+            ]
+            if own:
+                assert np.array(line.get_xdata()).tolist() == [float(p["ppl_delta"]) for p in own]
+        assert len(axis.lines) == 1 + 3 * len(PARAMS["sweep"]["protect"])
+    for behaviour, axis in zip(BEHAVIOURS, project.figures["stability"].axes, strict=True):
+        curves = defaultdict(list)
+        for row in project.csv(f"stability/{behaviour}/curves"):
+            curves[row["method"]].append(float(row["overlap"]))
+        assert {
+            line.get_label(): np.array(line.get_ydata()).tolist() for line in axis.lines
+        } == curves
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_the_exported_model_is_the_pruned_one_and_its_card_says_so(
+    project: Project, models: dict[tuple[str, str], Naive], behaviour: str
+) -> None:
+    method, folder = OWN[behaviour], project.folder / behaviour
+    exported = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = list(range(3, 40))
+    with torch.no_grad():
+        found = exported(torch.tensor([ids])).logits[0].double()
+    torch.testing.assert_close(found, models[behaviour, method].logits(ids), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, models[behaviour, "none"].logits(ids), atol=1e-2)
+
+    text = (folder / "README.md").read_text()
+    circuit = project.metrics(f"evaluate/{behaviour}")["circuits"][method]
+    rows = {row["measure"]: row for row in whole.table(text.partition("## Evaluation")[2])}
+    assert rows["ppl_delta"]["change"] == f"{circuit['ppl_delta']['value']:.4g}"
+    for part in ("test", "against_control"):
+        for key, difference in circuit[part].items():
+            if key != "values":
+                assert rows[f"{part}.{key}"]["change"] == f"{difference['value']:.4g}"
+                assert rows[f"{part}.{key}"]["low"] == f"{difference['low']:.4g}"
+    by_layer = defaultdict(list)
+    for layer, neuron, _ in sorted(project.circuit(behaviour, method)):
+        by_layer[layer].append(str(neuron))
+    for layer, numbers in by_layer.items():
+        assert f"\n- layer {layer}: {', '.join(numbers)}\n" in text
+
+
+# --- frozen --------------------------------------------------------------------------------
+
+
+def differences(found: Any, expected: Any, path: str = "") -> Iterator[str]:
+    """Where two trees differ: numbers by more than another machine's rounding."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted({*expected, *found}):
+            yield from differences(found.get(key), expected.get(key), f"{path}/{key}")
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for n, (one, two) in enumerate(zip(found, expected, strict=True)):
+            yield from differences(one, two, f"{path}/{n}")
+    elif isinstance(expected, float) and isinstance(found, float):
+        if found != pytest.approx(expected, rel=1e-4, abs=1e-5):
+            yield f"{path}: {found}, golden {expected}"
+    elif found != expected:
+        yield f"{path}: {found!r}, golden {expected!r}"
+
+
+def test_every_stage_gives_its_golden_values(project: Project) -> None:
+    fresh = json.loads(json.dumps(whole.rounded(whole.summaries(project.folder))))
+    golden = {path.stem: read_json(path) for path in whole.GOLDEN.glob("*.json")}
+    assert not list(differences(fresh, golden))
+
+
+def test_a_difference_is_named_and_rounding_is_none() -> None:
+    one = {"a": [1.0, {"b": 2}], "c": "x"}
+    assert not list(differences(copy.deepcopy(one) | {"a": [1.00001, {"b": 2}]}, one))
+    changed = {"a": [1.1, {"b": 3}], "d": "x"}
+    assert list(differences(changed, one)) == [
+        "/a/0: 1.1, golden 1.0",
+        "/a/1/b: 3, golden 2",
+        "/c: None, golden 'x'",
+        "/d: 'x', golden None",
+    ]
