@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from whole import BEHAVIOURS, CIRCUITS, CONTROLS, PARAMS
 
 from sparc3.base.files import read_json, read_jsonl, read_tensors
+from sparc3.circuits.overlap import joined
 from sparc3.relevance.lrp import attnlrp
 
 LAYERS, WIDTH = 3, 24
@@ -260,8 +261,8 @@ def test_gate_is_positive_where_the_reference_has_more_relevance(
         for name in (spec["reference"], spec["prompts"])
     )
     found = project.metrics(f"gate/{behaviour}")
-    assert found[whole.GAP]["value"] == close(100 * (reference - own) / reference)
-    assert found["passed"] == (found[whole.GAP]["value"] >= PARAMS["gate"]["threshold"])
+    assert found["gap"]["value"] == close(100 * (reference - own) / reference)
+    assert found["passed"] == (found["gap"]["value"] >= PARAMS["gate"]["threshold"])
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
@@ -652,7 +653,7 @@ def test_overlap_counts_the_most_negative_of_both(project: Project) -> None:
     rude, bias = (
         set(free_neurons(values[name], project.importance(), share)[:count]) for name in BEHAVIOURS
     )
-    found, both = project.metrics("overlap"), whole.JOIN.join(BEHAVIOURS)
+    found, both = project.metrics("overlap"), joined(BEHAVIOURS)
     regions = {"rude": rude - bias, "bias": bias - rude, both: rude & bias}
     assert found["regions"] == {name: len(ids) for name, ids in regions.items()}
     listed = defaultdict(set)
@@ -683,8 +684,8 @@ def test_overlap_counts_the_most_negative_of_both(project: Project) -> None:
     assert corrected["observed"] == close(np.corrcoef(one, two)[0, 1])
     assert found["quadrants"][both] == {
         "both": sum((one < 0) & (two < 0)),
-        "first": sum((one < 0) & (two >= 0)),
-        "second": sum((one >= 0) & (two < 0)),
+        "rude only": sum((one < 0) & (two >= 0)),
+        "bias only": sum((one >= 0) & (two < 0)),
         "neither": sum((one >= 0) & (two >= 0)),
     }
     last = found["late_layers"]
@@ -782,7 +783,7 @@ def test_bars_and_heat_maps_show_the_numbers_with_their_signs(project: Project) 
             expected = [cell["value"] for cell in cells if cell is not None]
             assert heights[method] == pytest.approx(expected)
 
-    overlap, both = project.metrics("overlap"), whole.JOIN.join(BEHAVIOURS)
+    overlap, both = project.metrics("overlap"), joined(BEHAVIOURS)
     heights = bars_of(project.figures["overlaps"].axes[0])
     assert heights["observed"] == [overlap["overlaps"][both]["observed"]]
     matrix = np.array(project.figures["correlations"].axes[0].images[0].get_array())

@@ -28,17 +28,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sparc3.base.files import read_csv, read_json, read_jsonl, read_tensors, write_jsonl
-from sparc3.base.params import Params, load
+from sparc3.base.params import Params
+from sparc3.circuits.overlap import joined
+from sparc3.stages.checks import load
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent
 
-# Named as the code names them today.
-MEASURED = {"rude": {"measure": "completions"}, "bias": {"measure": "pairs"}}
-GAP = "differential"  # key of the gate's percentage in metrics/gate/*.json
-JOIN = "-"  # between behaviours, in keys of metrics/overlap.json and in regions.csv
-
-BEHAVIOURS = tuple(MEASURED)
+INSTRUMENTS = {"rude": ["nll", "completions"], "bias": ["pairs"]}
+BEHAVIOURS = tuple(INSTRUMENTS)
 DRAWS = 3
 CONTROLS = tuple(f"random-layer-matched-{draw}" for draw in range(DRAWS))
 CIRCUITS = ("lrp", "gradient-t", "aura", "most-positive", *CONTROLS)
@@ -70,14 +68,14 @@ SEED = 7  # with which effects are of both signs, and differentials more than no
 PARAMS: dict[str, Any] = {
     "model": {"path": "model", "dtype": "float32", "device": "cpu"},
     "prompt_sets": {
-        "general": {"source": "written", "target": "likelihood", "count": 8},
-        "general-rude": {"source": "written", "target": "likelihood", "count": 8},
-        "rude": {"source": "written", "target": "likelihood", "count": 10},
+        "general": {"source": "wikipedia", "target": "likelihood", "count": 8},
+        "general-rude": {"source": "wikipedia", "target": "likelihood", "count": 8},
+        "rude": {"source": "real-toxicity-prompts", "target": "likelihood", "count": 10},
         "general-pairs": {"source": "neutral-pairs", "target": "pair", "count": 14},
         "bias": {"source": "stereoset", "target": "pair", "count": 14},
     },
     "test_sets": {
-        "news": {"source": "written", "count": 7},
+        "news": {"source": "news", "count": 7},
         "second": {"source": "crows-pairs", "target": "pair", "count": 7},
     },
     "behaviours": {
@@ -87,7 +85,7 @@ PARAMS: dict[str, Any] = {
             "method": "lrp",
             "scorers": ["profanity"],
             "on_fail": "warn",
-            **MEASURED["rude"],
+            "instruments": INSTRUMENTS["rude"],
         },
         "bias": {
             "prompts": "bias",
@@ -95,7 +93,7 @@ PARAMS: dict[str, Any] = {
             "method": "gradient-t",
             "second": "second",
             "on_fail": "warn",
-            **MEASURED["bias"],
+            "instruments": INSTRUMENTS["bias"],
         },
     },
     "methods": {
@@ -338,7 +336,7 @@ def summaries(folder: Path) -> dict[str, dict[str, Any]]:
             }
     for name in BEHAVIOURS:
         gate = read_json(metrics / f"gate/{name}.json")
-        found["gate"][name] = {"passed": gate["passed"], **interval(gate[GAP])}
+        found["gate"][name] = {"passed": gate["passed"], **interval(gate["gap"])}
         for method in PARAMS["methods"]:
             path = folder / f"outputs/differential/{name}/{method}.safetensors"
             values = read_tensors(path)[0]["differential"]
@@ -404,7 +402,7 @@ def evaluation(folder: Path, behaviour: str) -> dict[str, Any]:
 
 
 def overlap(folder: Path) -> dict[str, Any]:
-    both = JOIN.join(BEHAVIOURS)
+    both = joined(BEHAVIOURS)
     found = read_json(folder / "metrics/overlap.json")
     kept = ("observed", "jaccard", "enrichment", "log10_p", "layered_expected", "layered_log10_p")
     halves = found["nulls"]["split_halves"]
