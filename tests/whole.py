@@ -70,14 +70,14 @@ SEED = 7  # with which effects are of both signs, and differentials more than no
 PARAMS: dict[str, Any] = {
     "model": {"path": "model", "dtype": "float32", "device": "cpu"},
     "prompt_sets": {
-        "general": {"source": "written", "target": "likelihood", "count": 8},
-        "general-rude": {"source": "written", "target": "likelihood", "count": 8},
-        "rude": {"source": "written", "target": "likelihood", "count": 10},
+        "general": {"source": "wikipedia", "target": "likelihood", "count": 8},
+        "general-rude": {"source": "wikipedia", "target": "likelihood", "count": 8},
+        "rude": {"source": "real-toxicity-prompts", "target": "likelihood", "count": 10},
         "general-pairs": {"source": "neutral-pairs", "target": "pair", "count": 14},
         "bias": {"source": "stereoset", "target": "pair", "count": 14},
     },
     "test_sets": {
-        "news": {"source": "written", "count": 7},
+        "news": {"source": "news", "count": 7},
         "second": {"source": "crows-pairs", "target": "pair", "count": 7},
     },
     "behaviours": {
