@@ -59,11 +59,11 @@ def test_what_differs_is_named_with_both_values(
     committed.run()
     assert capsys.readouterr().out.splitlines() == [
         "metrics differ from those committed in 5 places:",
-        "  metrics/gate/a.json layers[2]: 3 committed, 4 now",
+        "  metrics/gate/a.json/layers[2]: 3 committed, 4 now",
         '  metrics/gate/new.json: nothing committed, {"passed": 0.0} now',
-        "  metrics/transfer.json a.b.low: nothing committed, 1.0 now",
-        "  metrics/transfer.json a.b.p: 0.0 committed, nothing now",
-        "  metrics/transfer.json a.b.value: 12.5 committed, -12.5 now",
+        "  metrics/transfer.json/a/b/low: nothing committed, 1.0 now",
+        "  metrics/transfer.json/a/b/p: 0.0 committed, nothing now",
+        "  metrics/transfer.json/a/b/value: 12.5 committed, -12.5 now",
     ]
 
 

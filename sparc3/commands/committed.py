@@ -57,7 +57,7 @@ def differences(before: Any, after: Any, name: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted({*before, *after}):
             pair = before.get(key, ABSENT), after.get(key, ABSENT)
-            yield from differences(*pair, f"{name}{'.' if '.json ' in name else ' '}{key}".strip())
+            yield from differences(*pair, f"{name}/{key}".lstrip("/"))
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for number, pair in enumerate(zip(before, after, strict=True)):
             yield from differences(*pair, f"{name}[{number}]")
