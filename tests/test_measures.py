@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from sparc3.base.errors import InputError
+from sparc3.base.params import Model
 from sparc3.circuits.circuit import INTACT
 from sparc3.measure.measures import (
     Items,
@@ -85,7 +86,7 @@ def test_the_pieces_of_a_joined_text_share_out_its_likelihood(stride: int) -> No
 
 
 def test_texts_are_joined_by_two_newlines_and_tokenised_as_one(fetched: Path) -> None:
-    tokenizer: Any = loading.tokenizer(str(fetched / "models/smollm2-135m"))
+    tokenizer: Any = loading.tokenizer(Model(path=str(fetched / "models/smollm2-135m")))
     articles = [" = One = \n\n It is cold .\n", " = Two = \n\n Gr\u00fc\u00dfe \u2603 .\n", "end"]
     rows = [{"id": n, "group": n, "text": t} for n, t in zip("abc", articles, strict=True)]
     found = joined(rows, tokenizer)

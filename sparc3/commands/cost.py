@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparc3.measure.likelihood import CHUNK
 from sparc3.model import families
-from sparc3.relevance.scores import POSITIONS_AT_ONCE, PRODUCTS_AT_ONCE, SCORES
+from sparc3.relevance.attribution import POSITIONS_AT_ONCE
+from sparc3.relevance.scores import PRODUCTS_AT_ONCE, SCORES
 
 COMPLETIONS_AT_ONCE = 200  # of generate.complete
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -116,7 +117,7 @@ def likelihood(model: Shape, lengths: Lengths, scored: int | None = None) -> flo
 def attribution(
     model: Shape, prompts: Sequence[Lengths], names: Sequence[str], target: str
 ) -> float:
-    """Operations of the scores `names`, which share passes as in `scores.score`.
+    """Operations of the scores `names`, which share passes as in `attribution.score`.
 
     Backward goes through activations only, never to a weight's gradient, and ends at the neurons
     of the first layer.
@@ -158,7 +159,7 @@ def weights(model: Shape, dtype: str) -> int:
 def attribution_memory(
     model: Shape, prompts: Sequence[Lengths], names: Sequence[str], batch_tokens: int, dtype: str
 ) -> float:
-    """Bytes beyond the weights at the peak of one batch of `scores.score`."""
+    """Bytes beyond the weights at the peak of one batch of `attribution.score`."""
     longest = max(map(sum, prompts))
     tokens = max(batch_tokens, longest)
     together = min(len(prompts), max(1, tokens * len(prompts) // sum(map(sum, prompts))))

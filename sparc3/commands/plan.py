@@ -164,7 +164,7 @@ def are_prepared(params: Params, project: Params) -> bool:
 def sample_of(params: Params, exact: bool) -> Sample:
     """Those of the prompts in outputs/prompts, or assumed ones."""
     if exact:
-        return prepared(loading.tokenizer(params.model.path, params.model.revision))
+        return prepared(loading.tokenizer(params.model))
     return assumed(params)
 
 

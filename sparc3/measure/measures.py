@@ -17,6 +17,7 @@ from sparc3.circuits.circuit import Circuit
 from sparc3.measure.inference import cluster_sums
 from sparc3.measure.likelihood import (
     Progress,
+    Window,
     continuation_nll,
     sentence_scores,
     token_nll,
@@ -86,7 +87,9 @@ def windowed_likelihood(
 
     That of a text which fits the window is the one that `likelihood` gives.
     """
-    scored = window_nll(model, circuits, sample.tokens, window, stride, batch_tokens, progress)
+    scored = window_nll(
+        model, circuits, sample.tokens, Window(window, stride), batch_tokens, progress
+    )
     return [_summed(found) for found in scored]
 
 
@@ -105,7 +108,7 @@ def joined_likelihood(
     """
     tokens = [token for piece in pieces.tokens for token in piece]
     ends = np.cumsum([len(piece) for piece in pieces.tokens])
-    scored = window_nll(model, circuits, [tokens], window, stride, batch_tokens, progress)
+    scored = window_nll(model, circuits, [tokens], Window(window, stride), batch_tokens, progress)
     return [_summed(np.split(nll, ends[:-1])) for (nll,) in scored]
 
 

@@ -6,7 +6,6 @@ reproduction did, stands beside under its own name, `in_sample`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -37,7 +36,7 @@ from sparc3.measure.differences import (
     shift_difference,
     term_differences,
 )
-from sparc3.measure.generate import complete, quality
+from sparc3.measure.generate import Sampling, complete, quality
 from sparc3.measure.measures import (
     Items,
     Likelihood,
@@ -53,7 +52,7 @@ from sparc3.measure.measures import (
     texts,
     windowed_likelihood,
 )
-from sparc3.measure.scorers import Scorer, ScorerSpec, describe, scorer
+from sparc3.measure.scorers import Scorer, describe, scorer
 from sparc3.model import loading
 
 UNPRUNED = "none"  # the name of the model as it is, among those of circuits
@@ -88,12 +87,14 @@ def score_completions(
             model,
             list(circuits.values()),
             prompts.tokens,
-            keys=prompts.ids,
-            completions=evaluate.completions,
-            new_tokens=evaluate.new_tokens,
-            temperature=evaluate.temperature,
-            top_p=evaluate.top_p,
-            seed=evaluate.seed,
+            prompts.ids,
+            Sampling(
+                evaluate.completions,
+                evaluate.new_tokens,
+                evaluate.temperature,
+                evaluate.top_p,
+                evaluate.seed,
+            ),
             progress=bar.update,
         )
     scores: dict[str, dict[str, Array]] = {}
@@ -423,7 +424,7 @@ def result(
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, evaluate = params.behaviours[behaviour], params.evaluate
-    tokenizer = loading.tokenizer(params.model.path, params.model.revision)
+    tokenizer = loading.tokenizer(params.model)
     setting, elicited = load_setting(params, behaviour, tokenizer)
     first = setting.samples[0].name
     circuits = {}
@@ -432,13 +433,8 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
             path = circuit_path(behaviour, name)
             refuse_leak(setting.rows, read_json(path.with_suffix(".json")), str(path))
             circuits[name] = (method, read_circuit(path))
-    scorers = {
-        name: scorer(ScorerSpec(**asdict(params.scorers[name])), params.model.device)
-        for name in spec.scorers
-    }
-    model = loading.load(
-        params.model.path, params.model.revision, params.model.dtype, params.model.device
-    )
+    scorers = {name: scorer(params.scorers[name], params.model.device) for name in spec.scorers}
+    model = loading.load(params.model)
     asked = {UNPRUNED: Asked({sample.name: True for sample in setting.samples}, second=True)}
     for name, (method, _) in circuits.items():
         own = method == spec.method  # of the behaviour: it alone is measured by all there is
@@ -487,9 +483,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     if scores:
         groups = setting.samples[0].texts.groups
         found["scorer_agreement"] = agreement(scores, groups, evaluate.resamples)
-        found["scorers"] = {
-            name: describe(ScorerSpec(**asdict(params.scorers[name]))) for name in spec.scorers
-        }
+        found["scorers"] = {name: describe(params.scorers[name]) for name in spec.scorers}
     folder = evaluation_folder(behaviour)
     write_jsonl(folder / "completions.jsonl", completions)
     write_csv(folder / "prompts.csv", *prompt_table(found_by, setting.samples))

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from tokenizers import Tokenizer
 from sparc3.base.artifacts import metrics_path, prompts_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, write_json, write_jsonl
-from sparc3.base.params import Keep, Params, PromptSet
+from sparc3.base.params import Keep, Model, Params, PromptSet
+from sparc3.model.families import context
 from sparc3.prompts import sources
 from sparc3.prompts.sampling import SPLITS, Prompt, as_row, prompt_set
 
@@ -75,37 +75,32 @@ def check(params: Params) -> None:
             )
 
 
-def load_tokenizer(path: str, revision: str | None) -> tuple[Tokenizer, int]:
+def load_tokenizer(spec: Model) -> tuple[Tokenizer, float]:
     """The model's tokenizer and the tokens of its context, without torch if they are at hand."""
-    folder = Path(path)
+    folder = Path(spec.path)
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tree = read_json(folder / "config.json")
-        context = tree.get("max_position_embeddings", tree.get("n_positions"))
-    else:  # on the hub, or in an older format that transformers converts
-        from transformers import AutoConfig
-
+    else:  # in an older format that transformers converts
         from sparc3.model import loading
 
-        tokenizer = getattr(loading.tokenizer(path, revision), "backend_tokenizer", None)
+        tokenizer = getattr(loading.tokenizer(spec), "backend_tokenizer", None)
         if not isinstance(tokenizer, Tokenizer):
             raise InputError(
-                f"params: model.path: {path} has no tokenizer.json and no tokenizer that converts "
-                "to one; choose another model"
+                f"params: model.path: {folder} has no tokenizer.json and no tokenizer that "
+                "converts to one; choose another model"
             )
-        context = AutoConfig.from_pretrained(path, revision=revision).max_position_embeddings
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer, context
+    return tokenizer, context(read_json(folder / "config.json"))
 
 
-def check_context(key: str, prompts: Sequence[Prompt], context: int) -> None:
+def check_context(key: str, prompts: Sequence[Prompt], longest: float) -> None:
     """InputError for a prompt that the model cannot read whole."""
     for prompt in prompts:
-        if prompt.tokens > context:
+        if prompt.tokens > longest:
             raise InputError(
                 f"params: {key}: prompt {prompt.id} ({prompt.text[:40]!r}) has "
-                f"{prompt.tokens} tokens, the model's context {context}; set max_tokens"
+                f"{prompt.tokens} tokens, the model's context {longest}; set max_tokens"
             )
 
 
@@ -127,23 +122,21 @@ def elicited(
     params: Params, name: str, keep: Keep, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The second pass of a set, for which the model and a scorer are loaded."""
-    from sparc3.measure.scorers import ScorerSpec, scorer
+    from sparc3.measure.scorers import scorer
     from sparc3.model import (
         loading,  # here: a set without a second pass needs no torch
     )
     from sparc3.prompts.second_pass import keep_highest
 
-    spec = params.model
-    model = loading.load(spec.path, spec.revision, spec.dtype, spec.device)
-    score = scorer(ScorerSpec(**asdict(params.scorers[keep.scorer])), spec.device)
-    tokenizer = loading.tokenizer(spec.path, spec.revision)
+    model, tokenizer = loading.load(params.model), loading.tokenizer(params.model)
+    score = scorer(params.scorers[keep.scorer], params.model.device)
     return keep_highest(model, tokenizer, rows, keep, score, name)
 
 
 def run(params: Params) -> dict[str, float]:
     """Write outputs/prompts/SET.jsonl for every prompt set, and no other file there."""
     check(params)
-    tokenizer, context = load_tokenizer(params.model.path, params.model.revision)
+    tokenizer, longest = load_tokenizer(params.model)
     made: dict[str, list[Prompt]] = {}
     specs = prompt_sets(params)
     for name in sorted(specs, key=lambda name: specs[name][1].match_length is not None):
@@ -151,7 +144,7 @@ def run(params: Params) -> dict[str, float]:
         like = made[spec.match_length] if spec.match_length else None
         made[name] = prompt_set(key, spec, params.prepare.splits, tokenizer, like)
         if name in params.prompt_sets or spec.target == "pair":  # other texts go through windows
-            check_context(key, made[name], context)
+            check_context(key, made[name], longest)
         log.info("prepare: %s has %d prompts", name, len(made[name]))
     rows = {name: [as_row(prompt) for prompt in prompts] for name, prompts in made.items()}
     for name, (_, spec) in specs.items():

@@ -47,7 +47,7 @@ def objective(measure: str, measured: dict[str, float]) -> float:
 def run(params: Params, behaviour: str) -> dict[str, float]:
     check_methods(params)
     spec, sweep = params.behaviours[behaviour], params.sweep
-    tokenizer = loading.tokenizer(params.model.path, params.model.revision)
+    tokenizer = loading.tokenizer(params.model)
     chosen = {
         name: method
         for name, method in params.methods.items()
@@ -62,9 +62,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         return {"points": 0.0}
     rows = read_prompts(spec.prompts, "tune")[: sweep.items]
     general = texts(read_prompts(params.differential.general, "tune")[: sweep.texts], tokenizer)
-    model = loading.load(
-        params.model.path, params.model.revision, params.model.dtype, params.model.device
-    )
+    model = loading.load(params.model)
 
     sample = (texts if spec.measure == "completions" else items)(rows, tokenizer)
     points: list[dict[str, Any]] = [{"method": "none", "protect": 0.0, "num_neurons": 0}]

@@ -44,7 +44,7 @@ def run(params: Params) -> dict[str, float]:
         write_csv(OUTPUTS / "transfer" / "matrix.csv", [], COLUMNS)
         write_json(metrics_path("transfer"), {})
         return {}
-    tokenizer = loading.tokenizer(params.model.path, params.model.revision)
+    tokenizer = loading.tokenizer(params.model)
     rows = {
         name: read_prompts(spec.prompts, "test")[: transfer.items]
         for name, spec in params.behaviours.items()
@@ -63,9 +63,7 @@ def run(params: Params) -> dict[str, float]:
         name: (items if spec.measure == "pairs" else texts)(rows[name], tokenizer)
         for name, spec in params.behaviours.items()
     }
-    model = loading.load(
-        params.model.path, params.model.revision, params.model.dtype, params.model.device
-    )
+    model = loading.load(params.model)
 
     samples = {**general, **measured}
     pruned_by = [INTACT, *circuits.values()]
