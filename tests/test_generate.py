@@ -320,7 +320,9 @@ def test_the_last_position_of_the_context_is_used(llama):
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
 def test_logits_that_are_not_finite_name_the_prompt_and_what_helps(value, dtype, top_p):
     model = end_at(tiny.model("qwen2", dtype), None)
-    model.get_input_embeddings().weight[4] = value  # not tied: only one prompt meets it
+    model.get_parameter("model.embed_tokens.weight")[4] = (
+        value  # not tied: only one prompt meets it
+    )
     prompts, settings = [[5, 6, 7], [5, 4, 7], [8, 9]], {**SETTINGS, "top_p": top_p}
     with pytest.raises(InputError, match="prompt bad: logits are not finite") as caught:
         complete(model, prompts, ["a", "bad", "c"], 2, **{**settings, "new_tokens": 1})

@@ -326,7 +326,7 @@ def test_messages_name_the_prompts_id(llama, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_that_are_not_finite_name_the_prompt_and_what_helps(kind, dtype):
     model = tiny.model("qwen2", dtype)  # its embeddings are not tied: one prompt meets the bad row
-    model.get_input_embeddings().weight[4] = torch.nan
+    model.get_parameter("model.embed_tokens.weight")[4] = torch.nan
     texts = [[5, 6, 7], [5, 4, 7], [8, 9]]
     given = [[text] for text in texts] if kind == "continuation_nll" else texts
     settings = {"window": Window(8, 4)} if kind == "window_nll" else {}

@@ -210,7 +210,8 @@ def test_float32_products_are_of_float32(rows):
 @pytest.fixture
 def switch():
     """The process-wide setting of float32 products, at another value until the test is over."""
-    matmul: Any = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn
+    matmul = mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     yield matmul
     matmul.fp32_precision = before

@@ -73,7 +73,7 @@ def continuation_nll(
     Raises InputError as `token_nll`, for an empty group, and for a sequence longer than the
     model's sliding window, which would reach across the row instead of the sequence.
     """
-    names = _named(names, len(groups))
+    names = _named(names, len(groups), "group")
     window = getattr(model.config, "sliding_window", None) or math.inf
     limit = min(context(model.config.to_dict()), window)
     for name, group in zip(names, groups, strict=True):
@@ -142,10 +142,10 @@ def window_nll(
     return every
 
 
-def _named(names: Sequence[str] | None, count: int) -> list[str]:
+def _named(names: Sequence[str] | None, count: int, kind: str = "sequence") -> list[str]:
     """What messages call the sequences: by their ids, or by their places."""
     if names is None:
-        return [f"sequence {place}" for place in range(count)]
+        return [f"{kind} {place}" for place in range(count)]
     return [f"prompt {name}" for name in names]
 
 

@@ -268,7 +268,7 @@ def _run(
     if device == "auto":  # for a model in parts; a scorer is small
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.nn.Module.to(model.eval(), device)  # transformers' own `to` has no usable type
-    limit = min(tokenizer.model_max_length, context(model.config.to_dict()))
+    limit = int(min(tokenizer.model_max_length, context(model.config.to_dict())))
 
     @torch.inference_mode()
     def score(texts: list[str]) -> Array:
