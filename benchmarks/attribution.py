@@ -5,7 +5,7 @@
 naive    per-weight |w * dy/dw| of every linear layer but the head under AttnLRP, one prompt at a
          time: the 28 GB of LLaMA-3-8B are these weights
 floor    forward and activation backward of the plain model, from the last position's largest logit
-lrp      sparc3.scores.score, in the same batches as the floor
+lrp      sparc3.relevance.attribution.score, in the same batches as the floor
 lrp-abs  the same for |w * dy/dw| summed per neuron over the incoming weights of `up`
 
 Throughput is the median over repeats in which the ways take turns, memory the peak of a process
@@ -26,9 +26,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from benchmarks.generation import MODEL, alternating, as_installed, machine
+from sparc3.base.params import Model
 from sparc3.model import families, loading
+from sparc3.relevance.attribution import Prompt, score
 from sparc3.relevance.lrp import attnlrp
-from sparc3.relevance.scores import Prompt, score
 
 REPEATS = 5
 SETTINGS = {256: 4, 16: 32}  # tokens per prompt: prompts per batch
@@ -65,7 +66,7 @@ def floor(model: PreTrainedModel, prompts: Sequence[Prompt]) -> int:
 def ours(name: str) -> Callable[[PreTrainedModel, Sequence[Prompt]], int]:
     def way(model: PreTrainedModel, prompts: Sequence[Prompt]) -> int:
         tokens = sum(len(s) for p in prompts for s in p.sequences)
-        ((_, scores),) = score(model, prompts, [name], batch_tokens=tokens)
+        (scores,) = score(model, [prompts], [name], batch_tokens=tokens)
         return len(scores[name])
 
     return way
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--alone", nargs=2, metavar=("WAY", "TOKENS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    model = loading.load(arguments.model)
+    model = loading.load(Model(path=arguments.model))
 
     if arguments.alone:
         way, tokens = arguments.alone[0], int(arguments.alone[1])
@@ -182,12 +183,12 @@ def main() -> None:
         memory = {name: peak_memory(arguments.model, name, tokens) for name in WAYS}
         print("\n".join(["", *report(tokens, rates, memory)]))
         up = families.incoming(families.mlps(model)[0].up)
-        own = product_rate(batch * tokens, up.shape[1], up.shape[0])
+        shaped = product_rate(batch * tokens, up.shape[1], up.shape[0])
         done = rates["floor"] * floor_work(model, tokens)
         shares = ", ".join(f"{k} {v:.0%}" for k, v in account(model, tokens).items())
         print(
             f"floor: {done:.0f} GFLOP/s in linear layers, {done / square:.0%} of a 2048-cube "
-            f"product's {square:.0f}, {done / own:.0%} of {own:.0f} at the shape of `up`\n"
+            f"product's {square:.0f}, {done / shaped:.0%} of {shaped:.0f} at the shape of `up`\n"
             f"floor's time: {shares}",
             flush=True,
         )

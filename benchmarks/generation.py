@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from sparc3.base.files import read_jsonl
+from sparc3.base.params import Model
 from sparc3.circuits.circuit import INTACT
-from sparc3.measure.generate import complete
+from sparc3.measure.generate import Sampling, complete
 from sparc3.model import families, loading
 
 MODEL = "models/smollm2-135m"
@@ -28,9 +29,7 @@ PROMPTS = Path("data/real-toxicity-prompts.jsonl")
 REPEATS = 5
 BATCH = 200
 COUNT = 12  # prompts
-COMPLETIONS = 25
-NEW_TOKENS = 20
-TEMPERATURE, TOP_P = 1.0, 0.9
+SAMPLING = Sampling(completions=25, new_tokens=20, temperature=1.0, top_p=0.9, seed=0)
 
 
 def alternating(
@@ -108,26 +107,26 @@ def ways(model: PreTrainedModel, prompts: list[list[int]]) -> dict[str, Callable
         seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         settings: dict[str, Any] = {
             "do_sample": True,
-            "temperature": TEMPERATURE,
-            "top_p": TOP_P,
+            "temperature": SAMPLING.temperature,
+            "top_p": SAMPLING.top_p,
             "top_k": 0,
-            "max_new_tokens": NEW_TOKENS,
+            "max_new_tokens": SAMPLING.new_tokens,
             "num_return_sequences": completions,
         }
         with as_installed():
-            found = generate(inputs=ids, attention_mask=seen.to(device), **settings)
-        return found[:, longest:].numel()
+            drawn = generate(inputs=ids, attention_mask=seen.to(device), **settings)
+        return drawn[:, longest:].numel()
 
     def ours() -> int:
         keys = [str(n) for n in range(len(prompts))]
-        (drawn,) = complete(
-            model, [INTACT], prompts, keys, COMPLETIONS, NEW_TOKENS, TEMPERATURE, TOP_P, 0, BATCH
-        )
+        (drawn,) = complete(model, [INTACT], prompts, keys, SAMPLING, BATCH)
         return sum(len(tokens) for row in drawn for tokens in row)
 
     return {
         "generate, one at a time": lambda: sum(sampled([p], 1) for p in prompts[:3]),
-        "generate, batch of 100": lambda: sampled(prompts[: 100 // COMPLETIONS], COMPLETIONS),
+        "generate, batch of 100": lambda: sampled(
+            prompts[: 100 // SAMPLING.completions], SAMPLING.completions
+        ),
         "complete": ours,
         "matrix products alone": limit(model),
     }
@@ -136,8 +135,8 @@ def ways(model: PreTrainedModel, prompts: list[list[int]]) -> dict[str, Callable
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default=MODEL)
-    path = parser.parse_args().model
-    model, tokenizer = loading.load(path), loading.tokenizer(path)
+    spec = Model(path=parser.parse_args().model)
+    model, tokenizer = loading.load(spec), loading.tokenizer(spec)
     texts = [row["text"] for row in read_jsonl(PROMPTS)]
     encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     prompts = [tokens for tokens in encoded if 5 <= len(tokens) <= 20][:COUNT]
@@ -145,7 +144,8 @@ def main() -> None:
     print(machine())
     print(
         f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
-        f"{COMPLETIONS} completions of {NEW_TOKENS} tokens, top-p {TOP_P}, {REPEATS} repeats"
+        f"{SAMPLING.completions} completions of {SAMPLING.new_tokens} tokens, "
+        f"top-p {SAMPLING.top_p}, {REPEATS} repeats"
     )
     print(table(rates, "tokens/s", "generate, one at a time"))
 

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.attribution import own_peak
 from benchmarks.generation import alternating, machine
-from sparc3.relevance.scores import Prompt, score
+from sparc3.relevance.attribution import Prompt, score
 
 REPEATS = 5
 DOUBLINGS = 4  # points
@@ -63,8 +63,9 @@ def attribute(model: PreTrainedModel, setting: Setting) -> int:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(8192, (setting.prompts, setting.tokens), generator=generator).tolist()
     prompts = [Prompt(str(n), (row,)) for n, row in enumerate(ids)]
-    shards = score(model, prompts, ["lrp"], batch_tokens=BATCH_TOKENS, shard=SHARD)
-    return sum(len(scores["lrp"]) for _, scores in shards)
+    shards = [prompts[start : start + SHARD] for start in range(0, len(prompts), SHARD)]
+    every = score(model, shards, ["lrp"], batch_tokens=BATCH_TOKENS)
+    return sum(len(scores["lrp"]) for scores in every)
 
 
 def memory(setting: Setting) -> float:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.likelihood [MODEL]
 
-The plain forward passes read the very batches that `sparc3.likelihood` makes: "decoder" stops at
-the last hidden state, "forward" goes on to the logits of every position, all at once.
+The plain forward passes read the very batches that `sparc3.measure.likelihood` makes: "decoder"
+stops at the last hidden state, "forward" goes on to the logits of every position, all at once.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.generation import MODEL, REPEATS, alternating, machine, table
 from sparc3.base.files import read_jsonl
+from sparc3.base.params import Model
 from sparc3.circuits.circuit import INTACT
-from sparc3.measure.likelihood import continuation_nll, token_nll, window_nll
+from sparc3.measure.likelihood import Window, continuation_nll, token_nll, window_nll
 from sparc3.model import families, loading
 
 TEXTS = Path("data/boolq.jsonl")
@@ -67,8 +68,8 @@ def against_forward(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default=MODEL)
-    path = parser.parse_args().model
-    model, tokenizer = loading.load(path), loading.tokenizer(path)
+    spec = Model(path=parser.parse_args().model)
+    model, tokenizer = loading.load(spec), loading.tokenizer(spec)
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -94,7 +95,7 @@ def main() -> None:
         "a text of 3072 tokens, window 1024, stride 512": against_forward(
             model,
             len(long),
-            window_nll=lambda: window_nll(model, [INTACT], [long], 1024, 512, BATCH_TOKENS),
+            window_nll=lambda: window_nll(model, [INTACT], [long], Window(1024, 512), BATCH_TOKENS),
         ),
     }
     print(f"{machine()}, {REPEATS} repeats")

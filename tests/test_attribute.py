@@ -14,7 +14,7 @@ from sparc3.base.artifacts import read_prompts, read_scores
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_jsonl, write_jsonl
 from sparc3.model import loading
-from sparc3.relevance.scores import Prompt, score
+from sparc3.relevance.attribution import Prompt, score
 from sparc3.stages import attribute, checks
 from sparc3.stages.attribute import by_target
 
@@ -49,8 +49,9 @@ def test_each_name_holds_the_score_of_its_target(project: Path) -> None:
     path = project / "outputs/prompts/talk.jsonl"
     write_jsonl(path, [{**r, "pair": [r["text"], "w5 w6 w7 w8"]} for r in read_jsonl(path)])
     names = ["lrp", "lrp@max-logit", "lrp-abs@likelihood", "activation"]
-    attribute.run(with_set(project, names, target="pair", source="stereoset"), "talk")
-    model, tokenizer = loading.load("model"), loading.tokenizer("model")
+    params = with_set(project, names, target="pair", source="stereoset")
+    attribute.run(params, "talk")
+    model, tokenizer = loading.load(params.model), loading.tokenizer(params.model)
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -60,12 +61,12 @@ def test_each_name_holds_the_score_of_its_target(project: Path) -> None:
     for name, target in zip(names, ("pair", "max-logit", "likelihood", "pair"), strict=True):
         stored_ids, stored = read_scores("talk", name)
         assert stored_ids == [row["id"] for row in rows]
-        own = name.partition("@")[0]
+        score_name = name.partition("@")[0]
         for row, values in zip(rows, stored, strict=True):
             texts = row["pair"] if target == "pair" else [row["text"]]
             prompt = Prompt(row["id"], tuple(ids(text) for text in texts))
-            ((_, alone),) = score(model, [prompt], [own], target=target)
-            np.testing.assert_allclose(values, alone[own][0], rtol=1e-3, atol=1e-5)
+            (alone,) = score(model, [[prompt]], [score_name], target=target)
+            np.testing.assert_allclose(values, alone[score_name][0], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["magic", "lrp@magic", "magic@pair", "@pair"])

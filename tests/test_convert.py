@@ -14,6 +14,7 @@ from test_fetch import LLAMA, add_tokenizer, write_gguf
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sparc3.base.errors import InputError
+from sparc3.base.params import Model
 from sparc3.model import loading
 from sparc3.model.gguf import convert
 
@@ -64,7 +65,7 @@ def test_shards_hold_every_tensor_once_and_load_as_one_model(
             for size, tensors in zip(sizes, held.values(), strict=True)
         )
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    loaded = loading.load(str(tmp_path), dtype="bfloat16")
+    loaded = loading.load(Model(path=str(tmp_path), dtype="bfloat16"))
     expected = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.bfloat16
     )
@@ -156,8 +157,9 @@ def test_a_large_model_takes_little_more_memory_than_its_weights(tmp_path: Path)
     assert converting < 1.2 * 2 * parameters
     assert len(list(folder.glob("*.safetensors"))) > 1
     loading = peak(
-        "from sparc3 import models\n"
-        "model = loading.load(sys.argv[1], dtype='bfloat16')\n"
+        "from sparc3.base.params import Model\n"
+        "from sparc3.model import loading\n"
+        "model = loading.load(Model(path=sys.argv[1], dtype='bfloat16'))\n"
         f"assert sum(p.numel() for p in model.parameters()) == {parameters}",
         folder,
     )

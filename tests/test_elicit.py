@@ -7,7 +7,7 @@ import tiny
 from sparc3.base.errors import InputError
 from sparc3.base.params import Keep
 from sparc3.circuits.circuit import INTACT
-from sparc3.measure.generate import complete
+from sparc3.measure.generate import Sampling, complete
 from sparc3.prompts.second_pass import highest, keep_highest
 
 
@@ -61,7 +61,7 @@ def test_evaluation_with_the_same_seed_draws_other_completions() -> None:
     model, rows = tiny.model("llama"), [{"id": str(i), "text": "3 4"} for i in range(12)]
     kept = keep_highest(model, WORDS, rows, Keep("s", 12, 5, 1.0, 1.0, 0), lengths, "set")
     ids = [row["id"] for row in rows]
-    (drawn,) = complete(model, [INTACT], [[3, 4]] * 12, ids, 1, 5, 1.0, 1.0, 0)
+    (drawn,) = complete(model, [INTACT], [[3, 4]] * 12, ids, Sampling(1, 5, 1.0, 1.0, 0))
     again = lengths(WORDS.batch_decode([tokens for (tokens,) in drawn], skip_special_tokens=True))
     assert not np.array_equal([row["elicited"] for row in kept], again)
 

@@ -74,7 +74,7 @@ def test_plain_transformers_gives_the_logits_of_the_model_in_memory(project, fam
     params = project(family, dtype)
     counts = export.run(params, "toxicity", "lrp", Path("out/model"))
     assert counts == {"removed": 3, "dampened": 1}
-    model = loading.load("models/tiny", dtype=dtype)
+    model = loading.load(Model(path="models/tiny", dtype=dtype))
     with pruned(model, CIRCUIT):
         by_column = model(IDS).logits
     assert (by_column - model(IDS).logits).abs().max() > 1e-2
@@ -101,7 +101,7 @@ def test_folder_holds_weights_tokenizer_card_and_circuit(project):
         CIRCUIT.rows(), key=lambda row: row[2]
     )
     text = AutoTokenizer.from_pretrained("out")("a good day")["input_ids"]
-    assert text == loading.tokenizer("models/tiny")("a good day")["input_ids"]
+    assert text == loading.tokenizer(Model(path="models/tiny"))("a good day")["input_ids"]
     modes = {p.stat().st_mode & 0o777 for p in Path("out").rglob("*") if p.is_file()}
     assert modes == {0o644}
     assert {p.name for p in Path().iterdir()} == {"models", "outputs", "out"}  # nothing left over

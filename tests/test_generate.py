@@ -16,16 +16,17 @@ from sparc3.base.errors import InputError
 from sparc3.circuits.ablate import pruned
 from sparc3.circuits.circuit import INTACT
 from sparc3.measure import generate
-from sparc3.measure.generate import draw, quality
+from sparc3.measure.generate import Sampling, draw, quality
 from sparc3.model import families
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 SETTINGS = {"new_tokens": 8, "temperature": 0.8, "top_p": 0.9, "seed": 0}
 
 
-def complete(model, *args, **kwargs):
+def complete(model, prompts, keys, completions, *, batch=200, progress=None, **settings):
     """Completions of the model as it is."""
-    (found,) = generate.complete(model, [INTACT], *args, **kwargs)
+    sampling = Sampling(completions, **settings)
+    (found,) = generate.complete(model, [INTACT], prompts, keys, sampling, batch, progress)
     return found
 
 
@@ -93,9 +94,8 @@ def test_circuits_that_share_batches_draw_as_each_alone(family, batch):
     prompts, keys = prompts_and_keys([5, 5, 8, 12])
     circuits = [tiny.circuit(0, 2), INTACT, tiny.circuit(1, scale=0.3), tiny.circuit(1)]
     done = []
-    several = generate.complete(
-        model, circuits, prompts, keys, 6, batch=batch, progress=done.append, **SETTINGS
-    )
+    sampling = Sampling(6, **SETTINGS)
+    several = generate.complete(model, circuits, prompts, keys, sampling, batch, done.append)
     assert sum(done) == len(circuits) * len(prompts)
     for circuit, found in zip(circuits, several, strict=True):
         with pruned(model, circuit):
@@ -144,7 +144,15 @@ def test_same_distribution_as_transformers(llama, temperature, top_p):
     samples = 3000
     prompt = tiny.sequences([4])[0]
     ours = complete(
-        llama, [prompt], ["a"], samples, 2, temperature=temperature, top_p=top_p, seed=3, batch=3000
+        llama,
+        [prompt],
+        ["a"],
+        samples,
+        new_tokens=2,
+        temperature=temperature,
+        top_p=top_p,
+        seed=3,
+        batch=3000,
     )[0]
     torch.manual_seed(0)
     ids = torch.tensor([prompt])
@@ -201,7 +209,7 @@ def test_draws_follow_the_warped_probabilities(nucleus, top_p, temperature, monk
 
 def test_low_temperature_is_greedy(llama):
     prompts, keys = prompts_and_keys([5, 6])
-    found = complete(llama, prompts, keys, 3, 4, temperature=1e-4, top_p=1.0, seed=0)
+    found = complete(llama, prompts, keys, 3, new_tokens=4, temperature=1e-4, top_p=1.0, seed=0)
     for row, prompt in zip(found, prompts, strict=True):
         greedy = []
         for _ in range(4):
@@ -277,15 +285,15 @@ def test_a_first_token_that_ends_leaves_an_empty_completion(llama):
 def test_short_prompts_may_end_before_long_ones_begin(llama):
     end_at(llama, list(range(tiny.VOCABULARY)))
     prompts, keys = prompts_and_keys([4, 8])
-    found = complete(llama, prompts, keys, 2, 40, temperature=1.0, top_p=0.9, seed=0)
+    found = complete(llama, prompts, keys, 2, new_tokens=40, temperature=1.0, top_p=0.9, seed=0)
     assert found == [[[], []], [[], []]]
 
 
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"new_tokens": 60}, "prompt 0 has 5 tokens and new_tokens is 60: .* context of 64"),
-        ({"prompts": [[]]}, "prompt 0 is empty"),
+        ({"new_tokens": 60}, "prompt a has 5 tokens and new_tokens is 60: .* context of 64"),
+        ({"prompts": [[]]}, "prompt a is empty"),
         ({"completions": 0}, "completions: 0 given, expected at least 1"),
         ({"new_tokens": 0}, "new_tokens: 0 given"),
         ({"batch": 0}, "batch: 0 given"),
@@ -295,7 +303,7 @@ def test_short_prompts_may_end_before_long_ones_begin(llama):
     ],
 )
 def test_bad_input_is_named(llama, changed, match):
-    prompts, keys = prompts_and_keys([5])
+    prompts, keys = tiny.sequences([5]), ["a"]
     given = {"prompts": prompts, "keys": keys, "completions": 2, **SETTINGS, **changed}
     with pytest.raises(InputError, match=match):
         complete(llama, **given)
@@ -303,16 +311,22 @@ def test_bad_input_is_named(llama, changed, match):
 
 def test_the_last_position_of_the_context_is_used(llama):
     prompts, keys = prompts_and_keys([60])
-    found = complete(llama, prompts, keys, 2, 4, temperature=1.0, top_p=0.9, seed=0)
+    found = complete(llama, prompts, keys, 2, new_tokens=4, temperature=1.0, top_p=0.9, seed=0)
     assert [len(tokens) for tokens in found[0]] == [4, 4]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_an_error(llama, value):
-    llama.get_output_embeddings().weight[9, 0] = value
-    prompts, keys = prompts_and_keys([5])
-    with pytest.raises(InputError, match="not finite"):
-        complete(llama, prompts, keys, completions=2, **SETTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_logits_that_are_not_finite_name_the_prompt_and_what_helps(value, dtype, top_p):
+    model = end_at(tiny.model("qwen2", dtype), None)
+    model.get_parameter("model.embed_tokens.weight")[4] = (
+        value  # not tied: only one prompt meets it
+    )
+    prompts, settings = [[5, 6, 7], [5, 4, 7], [8, 9]], {**SETTINGS, "top_p": top_p}
+    with pytest.raises(InputError, match="prompt bad: logits are not finite") as caught:
+        complete(model, prompts, ["a", "bad", "c"], 2, **{**settings, "new_tokens": 1})
+    assert ("float32" in str(caught.value)) == (dtype != torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import tiny
 from naive import FEW, how, likelihood, log_p, measured, pair_difference
 
 from sparc3.base.errors import InputError
+from sparc3.base.params import Model
 from sparc3.circuits.circuit import INTACT
 from sparc3.measure.generate import quality
 from sparc3.measure.instrument import (
@@ -123,7 +124,7 @@ def test_the_pieces_of_a_joined_text_share_out_its_likelihood(stride: int) -> No
 
 
 def test_texts_are_joined_by_two_newlines_and_tokenised_as_one(fetched: Path) -> None:
-    tokenizer: Any = loading.tokenizer(str(fetched / "models/smollm2-135m"))
+    tokenizer: Any = loading.tokenizer(Model(path=str(fetched / "models/smollm2-135m")))
     articles = [" = One = \n\n It is cold .\n", " = Two = \n\n Gr\u00fc\u00dfe \u2603 .\n", "end"]
     rows = [{"id": n, "group": n, "text": t} for n, t in zip("abc", articles, strict=True)]
     found = perplexity.encode_joined(rows, tokenizer)

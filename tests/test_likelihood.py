@@ -12,7 +12,7 @@ from sparc3.base.errors import InputError
 from sparc3.circuits.ablate import pruned
 from sparc3.circuits.circuit import INTACT
 from sparc3.measure import likelihood
-from sparc3.measure.likelihood import sentence_scores
+from sparc3.measure.likelihood import Window, sentence_scores
 from sparc3.model import families, loading
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
@@ -111,11 +111,11 @@ def test_without_each_circuit_as_within_pruned(family, batch_tokens):
     done = []
     found = likelihood.token_nll(model, circuits, sequences, batch_tokens, done.append)
     assert sum(done) == len(circuits) * len(sequences)
-    for circuit, own in zip(circuits, found, strict=True):
+    for circuit, nlls in zip(circuits, found, strict=True):
         with pruned(model, circuit):
-            for one, other in zip(own, token_nll(model, sequences, batch_tokens), strict=True):
+            for one, other in zip(nlls, token_nll(model, sequences, batch_tokens), strict=True):
                 assert one.tolist() == other.tolist()
-    levels = {tuple(np.concatenate(own)) for own in found}
+    levels = {tuple(np.concatenate(nlls)) for nlls in found}
     assert len(levels) == 5  # two are there twice
 
 
@@ -124,14 +124,14 @@ def test_continuations_and_windows_without_each_circuit(llama, kind):
     circuits = [INTACT, tiny.circuit(2), tiny.circuit(0)]
     texts = tiny.sequences([12, 20])
     given = [[texts[0], texts[0][:4] + texts[1]]] if kind == "continuation_nll" else texts
-    settings = {} if kind == "continuation_nll" else {"window": 9, "stride": 4}
+    settings = {} if kind == "continuation_nll" else {"window": Window(9, 4)}
     several = getattr(likelihood, kind)(llama, circuits, given, **settings)
-    for circuit, own in zip(circuits, several, strict=True):
+    for circuit, one in zip(circuits, several, strict=True):
         with pruned(llama, circuit):
             (alone,) = getattr(likelihood, kind)(llama, [INTACT], given, **settings)
         if kind == "continuation_nll":
-            own, alone = own[0], alone[0]
-        np.testing.assert_array_equal(np.concatenate(own), np.concatenate(alone))
+            one, alone = one[0], alone[0]
+        np.testing.assert_array_equal(np.concatenate(one), np.concatenate(alone))
 
 
 def fed_shapes(model):
@@ -218,8 +218,8 @@ def test_a_sliding_window_is_not_stretched_over_the_row():
 def test_sentence_scores_are_means_of_log_p():
     scores = sentence_scores([np.array([1, 2, 6], np.float32), np.array([0.5], np.float32)])
     assert scores.tolist() == [-3, -0.5]
-    with pytest.raises(InputError, match="sequence 1 has 1 token"):
-        sentence_scores([np.ones(2), np.ones(0)])
+    with pytest.raises(InputError, match="prompt a has a sequence of 1 token"):
+        sentence_scores([np.ones(2), np.ones(0)], "a")
 
 
 @torch.no_grad()
@@ -247,7 +247,7 @@ WINDOWS = [(16, 4), (16, 5), (16, 16), (7, 1), (40, 13), (2, 1)]
 @pytest.mark.parametrize("batch_tokens", [1, 64])
 def test_windows_as_in_the_guide(llama, window, stride, batch_tokens):
     texts = tiny.sequences([61, 2, 16, 17, 33])
-    found = window_nll(llama, texts, window, stride, batch_tokens)
+    found = window_nll(llama, texts, Window(window, stride), batch_tokens)
     for text, nll in zip(texts, found, strict=True):
         rows = guide_nll(llama, text, window, stride)
         assert nll.shape == (len(text),)
@@ -261,14 +261,14 @@ def test_windows_as_in_the_guide(llama, window, stride, batch_tokens):
 
 def test_a_window_as_long_as_the_text_is_the_plain_likelihood(llama):
     texts = tiny.sequences([30, 12])
-    found = window_nll(llama, texts, window=30, stride=10)
+    found = window_nll(llama, texts, Window(30, 10))
     for nll, plain in zip(found, token_nll(llama, texts), strict=True):
         np.testing.assert_allclose(nll[1:], plain, rtol=1e-5)
 
 
 def test_stride_equal_to_window_gives_independent_chunks(llama):
     text = tiny.sequences([43])[0]
-    (found,) = window_nll(llama, [text], window=10, stride=10)
+    (found,) = window_nll(llama, [text], Window(10, 10))
     for begin in range(0, 43, 10):
         (chunk,) = token_nll(llama, [text[begin : begin + 10]])
         np.testing.assert_allclose(found[begin + 1 : begin + 10], chunk, rtol=1e-5)
@@ -277,7 +277,7 @@ def test_stride_equal_to_window_gives_independent_chunks(llama):
 
 def test_a_uniform_model_gives_every_token_the_log_of_the_vocabulary(llama):
     llama.get_output_embeddings().weight.zero_()
-    for nll in window_nll(llama, tiny.sequences([20, 5]), window=8, stride=3):
+    for nll in window_nll(llama, tiny.sequences([20, 5]), Window(8, 3)):
         assert nll[1:] == pytest.approx(np.log(tiny.VOCABULARY), rel=1e-6)
 
 
@@ -288,11 +288,14 @@ def test_a_uniform_model_gives_every_token_the_log_of_the_vocabulary(llama):
         (lambda m: token_nll(m, [[5] * 65]), "sequence 0 has 65 tokens, expected 1 to 64"),
         (lambda m: continuation_nll(m, [[[5]], []]), "group 1 is empty"),
         (lambda m: continuation_nll(m, [[[5], []]]), "0 tokens"),
-        (lambda m: window_nll(m, [[5, 6], [5]]), "sequence 1 has 1 tokens, expected at least 2"),
-        (lambda m: window_nll(m, [[5, 6]], 65, 5), "window 65: expected 2 to 64"),
-        (lambda m: window_nll(m, [[5, 6]], 1, 1), "window 1: expected 2 to 64"),
-        (lambda m: window_nll(m, [[5, 6]], 8, 9), "stride 9: expected 1 to 8"),
-        (lambda m: window_nll(m, [[5, 6]], 8, 0), "stride 0: expected 1 to 8"),
+        (
+            lambda m: window_nll(m, [[5, 6], [5]], Window()),
+            "sequence 1 has 1 tokens, .* at least 2",
+        ),
+        (lambda m: window_nll(m, [[5, 6]], Window(65, 5)), "window 65: expected 2 to 64"),
+        (lambda m: window_nll(m, [[5, 6]], Window(1, 1)), "window 1: expected 2 to 64"),
+        (lambda m: window_nll(m, [[5, 6]], Window(8, 9)), "stride 9: expected 1 to 8"),
+        (lambda m: window_nll(m, [[5, 6]], Window(8, 0)), "stride 0: expected 1 to 8"),
     ],
 )
 def test_bad_input_is_named(llama, call, match):
@@ -300,10 +303,36 @@ def test_bad_input_is_named(llama, call, match):
         call(llama)
 
 
-def test_logits_that_are_not_finite_are_an_error(llama):
-    llama.get_output_embeddings().weight[7] = torch.inf
-    with pytest.raises(InputError, match="not finite"):
-        token_nll(llama, [[5, 6, 7]])
+GIVEN = {  # a message's first words, for prompts named a and b of which b is bad
+    "token_nll": ([[5], []], "prompt b has 0 tokens"),
+    "continuation_nll": ([[[5]], [[5], []]], "prompt b has 0 tokens"),
+    "window_nll": ([[5, 6], [5]], "prompt b has 1 tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_messages_name_the_prompts_id(llama, kind):
+    given, match = GIVEN[kind]
+    settings = {"window": Window(8, 4)} if kind == "window_nll" else {}
+    call = getattr(likelihood, kind)
+    with pytest.raises(InputError, match=match):
+        call(llama, [INTACT], given, names=["a", "b"], **settings)
+    if kind == "continuation_nll":
+        with pytest.raises(InputError, match="prompt b is empty"):
+            call(llama, [INTACT], [[[5]], []], names=["a", "b"])
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_not_finite_name_the_prompt_and_what_helps(kind, dtype):
+    model = tiny.model("qwen2", dtype)  # its embeddings are not tied: one prompt meets the bad row
+    model.get_parameter("model.embed_tokens.weight")[4] = torch.nan
+    texts = [[5, 6, 7], [5, 4, 7], [8, 9]]
+    given = [[text] for text in texts] if kind == "continuation_nll" else texts
+    settings = {"window": Window(8, 4)} if kind == "window_nll" else {}
+    with pytest.raises(InputError, match="prompt bad: logits are not finite") as caught:
+        getattr(likelihood, kind)(model, [INTACT], given, names=["a", "bad", "c"], **settings)
+    assert ("float32" in str(caught.value)) == (dtype != torch.float32)
 
 
 def test_nothing_to_score(llama):

@@ -1,6 +1,11 @@
 """Every family's table row: the neurons are where the table says, in the right orientation."""
 
+import json
+import math
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -10,8 +15,10 @@ from tokenizers.models import WordLevel
 from transformers import BertConfig, PreTrainedTokenizerFast
 
 from sparc3.base.errors import InputError
+from sparc3.base.params import Model
 from sparc3.model import families, loading
 
+ROOT = Path(__file__).parent.parent
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 
 
@@ -100,38 +107,70 @@ def test_load_from_a_folder(family, tmp_path):
     saved.save_pretrained(tmp_path)
     ids = torch.tensor(tiny.sequences([9]))
 
-    model = loading.load(str(tmp_path))
+    model = loading.load(Model(path=str(tmp_path)))
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(model(ids).logits, saved(ids).logits)
 
-    half = loading.load(str(tmp_path), dtype="bfloat16")
+    half = loading.load(Model(path=str(tmp_path), dtype="bfloat16"))
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
     tiny.model("llama").save_pretrained(tmp_path)
-    model = loading.load(str(tmp_path))
+    model = loading.load(Model(path=str(tmp_path)))
     assert model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"'bert' is not known.*gemma3_text, gpt2, llama, mistral"):
-        loading.load(str(tmp_path))
+        loading.load(Model(path=str(tmp_path)))
 
 
-def test_an_unknown_dtype_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"model\.dtype: 'int4' is not one of float32"):
-        loading.load(str(tmp_path), dtype="int4")
+READ = pytest.mark.parametrize("read", [loading.load, loading.tokenizer])
 
 
-@pytest.mark.parametrize("read", [loading.load, loading.tokenizer])
+@READ
 def test_a_folder_without_a_model_is_refused_in_one_line(read, tmp_path):
     with pytest.raises(InputError, match=r"model\.path: cannot load") as caught:
-        read(str(tmp_path))
+        read(Model(path=str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+@READ
+@pytest.mark.parametrize("path", ["modles/smollm2-135m", "gpt2", "owner/name"])
+def test_a_path_that_is_no_folder_is_refused_before_transformers_is_asked(read, path, monkeypatch):
+    for part in (loading.AutoConfig, loading.AutoTokenizer, loading.AutoModelForCausalLM):
+        monkeypatch.setattr(part, "from_pretrained", lambda *_, **__: pytest.fail("it was asked"))
+    with pytest.raises(
+        InputError, match=f"model.path: {path} is no folder; run .* fetch"
+    ) as caught:
+        read(Model(path=path))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_pickled_are_refused(tmp_path):
+    saved = tiny.model("llama")
+    saved.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(saved.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"model\.path: cannot load .*safetensors"):
+        loading.load(Model(path=str(tmp_path)))
+
+
+@FAMILIES
+def test_the_context_is_that_of_the_config_and_of_its_file(family, tmp_path):
+    config = tiny.CONFIGS[family]()
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert families.context(config.to_dict()) == families.context(written) == 64
+    assert config.max_position_embeddings == 64
+
+
+def test_a_model_without_a_table_of_positions_reads_any_length():
+    assert families.context({"model_type": "bloom"}) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -149,7 +188,7 @@ def test_a_text_begins_as_its_tokenizer_says_and_is_left_open(template, front):
 
 def test_the_embedded_model_reads_texts_as_they_are(fetched: Path):
     """Its GGUF says add_bos_token: false, which transformers does not read."""
-    tokenizer = loading.tokenizer(str(fetched / "models/smollm2-135m"))
+    tokenizer = loading.tokenizer(Model(path=str(fetched / "models/smollm2-135m")))
     texts = ["The three-age system", "1"]
     assert loading.encode(tokenizer, texts) == tokenizer(texts).input_ids
     assert [tokenizer.decode(ids) for ids in tokenizer(texts).input_ids] == texts
@@ -166,3 +205,67 @@ def test_float32_products_are_of_float32(rows):
     assert error < 576 * 2**-24 * exact.abs().max().item()
     rounded = torch.nn.functional.linear(x.bfloat16(), w.bfloat16()).double()
     assert (rounded - exact).abs().max().item() > 20 * error
+
+
+@pytest.fixture
+def switch():
+    """The process-wide setting of float32 products, at another value until the test is over."""
+    mkldnn: Any = torch.backends.mkldnn
+    matmul = mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    yield matmul
+    matmul.fp32_precision = before
+
+
+def in_float32(a, b):
+    return (a.double() @ b.double()).to(a.dtype)
+
+
+def in_bfloat16(a, b):
+    return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if a.dtype == torch.float32 else a @ b
+
+
+@pytest.mark.parametrize(("product", "after"), [(in_float32, "bf16"), (in_bfloat16, "ieee")])
+def test_onednn_is_preferred_where_its_products_are_of_float32(product, after, switch, monkeypatch):
+    """And elsewhere the switch stays as it was."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"})
+    used = []
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b: used.append(switch.fp32_precision) or product(a, b)
+    )
+    state = torch.get_rng_state()
+    loading.prefer_onednn()
+    assert switch.fp32_precision == after
+    assert set(used) == {"bf16"}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_onednn_is_not_asked_on_other_processors(switch, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    loading.prefer_onednn()
+    assert switch.fp32_precision == "ieee"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (torch.float32, "leave the prompt out"),
+        (torch.bfloat16, "use model.dtype float32, or leave the prompt out"),
+        (torch.float16, "use model.dtype float32 or bfloat16, or leave the prompt out"),
+    ],
+)
+def test_the_remedy_for_values_that_are_not_finite_is_another_dtype(dtype, advice):
+    assert loading.not_finite(tiny.model("llama", dtype)) == advice
+
+
+def test_the_tables_are_read_without_torch():
+    code = (
+        "from sparc3.measure.scorers import SCORERS; from sparc3.model.families import FAMILIES; "
+        "from sparc3.relevance.contrasts import CONTRASTS; "
+        "from sparc3.relevance.scores import SCORES, TARGETS; "
+        "assert all((SCORERS, FAMILIES, CONTRASTS, SCORES, TARGETS)); import sys; "
+        "print([m for m in ('torch', 'transformers', 'lxt') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

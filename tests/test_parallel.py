@@ -139,7 +139,7 @@ def one_process(prompt_set: str) -> dict[str, bytes]:
 def partial(prompt_set: str) -> Path:
     params = checks.load()
     prompts = attribute.encode(
-        read_prompts(prompt_set, "attribute"), loading.tokenizer("model"), "max-logit"
+        read_prompts(prompt_set, "attribute"), loading.tokenizer(params.model), "max-logit"
     )
     return attribute.partial_folder(params, prompt_set, params.attribute.scores, prompts)
 
@@ -347,7 +347,7 @@ def test_publish_never_moves_part_of_the_scores(tmp_path: Path) -> None:
 def test_parts_belong_to_all_that_decides_their_numbers(project: Path) -> None:
     params = checks.load()
     prompts = attribute.encode(
-        read_prompts("general", "attribute"), loading.tokenizer("model"), "max-logit"
+        read_prompts("general", "attribute"), loading.tokenizer(params.model), "max-logit"
     )
 
     def folder(

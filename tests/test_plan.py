@@ -24,8 +24,9 @@ from sparc3.circuits.circuit import INTACT
 from sparc3.commands import cost, plan, submit
 from sparc3.measure import generate, likelihood
 from sparc3.model import families, loading
-from sparc3.relevance import scores
+from sparc3.relevance import attribution
 from sparc3.relevance.lrp import attnlrp
+from sparc3.relevance.scores import Target
 from sparc3.stages import attribute, checks
 
 FAMILIES = list(tiny.CONFIGS)
@@ -75,9 +76,9 @@ def counted(run: Callable[[], object]) -> int:
     return products.operations
 
 
-def prompts(lengths: list[list[int]]) -> list[scores.Prompt]:
+def prompts(lengths: list[list[int]]) -> list[attribution.Prompt]:
     flat = iter(tiny.sequences([n for prompt in lengths for n in prompt]))
-    return [scores.Prompt(str(i), tuple(next(flat) for _ in p)) for i, p in enumerate(lengths)]
+    return [attribution.Prompt(str(i), tuple(next(flat) for _ in p)) for i, p in enumerate(lengths)]
 
 
 # --- the model's shape -----------------------------------------------------------------------
@@ -115,11 +116,13 @@ def test_shape_of_llama_3_8b_without_its_weights() -> None:
         (["lrp"], "pair"),
     ],
 )
-def test_operations_of_attribution(family: str, names: list[str], target: scores.Target) -> None:
+def test_operations_of_attribution(family: str, names: list[str], target: Target) -> None:
     model = tiny.model(family)
     shape = cost.shape(model.config)
     lengths = [[12, 12]] * 3 if target == "pair" else [[12]] * 3
-    found = counted(lambda: list(scores.score(model, prompts(lengths), names, target=target)))
+    found = counted(
+        lambda: list(attribution.score(model, [prompts(lengths)], names, target=target))
+    )
     expected = cost.attribution(shape, lengths, names, target, batch_tokens=1024)
     assert found == pytest.approx(expected.operations, rel=0.003)  # rotary angles
 
@@ -138,16 +141,14 @@ def test_operations_of_generation() -> None:
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None  # no completion ends early
     lengths, completions, new_tokens = [6, 6], 5, 8
-    settings = {"temperature": 1.0, "top_p": 0.9, "seed": 0}
+    sampling = generate.Sampling(completions, new_tokens, temperature=1.0, top_p=0.9, seed=0)
     found = counted(
         lambda: generate.complete(
             model,
             [INTACT],
             tiny.sequences(lengths),
             ["a", "b"],
-            completions,
-            new_tokens,
-            **settings,
+            sampling,
         )
     )
     expected = cost.generation(cost.shape(model.config), 1, lengths, completions, new_tokens)
@@ -174,7 +175,7 @@ def kept_by_autograd(model: PreTrainedModel, rows: int, length: int) -> int:
     real = torch.ones(rows, length, 1, dtype=torch.bool)
     with (
         attnlrp(model),
-        scores._watching(model, rows, real, found),
+        attribution._watching(model, rows, real, found),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         hidden = families.body(model)(input_ids=ids, use_cache=False).last_hidden_state
@@ -218,7 +219,7 @@ def test_lengths_of_prepared_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     row = {"id": "a", "group": "a", "split": "attribute", "seed": 0, "text": "w3 w4 w5"}
     pair = {"pair": ["w3 w4 w5 w6", "w3 w4 w7"], "unrelated": "w3 w4 w8 w9 w9"}
     Path("outputs/prompts/talk.jsonl").write_text(json.dumps(row | pair) + "\n")
-    sample = plan.prepared(loading.tokenizer("model"))
+    sample = plan.prepared(loading.tokenizer(parameters.Model(path="model")))
     assert sample("talk", "attribute", "text") == [[3]]
     assert sample("talk", "attribute", "pair") == [[4, 3]]
     assert sample("talk", None, "packed") == [[2 + 2 + 1 + 3]]  # w3 w4 once, and three tails

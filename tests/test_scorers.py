@@ -25,13 +25,18 @@ from transformers import (
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest
+from sparc3.base.params import Scorer
 from sparc3.measure import scorers
-from sparc3.measure.scorers import SCORERS, ScorerSpec, describe, scorer
+from sparc3.measure.scorers import SCORERS, describe, scorer
 
 WORDS = ["you", "are", "a", "nice", "bad", "awful", "person", "##s", "the", "weather", "is", "."]
 TEXTS = ["you are a bad person.", "", "nice", "the weather is awful. " * 9, "persons?", "bad bad"]
 JIGSAW = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
 BIASES = {0: "racial", 1: "gender", 2: "age"}
+
+
+def spec_of(kind, path=None, label=None, revision=None):
+    return Scorer(kind=kind, path=path, label=label, revision=revision)
 
 
 def bert_tokenizer(folder: Path) -> BertTokenizerFast:
@@ -127,7 +132,7 @@ def one_by_one(model, tokenizer, texts, activation, column, limit=32):
 def test_profanity_ranks_and_is_bounded_without_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scores = scorer(ScorerSpec("profanity"))(["have a nice day", "you fucking idiot", ""])
+        scores = scorer(spec_of("profanity"))(["have a nice day", "you fucking idiot", ""])
     assert scores.shape == (3,)
     assert ((scores >= 0) & (scores <= 1)).all()
     assert scores[1] > 0.9 > 0.1 > scores[0]
@@ -136,7 +141,7 @@ def test_profanity_ranks_and_is_bounded_without_warnings():
 
 def test_profanity_loads_in_a_fresh_process_without_warnings():
     code = (
-        "from sparc3.measure.scorers import *; import sys; scorer(ScorerSpec('profanity'))(['a']);"
+        "from sparc3.measure.scorers import *; import sys; scorer(Spec(kind='profanity'))(['a']);"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
@@ -144,14 +149,14 @@ def test_profanity_loads_in_a_fresh_process_without_warnings():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_detoxify_is_the_sigmoid_of_the_toxicity_logit(detoxify_folder, batch_size):
-    spec = ScorerSpec("detoxify", str(detoxify_folder))
+    spec = spec_of("detoxify", str(detoxify_folder))
     model = tiny_bert(len(JIGSAW))
     tokenizer = BertTokenizerFast.from_pretrained(detoxify_folder)
     expected = one_by_one(model, tokenizer, TEXTS, torch.sigmoid, 0)
     assert np.ptp(expected) > 0.05
     scores = scorer(spec, device="auto", batch_size=batch_size)(TEXTS)
     np.testing.assert_allclose(scores, expected, atol=1e-6)
-    attack = scorer(ScorerSpec("detoxify", spec.path, "identity_attack"))(TEXTS)
+    attack = scorer(spec_of("detoxify", spec.path, "identity_attack"))(TEXTS)
     np.testing.assert_allclose(
         attack, one_by_one(model, tokenizer, TEXTS, torch.sigmoid, 5), atol=1e-6
     )
@@ -162,7 +167,7 @@ def test_detoxify_equals_the_detoxify_package(detoxify_folder):
 
     package = Detoxify(checkpoint=str(detoxify_folder / "toxic.ckpt")).predict(TEXTS)
     for label in ("toxicity", "severe_toxicity", "insult"):
-        ours = scorer(ScorerSpec("detoxify", str(detoxify_folder), label))(TEXTS)
+        ours = scorer(spec_of("detoxify", str(detoxify_folder), label))(TEXTS)
         np.testing.assert_allclose(ours, package[label], atol=1e-6)
 
 
@@ -178,17 +183,17 @@ def test_published_checkpoint_comes_from_the_cache_or_the_network(
     monkeypatch.setattr(scorers, "ENCODER", str(detoxify_folder))
     monkeypatch.setattr(scorers, "ENCODER_REVISION", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    expected = scorer(ScorerSpec("detoxify", str(detoxify_folder)))(TEXTS)
-    np.testing.assert_array_equal(scorer(ScorerSpec("detoxify"))(TEXTS), expected)
+    expected = scorer(spec_of("detoxify", str(detoxify_folder)))(TEXTS)
+    np.testing.assert_array_equal(scorer(spec_of("detoxify"))(TEXTS), expected)
     release.unlink()
-    np.testing.assert_array_equal(scorer(ScorerSpec("detoxify"))(TEXTS), expected)
+    np.testing.assert_array_equal(scorer(spec_of("detoxify"))(TEXTS), expected)
     cached = tmp_path / "torch" / "hub" / "checkpoints" / release.name
     cached.write_bytes(b"damaged")
     with pytest.raises(InputError, match=f"expected {digest(made)[:8]}"):
-        scorer(ScorerSpec("detoxify"))
+        scorer(spec_of("detoxify"))
     cached.unlink()
     with pytest.raises(InputError, match=r"cannot download .* give its place as path"):
-        scorer(ScorerSpec("detoxify"))
+        scorer(spec_of("detoxify"))
 
 
 def test_encoder_comes_from_the_hub_cache_at_the_pinned_commit(
@@ -203,7 +208,7 @@ def test_encoder_comes_from_the_hub_cache_at_the_pinned_commit(
     monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", True)
     monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path / "hub"))
     with pytest.raises(InputError, match=f"cannot load {scorers.ENCODER}"):
-        scorer(ScorerSpec("detoxify", str(alone)))
+        scorer(spec_of("detoxify", str(alone)))
     detoxify_folder.joinpath("toxic.ckpt").rename(tmp_path / "toxic.ckpt")
     shutil.copytree(detoxify_folder, snapshot)
     expected = one_by_one(
@@ -213,7 +218,7 @@ def test_encoder_comes_from_the_hub_cache_at_the_pinned_commit(
         torch.sigmoid,
         0,
     )
-    scores = scorer(ScorerSpec("detoxify", str(alone), revision=digest(alone)))(TEXTS)
+    scores = scorer(spec_of("detoxify", str(alone), revision=digest(alone)))(TEXTS)
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 
@@ -223,7 +228,7 @@ def test_modernbert_scores_its_label_by_itself(bias_folder, batch_size):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(bias_folder)
     expected = one_by_one(model, tokenizer, TEXTS, torch.sigmoid, 1, limit=64)
     assert np.ptp(expected) > 0.05
-    spec = ScorerSpec("classifier", str(bias_folder), "gender")
+    spec = spec_of("classifier", str(bias_folder), "gender")
     scores = scorer(spec, batch_size=batch_size)(TEXTS)
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
@@ -241,14 +246,14 @@ def test_classifier_equals_the_pipeline_of_transformers(tmp_path, labels, proble
     bert_tokenizer(tmp_path)
     reference = pipeline("text-classification", str(tmp_path), top_k=None, device="cpu")
     for label in model.config.id2label.values():
-        ours = scorer(ScorerSpec("classifier", str(tmp_path), label))(TEXTS)
+        ours = scorer(spec_of("classifier", str(tmp_path), label))(TEXTS)
         rows: Any = reference(TEXTS, truncation=True)
         theirs = [next(r["score"] for r in row if r["label"] == label) for row in rows]
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_order_and_company_of_texts_do_not_matter(bias_folder):
-    score = scorer(ScorerSpec("classifier", str(bias_folder), "age"), batch_size=4)
+    score = scorer(spec_of("classifier", str(bias_folder), "age"), batch_size=4)
     scores = score(TEXTS)
     turn = np.random.default_rng(0).permutation(len(TEXTS))
     np.testing.assert_allclose(score([TEXTS[i] for i in turn]), scores[turn], atol=1e-6)
@@ -258,14 +263,14 @@ def test_order_and_company_of_texts_do_not_matter(bias_folder):
 
 def test_descriptions_pin_what_scored(detoxify_folder, bias_folder):
     assert set(SCORERS) == {"profanity", "detoxify", "classifier"}
-    profanity = describe(ScorerSpec("profanity"))
+    profanity = describe(spec_of("profanity"))
     assert {"alt-profanity-check", "scikit-learn", "sha256"} <= set(profanity)
-    detoxify = describe(ScorerSpec("detoxify", str(detoxify_folder)))
+    detoxify = describe(spec_of("detoxify", str(detoxify_folder)))
     assert detoxify["sha256"] == digest(detoxify_folder / "toxic.ckpt")
     assert detoxify["label"] == "toxicity"
-    bias = describe(ScorerSpec("classifier", str(bias_folder), "gender"))
+    bias = describe(spec_of("classifier", str(bias_folder), "gender"))
     assert bias["sha256 model.safetensors"] == digest(bias_folder / "model.safetensors")
-    hub = describe(ScorerSpec("classifier", "cirimus/x", "gender", "ab" * 20))
+    hub = describe(spec_of("classifier", "cirimus/x", "gender", "ab" * 20))
     assert hub["revision"] == "ab" * 20
     for about in (profanity, detoxify, bias, hub):
         assert all(isinstance(value, str) for value in about.values())
@@ -274,13 +279,13 @@ def test_descriptions_pin_what_scored(detoxify_folder, bias_folder):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (ScorerSpec("perspective"), "'perspective'; choose one of: classifier, detoxify, prof"),
-        (ScorerSpec("profanity", label="toxicity"), "profanity has no label"),
-        (ScorerSpec("classifier"), "needs path"),
-        (ScorerSpec("classifier", "cirimus/x"), "label"),
-        (ScorerSpec("classifier", "cirimus/x", "gender"), "revision is None"),
-        (ScorerSpec("classifier", "cirimus/x", "gender", "main"), "revision is 'main'"),
-        (ScorerSpec("detoxify", "nowhere.ckpt"), r"nowhere\.ckpt: file not found"),
+        (spec_of("perspective"), "'perspective'; choose one of: classifier, detoxify, prof"),
+        (spec_of("profanity", label="toxicity"), "profanity has no label"),
+        (spec_of("classifier"), "needs path"),
+        (spec_of("classifier", "cirimus/x"), "label"),
+        (spec_of("classifier", "cirimus/x", "gender"), "revision is None"),
+        (spec_of("classifier", "cirimus/x", "gender", "main"), "revision is 'main'"),
+        (spec_of("detoxify", "nowhere.ckpt"), r"nowhere\.ckpt: file not found"),
     ],
 )
 def test_bad_spec_is_named(spec, message):
@@ -291,7 +296,7 @@ def test_bad_spec_is_named(spec, message):
 def test_bad_files_are_named(detoxify_folder, bias_folder, tmp_path):
     def refused(message, kind, path, label=None, revision=None):
         with pytest.raises(InputError, match=message):
-            scorer(ScorerSpec(kind, str(path), label, revision))
+            scorer(spec_of(kind, str(path), label, revision))
 
     refused("'sex'; choose one of: age, gender, racial", "classifier", bias_folder, "sex")
     refused(
@@ -323,4 +328,4 @@ def test_non_finite_score_is_an_error(detoxify_folder):
     saved["state_dict"]["classifier.bias"][0] = float("nan")
     torch.save(saved, checkpoint)
     with pytest.raises(InputError, match="non-finite score to 'nice'"):
-        scorer(ScorerSpec("detoxify", str(detoxify_folder)))(["nice"])
+        scorer(spec_of("detoxify", str(detoxify_folder)))(["nice"])

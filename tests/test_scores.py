@@ -9,9 +9,10 @@ import torch
 
 from sparc3.base.errors import InputError
 from sparc3.model import families
-from sparc3.relevance import scores
+from sparc3.relevance import attribution, scores
+from sparc3.relevance.attribution import Prompt, batches, score
 from sparc3.relevance.lrp import attnlrp
-from sparc3.relevance.scores import SCORES, Prompt, batches, score
+from sparc3.relevance.scores import SCORES
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 GATED = [name for name, row in families.FAMILIES.items() if row.gate is not None]
@@ -33,9 +34,9 @@ def pairs():
 
 
 def scored(model, given, names, **options):
-    """All shards of `score` as {name: (prompt, layer, neuron)}."""
-    shards = [shard for _, shard in score(model, given, names, **options)]
-    return {name: np.concatenate([shard[name] for shard in shards]) for name in names}
+    """`score` of one shard: {name: (prompt, layer, neuron)}."""
+    (found,) = score(model, [given], names, **options)
+    return found
 
 
 class Naive:
@@ -130,7 +131,7 @@ def test_agrees_with_the_naive_way(family, name):
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize(("target", "some"), [("pair", pairs), ("likelihood", texts)])
 def test_agrees_with_the_naive_way_for_log_p(family, name, target, some, monkeypatch):
-    monkeypatch.setattr(scores, "POSITIONS_AT_ONCE", 4)  # several chunks, one of them not full
+    monkeypatch.setattr(attribution, "POSITIONS_AT_ONCE", 4)  # several chunks, one of them not full
     model = tiny.model(family)
     found = scored(model, some(), [name], target=target)[name]
     for prompt, values in zip(some(), found, strict=True):
@@ -140,6 +141,10 @@ def test_agrees_with_the_naive_way_for_log_p(family, name, target, some, monkeyp
 
 
 TARGETS = {"max-logit": prompts, "likelihood": texts, "pair": pairs}
+
+
+def test_every_target_has_a_gradient_and_is_tested():
+    assert set(scores.TARGETS) == set(attribution.GRADIENTS) == set(TARGETS)
 
 
 @pytest.mark.parametrize("family", GATED)
@@ -190,7 +195,7 @@ def test_batches_and_padding_do_not_matter(family, target, monkeypatch):
     given = TARGETS[target]()
     names = list(SCORES)
     alone = scored(model, given, names, target=target, batch_tokens=1)
-    monkeypatch.setattr(scores, "batches", lambda lengths, _: [list(range(len(lengths)))])
+    monkeypatch.setattr(attribution, "batches", lambda lengths, _: [list(range(len(lengths)))])
     together = scored(model, given, names, target=target)
     for name in names:
         np.testing.assert_allclose(together[name], alone[name], rtol=1e-3, atol=1e-5)
@@ -241,21 +246,21 @@ def test_bfloat16_is_close_to_float32(family):
 def test_shards_come_in_order_and_do_not_depend_on_each_other():
     model = tiny.model("llama")
     given = prompts([5, 9, 7, 3, 8, 6, 4])
-    every = dict(score(model, given, ["lrp", "wanda"], shard=3))
-    assert list(every) == [0, 1, 2]
-    assert [len(shard["lrp"]) for shard in every.values()] == [3, 3, 1]
-    alone = scored(model, given, ["lrp"], shard=100, batch_tokens=1)["lrp"]
-    resumed = dict(score(model, given, ["lrp", "wanda"], shard=3, skip={0, 2}))
-    assert list(resumed) == [1]
-    for name, values in resumed[1].items():
+    shards = [given[:3], given[3:6], given[6:]]
+    every = list(score(model, shards, ["lrp", "wanda"]))
+    assert [len(shard["lrp"]) for shard in every] == [3, 3, 1]
+    alone = scored(model, given, ["lrp"], batch_tokens=1)["lrp"]
+    (resumed,) = score(model, [shards[1]], ["lrp", "wanda"])
+    for name, values in resumed.items():
         assert np.array_equal(values, every[1][name])  # bit for bit
-    joined = np.concatenate([shard["lrp"] for shard in every.values()])
+    joined = np.concatenate([shard["lrp"] for shard in every])
     np.testing.assert_allclose(joined, alone, rtol=1e-3, atol=1e-5)
 
 
 def test_progress_counts_prompts():
     counts = []
-    scored(tiny.model("llama"), prompts(), ["wanda"], shard=2, progress=counts.append)
+    given = prompts()
+    list(score(tiny.model("llama"), [given[:2], given[2:]], ["wanda"], progress=counts.append))
     assert sum(counts) == len(LENGTHS)
 
 
@@ -277,29 +282,69 @@ def test_batches_hold_every_prompt_once_within_both_limits():
     assert batches([], batch_tokens=50) == []
 
 
-def test_out_of_memory_halves_the_batch_and_changes_nothing(caplog):
-    model = tiny.model("llama")
-    given = prompts([8] * 9)
-    expected = scored(model, given, ["lrp"])["lrp"]
-    runs = []
+def small_device(model, tokens):
+    """From now on more than `tokens` tokens at once are too many; the size of every try."""
+    tries = []
 
-    def small_device(_, args, kwargs):
-        runs.append(len(kwargs["input_ids"]))
-        if runs[-1] > 2:
+    def refuse(_, args, kwargs):
+        tries.append(kwargs["input_ids"].numel())
+        if tries[-1] > tokens:
             raise torch.OutOfMemoryError("as a small device would")
 
-    handle = families.body(model).register_forward_pre_hook(small_device, with_kwargs=True)
-    found = scored(model, given, ["lrp"])["lrp"]
-    assert runs[0] == 9
-    assert "out of memory: going on with batches of" in caplog.text
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    families.body(model).register_forward_pre_hook(refuse, with_kwargs=True)
+    return tries
 
-    handle.remove()
-    families.body(model).register_forward_pre_hook(
-        lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError())
-    )
+
+def test_out_of_memory_batches_the_rest_of_the_shard_once(caplog):
+    model, names = tiny.model("llama"), ["lrp", "wanda"]
+    given = prompts([8] * 12)
+    expected = scored(model, given, names, batch_tokens=16)
+    tries = small_device(model, 20)
+    found = scored(model, given, names, batch_tokens=80)
+    assert tries == [80, 40, *[16] * 6]  # halved down to 20 tokens, and never tried again
+    for name in names:
+        assert np.array_equal(found[name], expected[name])
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory: of 80 tokens in a batch, 20 fit"
+    ]
+
+
+def test_what_is_done_before_memory_runs_out_is_kept():
+    """Short prompts come first: only the long ones are batched anew."""
+    model = tiny.model("llama")
+    given = prompts([2] * 5 + [30] * 4)
+    done = []
+    tries = small_device(model, 60)
+    found = scored(model, given, ["lrp"], batch_tokens=120, progress=done.append)["lrp"]
+    assert tries == [10, 120, 60, 60]
+    assert done == [5, 2, 2]
+    alone = scored(model, given, ["lrp"], batch_tokens=1)["lrp"]
+    np.testing.assert_allclose(found, alone, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shards_are_independent_where_memory_runs_out(target, caplog):
+    """A later shard begins with the size asked for, and the size that fits is said once."""
+    model = tiny.model("llama")
+    sequences = tiny.sequences([8] * 20)
+    given = [Prompt(f"p{i}", (s,)) for i, s in enumerate(sequences)]
+    if target == "pair":
+        given = [Prompt(f"p{i}", tuple(sequences[2 * i : 2 * i + 2])) for i in range(10)]
+    shards = [given[:4], given[4:8], given[8:]]
+    tries = small_device(model, 32)
+    every = list(score(model, shards, ["lrp"], target=target, batch_tokens=64))
+    assert len(caplog.records) == 1
+    assert tries.count(32 if target != "pair" else 64) >= 2
+    for shard, values in zip(shards, every, strict=True):
+        (alone,) = score(model, [shard], ["lrp"], target=target, batch_tokens=64)
+        assert np.array_equal(values["lrp"], alone["lrp"])
+
+
+def test_out_of_memory_with_a_single_prompt_names_it():
+    model = tiny.model("llama")
+    small_device(model, 0)
     with pytest.raises(InputError, match="prompt p0: out of memory with this prompt alone"):
-        scored(model, given, ["lrp"])
+        scored(model, prompts([8] * 9), ["lrp"])
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -334,4 +379,4 @@ def test_bad_input_is_refused_before_anything_runs(given, options, message):
     families.body(model).register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     arguments = {"names": ["lrp"], **options}
     with pytest.raises(InputError, match=message):
-        next(score(model, [given], **arguments))
+        next(score(model, [[given]], **arguments))

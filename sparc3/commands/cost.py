@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparc3.measure.likelihood import CHUNK
 from sparc3.model import families
-from sparc3.relevance.scores import POSITIONS_AT_ONCE, PRODUCTS_AT_ONCE, SCORES
+from sparc3.relevance.attribution import POSITIONS_AT_ONCE
+from sparc3.relevance.scores import PRODUCTS_AT_ONCE, SCORES
 
 COMPLETIONS_AT_ONCE = 200  # of generate.complete
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -146,7 +147,7 @@ def backward(model: Shape, lengths: Lengths) -> float:
 def attribution(
     model: Shape, prompts: Sequence[Lengths], names: Sequence[str], target: str, batch_tokens: int
 ) -> Work:
-    """The scores `names`, which share passes as in `scores.score`; memory of one batch of it."""
+    """The scores `names`, which share passes as `attribution.score` says; memory of its batch."""
     lengths = [length for prompt in prompts for length in prompt]
     tokens, longest = sum(lengths), max(map(sum, prompts))
     batch = max(batch_tokens, longest)

@@ -41,8 +41,8 @@ def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, 
                 f"{metrics}: {evaluation['num_neurons']} neurons in circuit {method!r}, but "
                 f"{len(circuit)} in {source}; run the evaluate stage again (dvc repro)"
             )
-    tokenizer = loading.tokenizer(params.model.path)
-    model = loading.load(params.model.path, None, params.model.dtype)
+    tokenizer = loading.tokenizer(params.model)
+    model = loading.load(params.model, "cpu")
     prune_weights(model, circuit)
 
     folder.parent.mkdir(parents=True, exist_ok=True)

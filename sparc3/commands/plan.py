@@ -206,7 +206,7 @@ def setup(params: Params, exact: bool) -> Setup:
     InputError: as `configuration`.
     """
     model = cost.shape(configuration(params), params.model.dtype)
-    known = prepared(loading.tokenizer(params.model.path)) if exact else assumed(params)
+    known = prepared(loading.tokenizer(params.model)) if exact else assumed(params)
     return Setup(params, model, known)
 
 

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,23 @@ from transformers.cache_utils import DynamicLayer
 from sparc3.base.errors import InputError
 from sparc3.circuits.ablate import pruned_rows
 from sparc3.circuits.circuit import Circuit
-from sparc3.measure.likelihood import Progress, Tokens, context
+from sparc3.measure.likelihood import Progress, Tokens
 from sparc3.model import families, loading
 
 NUCLEUS = 256  # so many entries are searched for the nucleus first,
 WIDER = 4  # and so many times more where it is wider
+NOT_FINITE = -1  # instead of a token
 IDLE = 0.125  # share of finished completions at which a batch is packed anew
+
+
+class Sampling(NamedTuple):
+    """How completions are drawn: how many of each prompt, and of how many tokens at most."""
+
+    completions: int
+    new_tokens: int
+    temperature: float  # that logits are divided by
+    top_p: float  # of the nucleus, 1 for all tokens
+    seed: int
 
 
 def complete(
@@ -35,34 +46,33 @@ def complete(
     circuits: Sequence[Circuit],
     prompts: Sequence[Tokens],
     keys: Sequence[str],
-    completions: int,
-    new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    sampling: Sampling,
     batch: int = 200,
     progress: Progress | None = None,
 ) -> list[list[list[list[int]]]]:
-    """Sample `completions` completions of up to `new_tokens` token ids for every prompt, by the
-    model without each of `circuits`.
+    """Completions of every prompt, as token ids, by the model without each of `circuits`: by
+    circuit, prompt and number.
 
     Tokens are drawn from the softmax of logits / `temperature`, cut to its nucleus: the most
     probable tokens up to the one with which their probability reaches `top_p` (Holtzman et al.
     2020, arXiv 1904.09751). A completion ends before an end-of-sequence token of the model's
     generation config, so it may be short or empty.
 
-    `keys` name the random streams of the prompts, which are the same for all circuits. `batch`
-    completions run together, of whatever circuits: more are faster and take more memory.
-    `progress` is told how many more prompts of circuits are finished.
+    `keys` name the prompts, and with that their random streams, which are the same for all
+    circuits. `batch` completions run together, of whatever circuits: more are faster and take
+    more memory. `progress` is told how many more prompts of circuits are finished.
     Raises InputError for an empty prompt, for a prompt that leaves no room for `new_tokens` in
     the model's context, for settings out of range, and for logits that are not finite.
     """
-    _check(prompts, context(model), completions, new_tokens, temperature, top_p, batch)
+    _check(prompts, keys, families.context(model.config.to_dict()), sampling, batch)
     ends = model.generation_config.eos_token_id if model.generation_config else None
     stops = set(ends if isinstance(ends, list) else [ends])
     drawn = [
         [
-            [_Completion(place, index, prompt, _stream(seed, key, n)) for n in range(completions)]
+            [
+                _Completion(place, index, key, prompt, _stream(sampling.seed, key, n))
+                for n in range(sampling.completions)
+            ]
             for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
         ]
         for place in range(len(circuits))
@@ -70,11 +80,11 @@ def complete(
     every = [each for table in drawn for row in table for each in row]
     done = 0
     with pruned_rows(model, circuits) as tell:
-        for group in _batches(every, batch, new_tokens):
-            _extend(model, tell, group, new_tokens, temperature, top_p, stops)
+        for group in _batches(every, batch, sampling.new_tokens):
+            _extend(model, tell, group, sampling, stops)
             if progress:
-                progress((done + len(group)) // completions - done // completions)
-            done += len(group)
+                before, done = done, done + len(group)
+                progress(done // sampling.completions - before // sampling.completions)
     return [[[each.tokens for each in row] for row in table] for table in drawn]
 
 
@@ -106,6 +116,7 @@ def quality(tokens: Tokens) -> dict[str, Any]:
 class _Completion:
     circuit: int  # its place
     index: int  # of its prompt
+    key: str  # likewise
     prompt: Tokens
     stream: int  # 64 bits, signed
     tokens: list[int] = field(default_factory=list)
@@ -115,6 +126,10 @@ class _Completion:
         if token not in stops:
             self.tokens.append(token)
         self.finished = token in stops or len(self.tokens) == new_tokens
+
+    def unread(self, position: int) -> int:
+        """The prompt's token at `position`, or where the prompt is read any token, to be drawn."""
+        return self.prompt[position] if position < len(self.prompt) else 0
 
 
 class _Room(DynamicLayer):
@@ -166,9 +181,7 @@ def _extend(
     model: PreTrainedModel,
     tell: Callable[[Sequence[int]], None],
     group: list[_Completion],
-    new_tokens: int,
-    temperature: float,
-    top_p: float,
+    sampling: Sampling,
     stops: set[int | None],
 ) -> None:
     """Draw the tokens of one batch, which comes longest prompt first.
@@ -180,7 +193,7 @@ def _extend(
     """
     device, body = loading.input_device(model), families.body(model)
     position, longest = len(group[-1].prompt), len(group[0].prompt)
-    room = longest + new_tokens - 1  # the last token drawn is not read
+    room = longest + sampling.new_tokens - 1  # the last token drawn is not read
     cache = Cache(layers=[_Room(room) for _ in range(model.config.num_hidden_layers)])
 
     def read(rows: list[list[_Completion]], tokens: list[list[int]]) -> Tensor:
@@ -202,19 +215,17 @@ def _extend(
             states = states[places]
             cache.batch_select_indices(places)
         firsts = [row[0] for row in rows]
-        tokens = [c.prompt[position] if position < len(c.prompt) else 0 for c in firsts]
+        tokens = [each.unread(position) for each in firsts]
         due = [
             place
             for place, each in enumerate(firsts)
             if len(each.prompt) <= position and not each.finished
         ]
         if due:
-            at = torch.tensor([[firsts[place].stream, len(firsts[place].tokens)] for place in due])
-            logits = families.logits(model, states[due]).float()
-            drawn = draw(logits, _hash(*at.to(logits.device).T), temperature, top_p)
-            for place, token in zip(due, drawn.tolist(), strict=True):
+            drawn = _next(model, states[due], [firsts[place] for place in due], sampling)
+            for place, token in zip(due, drawn, strict=True):
                 tokens[place] = token
-                firsts[place].take(token, new_tokens, stops)
+                firsts[place].take(token, sampling.new_tokens, stops)
         left = [place for place, each in enumerate(firsts) if not each.finished]
         if not left:
             return
@@ -225,18 +236,33 @@ def _extend(
         position += 1
 
 
+def _next(
+    model: PreTrainedModel, states: Tensor, due: Sequence[_Completion], sampling: Sampling
+) -> list[int]:
+    """The next token of each completion, whose last hidden states are `states` (row, hidden)."""
+    at = torch.tensor([[each.stream, len(each.tokens)] for each in due])
+    logits = families.logits(model, states).float()
+    streams = _hash(*at.to(logits.device).T)
+    tokens = draw(logits, streams, sampling.temperature, sampling.top_p).tolist()
+    if NOT_FINITE in tokens:
+        key = due[tokens.index(NOT_FINITE)].key
+        raise InputError(f"prompt {key}: logits are not finite; {loading.not_finite(model)}")
+    return tokens
+
+
 def draw(logits: Tensor, streams: Tensor, temperature: float, top_p: float) -> Tensor:
     """One token id for each row of `logits` (row, vocabulary), which are overwritten.
 
-    `streams` (row,) int64 decides the draw. Raises InputError for logits that are not finite.
+    `streams` (row,) int64 decides the draw. NOT_FINITE for a row whose logits are not.
     """
     p = logits.div_(temperature).softmax(1)
-    if not p[:, 0].isfinite().all():  # in a softmax, one bad entry spoils its row
-        raise InputError("model: logits are not finite; try model.dtype float32 or bfloat16")
+    bad = ~p[:, 0].isfinite()  # in a softmax, one bad entry spoils its row
     if top_p == 1:
         entries = torch.arange(p.shape[1], device=p.device).expand_as(p)
-        return p.log_().add_(_gumbel(streams, entries)).argmax(1)
-    return _draw_nucleus(p, streams, top_p, NUCLEUS)
+        tokens = p.log_().add_(_gumbel(streams, entries)).argmax(1)
+    else:
+        tokens = _draw_nucleus(p, streams, top_p, NUCLEUS)
+    return tokens.masked_fill_(bad, NOT_FINITE)
 
 
 def _draw_nucleus(p: Tensor, streams: Tensor, top_p: float, width: int) -> Tensor:
@@ -278,26 +304,25 @@ def _stream(seed: int, key: str, number: int) -> int:
 
 
 def _check(
-    prompts: Sequence[Tokens],
-    limit: float,
-    completions: int,
-    new_tokens: int,
-    temperature: float,
-    top_p: float,
-    batch: int,
+    prompts: Sequence[Tokens], keys: Sequence[str], limit: float, sampling: Sampling, batch: int
 ) -> None:
-    for name, value in (("completions", completions), ("new_tokens", new_tokens), ("batch", batch)):
+    for name, value in (
+        ("completions", sampling.completions),
+        ("new_tokens", sampling.new_tokens),
+        ("batch", batch),
+    ):
         if value < 1:
             raise InputError(f"{name}: {value} given, expected at least 1")
-    if not 0 < temperature < math.inf:
-        raise InputError(f"temperature: {temperature} given, expected more than 0")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p: {top_p} given, expected more than 0 and at most 1")
-    for index, prompt in enumerate(prompts):
+    if not 0 < sampling.temperature < math.inf:
+        raise InputError(f"temperature: {sampling.temperature} given, expected more than 0")
+    if not 0 < sampling.top_p <= 1:
+        raise InputError(f"top_p: {sampling.top_p} given, expected more than 0 and at most 1")
+    for key, prompt in zip(keys, prompts, strict=True):
         if not prompt:
-            raise InputError(f"prompt {index} is empty; expected at least one token")
-        if len(prompt) + new_tokens > limit:
+            raise InputError(f"prompt {key} is empty; expected at least one token")
+        if len(prompt) + sampling.new_tokens > limit:
             raise InputError(
-                f"prompt {index} has {len(prompt)} tokens and new_tokens is {new_tokens}: together "
-                f"more than the model's context of {limit}; cut the prompt or lower new_tokens"
+                f"prompt {key} has {len(prompt)} tokens and new_tokens is {sampling.new_tokens}: "
+                f"together more than the model's context of {limit}; cut the prompt or lower "
+                "new_tokens"
             )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +17,19 @@ from sparc3.base.files import Array
 from sparc3.circuits.ablate import without_each
 from sparc3.circuits.circuit import Circuit
 from sparc3.model import families, loading
+from sparc3.model.families import context
 
 Tokens = Sequence[int]
 Progress = Callable[[int], object]  # called with the number of items just finished
 PADDING = 0.1  # largest share of padding in a batch
 CHUNK = 256  # positions whose logits exist at the same time
+
+
+class Window(NamedTuple):
+    """How long texts are read: `length` tokens at a time, each begun `stride` after the last."""
+
+    length: int = 2048
+    stride: int = 512
 
 
 def token_nll(
@@ -29,18 +38,21 @@ def token_nll(
     sequences: Sequence[Tokens],
     batch_tokens: int = 4096,
     progress: Progress | None = None,
+    *,
+    names: Sequence[str] | None = None,
 ) -> list[list[Array]]:
     """-log p(token | the tokens before it) in nats: float32 `(length - 1,)` for each sequence, by
     the model without each of `circuits`.
 
     The first token has nothing before it and is not scored. Sequences are batched by length, at
     most `batch_tokens` tokens or one sequence at a time. `progress` counts sequences,
-    for each circuit anew.
+    for each circuit anew. `names` are the ids of the sequences, for messages.
     Raises InputError for an empty sequence, for one longer than the model's context, and for
     logits that are not finite.
     """
-    _check_lengths(sequences, 1, context(model))
-    rows = [_plain(tokens, 1) for tokens in sequences]
+    names = _named(names, len(sequences))
+    _check_lengths(sequences, names, 1, context(model.config.to_dict()))
+    rows = [_plain(*given, 1) for given in zip(names, sequences, strict=True)]
     return _score(model, circuits, rows, batch_tokens, progress)
 
 
@@ -50,36 +62,40 @@ def continuation_nll(
     groups: Sequence[Sequence[Tokens]],
     batch_tokens: int = 4096,
     progress: Progress | None = None,
+    *,
+    names: Sequence[str] | None = None,
 ) -> list[list[list[Array]]]:
     """As `token_nll`, for groups of sequences that begin alike: the sentences of a paired item.
 
     The common prefix of a group is computed once: its sequences share a row of the batch, and
     the attention mask keeps them apart. `progress` counts groups, for each circuit
-    anew.
+    anew. `names` are the ids of the groups.
     Raises InputError as `token_nll`, for an empty group, and for a sequence longer than the
     model's sliding window, which would reach across the row instead of the sequence.
     """
-    limit = min(context(model), getattr(model.config, "sliding_window", None) or math.inf)
-    for index, group in enumerate(groups):
+    names = _named(names, len(groups), "group")
+    window = getattr(model.config, "sliding_window", None) or math.inf
+    limit = min(context(model.config.to_dict()), window)
+    for name, group in zip(names, groups, strict=True):
         if not group:
-            raise InputError(f"group {index} is empty; expected at least one sequence")
-        _check_lengths(group, 1, limit)
+            raise InputError(f"{name} is empty; expected at least one sequence")
+        _check_lengths(group, [name] * len(group), 1, limit)
     shared = [common_prefix(group) for group in groups]
-    rows = [_packed(group, prefix) for group, prefix in zip(groups, shared, strict=True)]
+    rows = [_packed(*given) for given in zip(names, groups, shared, strict=True)]
     return [
         [_unpacked(*item) for item in zip(scored, groups, shared, strict=True)]
         for scored in _score(model, circuits, rows, batch_tokens, progress)
     ]
 
 
-def sentence_scores(nlls: Sequence[Array]) -> Array:
-    """Mean log p per scored token, in nats: float64 `(sequences,)`.
+def sentence_scores(nlls: Sequence[Array], name: str | None = None) -> Array:
+    """Mean log p per scored token, in nats: float64 `(sequences,)`; `name` is the item's id.
 
     Raises InputError for a sequence without a scored token.
     """
-    for index, nll in enumerate(nlls):
-        if not len(nll):
-            raise InputError(f"sequence {index} has 1 token; at least 2 are needed to score it")
+    if not all(len(nll) for nll in nlls):
+        item = "an item" if name is None else f"prompt {name}"
+        raise InputError(f"{item} has a sequence of 1 token; at least 2 are needed to score it")
     return np.array([-nll.mean(dtype=np.float64) for nll in nlls])
 
 
@@ -87,54 +103,61 @@ def window_nll(
     model: PreTrainedModel,
     circuits: Sequence[Circuit],
     texts: Sequence[Tokens],
-    window: int = 2048,
-    stride: int = 512,
+    window: Window,
     batch_tokens: int = 4096,
     progress: Progress | None = None,
+    *,
+    names: Sequence[str] | None = None,
 ) -> list[list[Array]]:
     """NLL of each token of texts of any length, in nats: float32 `(length,)`, NaN if not scored;
     by the model without each of `circuits`.
 
-    Texts are read through windows of `window` tokens, `stride` apart. Every token but a text's
-    first is scored once, by the first window that reaches it: with all tokens before it in the
-    first window, and at least `window - stride` in later ones. With `stride == window` windows are
-    independent, and each leaves its first token unscored. `progress` counts windows,
-    for each circuit anew.
+    Every token but a text's first is scored once, by the first window that reaches it: with all
+    tokens before it in the first window, and at least `length - stride` in later ones. With
+    `stride == length` windows are independent, and each leaves its first token unscored.
+    `progress` counts windows, for each circuit anew. `names` are the ids of the texts.
     Source: Hugging Face, "Perplexity of fixed-length models".
     Raises InputError for a text of fewer than 2 tokens and for a window or stride that cannot be.
     """
-    _check_lengths(texts, 2, math.inf)
-    if not 2 <= window <= context(model):
-        raise InputError(f"window {window}: expected 2 to {context(model)}, the model's context")
-    if not 1 <= stride <= window:
-        raise InputError(f"stride {stride}: expected 1 to {window}, the window")
+    length, stride = window
+    longest = context(model.config.to_dict())
+    names = _named(names, len(texts))
+    _check_lengths(texts, names, 2, math.inf)
+    if not 2 <= length <= longest:
+        raise InputError(f"window {length}: expected 2 to {longest}, the model's context")
+    if not 1 <= stride <= length:
+        raise InputError(f"stride {stride}: expected 1 to {length}, the window")
     windows = [
         (index, begin, end, first)
         for index, tokens in enumerate(texts)
-        for begin, end, first in window_spans(len(tokens), window, stride)
+        for begin, end, first in window_spans(len(tokens), length, stride)
     ]
-    rows = [_plain(texts[index][begin:end], first) for index, begin, end, first in windows]
+    rows = [_plain(names[i], texts[i][begin:end], first) for i, begin, end, first in windows]
     every = []
     for scored in _score(model, circuits, rows, batch_tokens, progress):
-        found = [np.full(len(tokens), np.nan, np.float32) for tokens in texts]
+        nlls = [np.full(len(tokens), np.nan, np.float32) for tokens in texts]
         for (index, begin, end, first), nll in zip(windows, scored, strict=True):
-            found[index][begin + first : end] = nll
-        every.append(found)
+            nlls[index][begin + first : end] = nll
+        every.append(nlls)
     return every
 
 
-def context(model: PreTrainedModel) -> float:
-    """Longest sequence in tokens; infinite for a model without a table of positions."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
+def _named(names: Sequence[str] | None, count: int, kind: str = "sequence") -> list[str]:
+    """What messages call the sequences: by their ids, or by their places."""
+    if names is None:
+        return [f"{kind} {place}" for place in range(count)]
+    return [f"prompt {name}" for name in names]
 
 
-def _check_lengths(sequences: Sequence[Tokens], shortest: int, longest: float) -> None:
+def _check_lengths(
+    sequences: Sequence[Tokens], names: Sequence[str], shortest: int, longest: float
+) -> None:
     """Raises InputError for the first sequence with fewer or more tokens than that."""
-    for index, tokens in enumerate(sequences):
+    for name, tokens in zip(names, sequences, strict=True):
         if not shortest <= len(tokens) <= longest:
             limits = f"at least {shortest}" if longest == math.inf else f"{shortest} to {longest}"
             raise InputError(
-                f"sequence {index} has {len(tokens)} tokens, expected {limits}; drop it or cut it"
+                f"{name} has {len(tokens)} tokens, expected {limits}; drop it or cut it"
             )
 
 
@@ -146,6 +169,7 @@ class _Row:
     row, and 0 is their common prefix: a token sees what came before it there and in its own branch.
     """
 
+    name: str  # for messages
     tokens: Tokens
     predictors: Tokens
     targets: Tokens
@@ -153,11 +177,11 @@ class _Row:
     branches: Tokens | None = None
 
 
-def _plain(tokens: Tokens, first: int) -> _Row:
-    return _Row(tokens, range(first - 1, len(tokens) - 1), tokens[first:])
+def _plain(name: str, tokens: Tokens, first: int) -> _Row:
+    return _Row(name, tokens, range(first - 1, len(tokens) - 1), tokens[first:])
 
 
-def _packed(group: Sequence[Tokens], prefix: int) -> _Row:
+def _packed(name: str, group: Sequence[Tokens], prefix: int) -> _Row:
     tokens = list(group[0][:prefix])
     predictors, targets = list(range(prefix - 1)), tokens[1:]
     positions, branches = list(range(prefix)), [0] * prefix
@@ -170,7 +194,7 @@ def _packed(group: Sequence[Tokens], prefix: int) -> _Row:
         tokens += tail
         positions += range(prefix, len(sequence))
         branches += [branch] * len(tail)
-    return _Row(tokens, predictors, targets, positions, branches)
+    return _Row(name, tokens, predictors, targets, positions, branches)
 
 
 def _unpacked(nll: Array, group: Sequence[Tokens], prefix: int) -> list[Array]:
@@ -226,9 +250,9 @@ def _score(
     scored: list[dict[int, Array]] = [{} for _ in circuits]
     for batch in _batches([len(row.tokens) for row in rows], batch_tokens):
         run = partial(_score_batch, model, [rows[index] for index in batch], progress)
-        for own, nlls in zip(scored, without_each(model, circuits, run), strict=True):
-            own.update(zip(batch, nlls, strict=True))
-    return [[own[index] for index in range(len(rows))] for own in scored]
+        for by_row, nlls in zip(scored, without_each(model, circuits, run), strict=True):
+            by_row.update(zip(batch, nlls, strict=True))
+    return [[by_row[index] for index in range(len(rows))] for by_row in scored]
 
 
 def _score_batch(
@@ -244,12 +268,13 @@ def _score_batch(
         _target_nll(families.logits(model, states).float(), wanted)
         for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     ]
-    nll = torch.cat(pieces).cpu().numpy()
-    if not np.isfinite(nll).all():
-        raise InputError("model: its logits are not finite; try model.dtype float32 or bfloat16")
+    nlls = np.split(torch.cat(pieces).cpu().numpy(), np.cumsum(counts)[:-1])
+    for row, nll in zip(rows, nlls, strict=True):
+        if not np.isfinite(nll).all():
+            raise InputError(f"{row.name}: logits are not finite; {loading.not_finite(model)}")
     if progress:
         progress(len(rows))
-    return np.split(nll, np.cumsum(counts)[:-1])
+    return nlls
 
 
 def _target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

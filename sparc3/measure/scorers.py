@@ -1,14 +1,20 @@
 """Scorers: a text in, a score in [0, 1] out.
 
-Three kinds. `profanity` is the linear model in the alt-profanity-check wheel, always at hand.
-`detoxify` is Detoxify's `original` model (Hanu and Unitary 2020), from its published checkpoint.
-`classifier` is any text-classification model, by folder or hub name, and one of its labels. Each is
-pinned: by the wheel's version, by sha256, by the commit on the hub.
+Three kinds, and what `path`, `label` and `revision` of a row of `scorers` in params are for each:
+
+profanity   the linear model in the alt-profanity-check wheel, always at hand; takes none of them
+detoxify    Detoxify's `original` model (Hanu and Unitary 2020). path: the checkpoint, or a folder
+            with one *.ckpt and its encoder's config.json and tokenizer; null for the published
+            checkpoint, cached by torch.hub. label: `toxicity` unless given. revision: the
+            checkpoint's sha256, or its first characters
+classifier  any text-classification model. path: a folder, or owner/name on the hub. label: whose
+            probability is the score. revision: the commit on the hub
+
+Each is pinned: by the wheel's version, by sha256, by the commit on the hub.
 """
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -20,14 +26,16 @@ from tqdm import tqdm
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, digest
+from sparc3.base.params import Scorer as Spec
+from sparc3.model.families import context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 Scorer = Callable[[list[str]], Array]
-Load = Callable[["ScorerSpec", str, int], Scorer]  # spec, device, batch size
-Describe = Callable[["ScorerSpec"], dict[str, str]]
+Load = Callable[[Spec, str, int], Scorer]  # spec, device, batch size
+Describe = Callable[[Spec], dict[str, str]]
 
 
 # Detoxify 0.5.4, model `original`: its checkpoint, and the encoder whose configuration and
@@ -45,24 +53,7 @@ LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class ScorerSpec:
-    """Which scorer.
-
-    `kind` is a key of SCORERS. `path`: for `classifier` a folder or owner/name on the hub; for
-    `detoxify` the checkpoint, or a folder with one *.ckpt and its encoder's config.json and
-    tokenizer, or null for the published checkpoint, cached by torch.hub. `label`: whose probability
-    is the score; `toxicity` unless given for `detoxify`. `revision`: for `classifier` the commit on
-    the hub; for `detoxify` the sha256 of the checkpoint, or its first characters.
-    """
-
-    kind: str
-    path: str | None = None
-    label: str | None = None
-    revision: str | None = None
-
-
-def scorer(spec: ScorerSpec, device: str = "cpu", batch_size: int = 32) -> Scorer:
+def scorer(spec: Spec, device: str = "cpu", batch_size: int = 32) -> Scorer:
     """Load a scorer: texts to scores of shape (text,), float64, in [0, 1], in their order.
 
     A text longer than the model's context is cut to it; an empty one is scored like any other. The
@@ -83,7 +74,7 @@ def scorer(spec: ScorerSpec, device: str = "cpu", batch_size: int = 32) -> Score
     return checked
 
 
-def describe(spec: ScorerSpec) -> dict[str, str]:
+def describe(spec: Spec) -> dict[str, str]:
     """What exactly scores, to be logged: kind, label, versions, and the digest or commit.
 
     Loads no model. Raises InputError as `scorer` does, but for an unknown label.
@@ -92,7 +83,7 @@ def describe(spec: ScorerSpec) -> dict[str, str]:
     return {"kind": spec.kind} | about(spec)
 
 
-def _kind(spec: ScorerSpec) -> tuple[Load, Describe]:
+def _kind(spec: Spec) -> tuple[Load, Describe]:
     if spec.kind not in SCORERS:
         raise InputError(f"scorer: unknown kind {spec.kind!r}; choose one of: {_known(SCORERS)}")
     return SCORERS[spec.kind]
@@ -106,7 +97,7 @@ def _versions(*packages: str) -> dict[str, str]:
     return {package: version(package) for package in packages}
 
 
-def _profanity(spec: ScorerSpec, device: str, batch_size: int) -> Scorer:
+def _profanity(spec: Spec, device: str, batch_size: int) -> Scorer:
     from profanity_check import predict_prob  # loads its model on import
 
     for name in ("path", "label", "revision"):
@@ -115,18 +106,22 @@ def _profanity(spec: ScorerSpec, device: str, batch_size: int) -> Scorer:
     return predict_prob
 
 
-def _describe_profanity(spec: ScorerSpec) -> dict[str, str]:
+def _describe_profanity(spec: Spec) -> dict[str, str]:
     model = Path(str(files("profanity_check") / "data" / "model.joblib"))
     return _versions("alt-profanity-check", "scikit-learn") | {"sha256": digest(model)}
 
 
-def _classifier(spec: ScorerSpec, device: str, batch_size: int) -> Scorer:
+def _classifier(spec: Spec, device: str, batch_size: int) -> Scorer:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     path, label, revision = _classifier_fields(spec)
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            path, revision=revision, output_loading_info=True
+            path,
+            revision=revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
@@ -139,7 +134,7 @@ def _classifier(spec: ScorerSpec, device: str, batch_size: int) -> Scorer:
     return _run(model, tokenizer, _index(label, names, path), independent, device, batch_size)
 
 
-def _classifier_fields(spec: ScorerSpec) -> tuple[str, str, str | None]:
+def _classifier_fields(spec: Spec) -> tuple[str, str, str | None]:
     if spec.path is None or spec.label is None:
         raise InputError("scorer: classifier needs path (a folder, or owner/name) and label")
     if not Path(spec.path).is_dir() and not re.fullmatch("[0-9a-f]{40}", spec.revision or ""):
@@ -150,7 +145,7 @@ def _classifier_fields(spec: ScorerSpec) -> tuple[str, str, str | None]:
     return spec.path, spec.label, spec.revision
 
 
-def _describe_classifier(spec: ScorerSpec) -> dict[str, str]:
+def _describe_classifier(spec: Spec) -> dict[str, str]:
     path, label, revision = _classifier_fields(spec)
     pin = {"revision": revision} if revision else {}
     if Path(path).is_dir():
@@ -159,7 +154,7 @@ def _describe_classifier(spec: ScorerSpec) -> dict[str, str]:
     return {"path": path, "label": label} | pin | _versions("torch", "transformers")
 
 
-def _detoxify(spec: ScorerSpec, device: str, batch_size: int) -> Scorer:
+def _detoxify(spec: Spec, device: str, batch_size: int) -> Scorer:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -190,7 +185,7 @@ def _detoxify(spec: ScorerSpec, device: str, batch_size: int) -> Scorer:
     return _run(model, tokenizer, column, True, device, batch_size)
 
 
-def _detoxify_files(spec: ScorerSpec) -> tuple[Path, str, str | None]:
+def _detoxify_files(spec: Spec) -> tuple[Path, str, str | None]:
     """Checkpoint, and the encoder's folder or hub name and commit; the checkpoint is verified."""
     encoder, revision = ENCODER, ENCODER_REVISION
     pins = [spec.revision] if spec.revision else []
@@ -198,10 +193,10 @@ def _detoxify_files(spec: ScorerSpec) -> tuple[Path, str, str | None]:
         checkpoint = _published_checkpoint()
         pins.append(checkpoint.stem.rpartition("-")[2])  # its name ends in its sha256
     elif Path(spec.path).is_dir():
-        found = sorted(Path(spec.path).glob("*.ckpt"))
-        if len(found) != 1:
-            raise InputError(f"scorer: {spec.path} has {len(found)} files *.ckpt; expected one")
-        checkpoint, encoder, revision = found[0], spec.path, None
+        there = sorted(Path(spec.path).glob("*.ckpt"))
+        if len(there) != 1:
+            raise InputError(f"scorer: {spec.path} has {len(there)} files *.ckpt; expected one")
+        checkpoint, encoder, revision = there[0], spec.path, None
     else:
         checkpoint = Path(spec.path)
     sha256 = digest(checkpoint)
@@ -231,7 +226,7 @@ def _published_checkpoint() -> Path:
     return path
 
 
-def _describe_detoxify(spec: ScorerSpec) -> dict[str, str]:
+def _describe_detoxify(spec: Spec) -> dict[str, str]:
     checkpoint, encoder, revision = _detoxify_files(spec)
     about = {"checkpoint": str(checkpoint), "sha256": digest(checkpoint), "encoder": encoder}
     pin = {"encoder revision": revision} if revision else {}
@@ -273,8 +268,7 @@ def _run(
     if device == "auto":  # for a model in parts; a scorer is small
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.nn.Module.to(model.eval(), device)  # transformers' own `to` has no usable type
-    positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
-    limit = min(tokenizer.model_max_length, positions)
+    limit = int(min(tokenizer.model_max_length, context(model.config.to_dict())))
 
     @torch.inference_mode()
     def score(texts: list[str]) -> Array:

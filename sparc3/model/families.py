@@ -2,17 +2,20 @@
 
 A **neuron** is one coordinate of the vector that enters an MLP's output projection, in gated
 (LLaMA) and plain (GPT-2) MLPs alike. A new family is one row of FAMILIES and, for relevance, one
-row of `sparc3.relevance.lrp.RULES`.
+row of `sparc3.relevance.lrp.RULES`. Importing this takes neither torch nor transformers.
 """
 
-from typing import NamedTuple, cast
+from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sparc3.base.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 
 class Family(NamedTuple):
@@ -53,6 +56,13 @@ def family(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def context(config: Mapping[str, Any]) -> float:
+    """Longest sequence in tokens, of a model's config.json or `config.to_dict()`; infinite for a
+    model without a table of positions.
+    """
+    return config.get("max_position_embeddings") or config.get("n_positions") or math.inf
+
+
 def body(model: PreTrainedModel) -> nn.Module:
     """The transformer: ids or embeddings to the last hidden state."""
     return model.get_submodule(family(model.config.model_type).body)
@@ -60,9 +70,9 @@ def body(model: PreTrainedModel) -> nn.Module:
 
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (..., vocabulary) of the body's last hidden state (..., hidden), any positions."""
-    values = cast(nn.Module, model.get_output_embeddings())(hidden)
+    values = cast("nn.Module", model.get_output_embeddings())(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
-    return values if cap is None else torch.tanh(values / cap) * cap
+    return values if cap is None else (values / cap).tanh() * cap
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -85,15 +95,16 @@ def mlps(model: PreTrainedModel) -> list[MLP]:
 
 def incoming(projection: nn.Module) -> Tensor:
     """Weight of `up` or `gate` as a (neuron, input) view, whichever way the module stores it."""
-    return _linear_weight(projection)
+    return _out_in(projection)
 
 
 def outgoing(projection: nn.Module) -> Tensor:
     """Weight of `down` as an (output, neuron) view, whichever way the module stores it."""
-    return _linear_weight(projection)
+    return _out_in(projection)
 
 
 def num_layers(model: PreTrainedModel) -> int:
+    """Layers, each of which has one MLP."""
     return len(mlps(model))
 
 
@@ -102,6 +113,8 @@ def width(model: PreTrainedModel) -> int:
     return outgoing(mlps(model)[0].down).shape[1]
 
 
-def _linear_weight(projection: nn.Module) -> Tensor:
+def _out_in(projection: nn.Module) -> Tensor:
+    from transformers.pytorch_utils import Conv1D
+
     weight = projection.get_parameter("weight")
     return weight.T if isinstance(projection, Conv1D) else weight  # Conv1D stores (in, out)

@@ -6,7 +6,6 @@ completions of its own, and the gap between the two is reported.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparc3.base.errors import InputError
 from sparc3.base.params import Keep
 from sparc3.circuits.circuit import INTACT
-from sparc3.measure.generate import complete
+from sparc3.measure.generate import Sampling, complete
 from sparc3.measure.scorers import Scorer
 from sparc3.model.loading import encode
 
@@ -49,10 +48,9 @@ def keep_highest(
             [INTACT],
             encode(tokenizer, [row["text"] for row in rows]),
             # Evaluation names its streams by the ids alone: whatever its seed, it draws others.
-            keys=[f"elicit {row['id']}" for row in rows],
-            completions=1,
+            [f"elicit {row['id']}" for row in rows],
+            Sampling(1, keep.new_tokens, keep.temperature, keep.top_p, keep.seed),
             progress=bar.update,
-            **{k: v for k, v in asdict(keep).items() if k not in ("scorer", "top")},
         )
     texts = tokenizer.batch_decode([tokens for (tokens,) in drawn], skip_special_tokens=True)
     scores = scorer(texts).tolist()

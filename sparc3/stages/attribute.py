@@ -8,16 +8,18 @@ stages read appears at the end, whole.
 
 import json
 import logging
+import math
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from sparc3.base import files, parallel
 from sparc3.base.artifacts import (
@@ -32,16 +34,16 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import digest, digest_text, write_json, write_tensors
 from sparc3.base.params import Params, scores_of
 from sparc3.model import families, loading
-from sparc3.relevance import lrp, scores
-from sparc3.relevance.scores import Prompt, Target, score
+from sparc3.relevance import attribution, lrp, scores
+from sparc3.relevance.attribution import Progress, Prompt, score
+from sparc3.relevance.scores import Target
 
 log = logging.getLogger(__name__)
-
 
 # What decides the numbers of a shard, beside the packages.
 CODE = [
     Path(__file__),
-    *(Path(str(module.__file__)) for module in (scores, lrp, families, loading, files)),
+    *(Path(str(code.__file__)) for code in (attribution, scores, lrp, families, loading, files)),
 ]
 VISIBLE = 120.0  # seconds until a network file system shows what another machine has written
 
@@ -50,11 +52,11 @@ def by_target(names: Sequence[str], default: Target) -> dict[Target, dict[str, s
     """Target -> {name: score}. `lrp-abs@max-logit` is the score lrp-abs of that target, whatever
     the set's own; a name without one is of the set's, `default`.
     """
-    found: dict[Target, dict[str, str]] = {}
+    targets: dict[Target, dict[str, str]] = {}
     for name in names:
         score_name, _, target = name.partition("@")
-        found.setdefault(cast(Target, target or default), {})[name] = score_name
-    return found
+        targets.setdefault(cast(Target, target or default), {})[name] = score_name
+    return targets
 
 
 def encode(rows: list[dict[str, Any]], tokenizer: Any, target: str) -> list[Prompt]:
@@ -118,54 +120,40 @@ def publish(
 
 
 def run(params: Params, prompt_set: str) -> dict[str, float]:
-    spec, attribute = params.prompt_sets[prompt_set], params.attribute
+    """Write outputs/scores/SET; of several processes, each computes its share of the shards.
+
+    InputError: a prompt without what its target needs.
+    """
     names = scores_of(params, prompt_set)
-    targets = by_target(names, spec.target)
+    targets = by_target(names, params.prompt_sets[prompt_set].target)
     here = parallel.place()
     device = parallel.device(here, params.model.device)
-    tokenizer = loading.tokenizer(params.model.path)
+    tokenizer = loading.tokenizer(params.model)
     rows = read_prompts(prompt_set, "attribute")
     encoded = {target: encode(rows, tokenizer, target) for target in targets}
-    size = attribute.shard_prompts
-    shards = [rows[start : start + size] for start in range(0, len(rows), size)]
+    size = params.attribute.shard_prompts
+    shards = range(math.ceil(len(rows) / size))
     every = [prompt for prompts in encoded.values() for prompt in prompts]
     partial = partial_folder(params, prompt_set, names, every)
 
     with parallel.joined(here):
         parallel.agree(here, str(partial))
-        *_, last = (name for own in targets.values() for name in own)  # that a shard writes
+        *_, last = (name for by_name in targets.values() for name in by_name)  # of a shard
         done = {int(path.stem) for path in (partial / last).glob("*.safetensors")}
         if done:
             log.info("attribute %s: going on after %d finished shards", prompt_set, len(done))
-        mine = [n for n in range(len(shards)) if here.shares(n) and n not in done]
+        mine = [n for n in shards if here.shares(n) and n not in done]
         if mine:
-            model = loading.load(params.model.path, None, params.model.dtype, device)
-            with tqdm(
-                total=len(targets) * sum(len(shards[n]) for n in mine),
-                desc=f"attribute {prompt_set}",
-                unit="prompt",
-                disable=here.rank > 0,
-            ) as bar:
-                streams = [
-                    score(
-                        model,
-                        encoded[target],
-                        list(own.values()),
-                        target=target,
-                        batch_tokens=attribute.batch_tokens,
-                        shard=size,
-                        skip=set(range(len(shards))).difference(mine),
-                        progress=bar.update,
-                    )
-                    for target, own in targets.items()
-                ]
-                for number in mine:
-                    ids = json.dumps([row["id"] for row in shards[number]])
-                    for stream, own in zip(streams, targets.values(), strict=True):
-                        _, found = next(stream)
-                        for name, score_name in own.items():
-                            path = partial / name / f"{number:05}.safetensors"
-                            write_tensors(path, {"scores": found[score_name]}, {"ids": ids})
+            model = loading.load(params.model, device)
+            parts = {
+                target: {n: prompts[n * size : (n + 1) * size] for n in mine}
+                for target, prompts in encoded.items()
+            }
+            total = sum(len(part) for by_number in parts.values() for part in by_number.values())
+            label = f"attribute {prompt_set}"
+            with tqdm(total=total, desc=label, unit="prompt", disable=here.rank > 0) as bar:
+                tokens_at_once = params.attribute.batch_tokens
+                write_shards(model, partial, parts, targets, tokens_at_once, bar.update)
         parallel.wait(here)
 
     tokens = [sum(map(len, prompt.sequences)) for prompt in every]
@@ -176,6 +164,37 @@ def run(params: Params, prompt_set: str) -> dict[str, float]:
     }
     if here.rank == 0:
         publish(partial, scores_folder(prompt_set), names, len(shards))
-        found = {**metrics, "sha256": scores_digest(prompt_set)}
-        write_json(metrics_path("attribute", prompt_set), found)
+        checked = {**metrics, "sha256": scores_digest(prompt_set)}
+        write_json(metrics_path("attribute", prompt_set), checked)
     return metrics
+
+
+def write_shards(
+    model: PreTrainedModel,
+    folder: Path,
+    parts: Mapping[Target, Mapping[int, Sequence[Prompt]]],
+    targets: Mapping[Target, Mapping[str, str]],
+    batch_tokens: int,
+    progress: Progress,
+) -> None:
+    """Write folder/NAME/NUMBER.safetensors for the prompts `parts[target][number]`, shard by shard,
+    and in each the names of `targets` (`by_target`) in their order.
+    """
+    streams = [
+        score(
+            model,
+            list(parts[target].values()),
+            list(by_name.values()),
+            target=target,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+        for target, by_name in targets.items()
+    ]
+    for number, prompts in next(iter(parts.values())).items():
+        ids = json.dumps([prompt.id for prompt in prompts])
+        for stream, by_name in zip(streams, targets.values(), strict=True):
+            computed = next(stream)
+            for name, score_name in by_name.items():
+                path = folder / name / f"{number:05}.safetensors"
+                write_tensors(path, {"scores": computed[score_name]}, {"ids": ids})

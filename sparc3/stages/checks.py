@@ -19,6 +19,7 @@ from sparc3.measure.instruments import INSTRUMENTS, instruments_of
 from sparc3.measure.scorers import SCORERS
 from sparc3.prompts import sources
 from sparc3.relevance.contrasts import CONTRASTS
+from sparc3.relevance.scores import SCORES, TARGETS
 
 PARAMS = Path("params.yaml")
 NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}[A-Za-z0-9_])?")
@@ -237,8 +238,6 @@ def _paired(key: str, value: str, name: str, spec: PromptSet) -> None:
 
 def check_scores(params: Params) -> None:
     """Scores of every set, and that those are computed which later stages read."""
-    from sparc3.relevance.scores import SCORES, TARGETS
-
     for name, spec in params.prompt_sets.items():
         key = "attribute.scores" if spec.scores is None else f"prompt_sets.{name}.scores"
         names = scores_of(params, name)

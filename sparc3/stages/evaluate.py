@@ -6,7 +6,6 @@ reproduction did, stands beside under its own name, `in_sample`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ from sparc3.measure.instrument import (
     mean_reading,
 )
 from sparc3.measure.instruments import completions, instruments_of, pairs, perplexity
-from sparc3.measure.scorers import ScorerSpec, describe, scorer
+from sparc3.measure.scorers import describe, scorer
 from sparc3.model import loading
 
 UNPRUNED = "none"  # the name of the model as it is, among those of circuits
@@ -334,12 +333,12 @@ def prompt_table(
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, evaluate = params.behaviours[behaviour], params.evaluate
-    tokenizer = loading.tokenizer(params.model.path)
+    tokenizer = loading.tokenizer(params.model)
     setting = load_setting(params, behaviour, tokenizer)
     circuits = read_circuits(params, behaviour, setting.rows)
-    specs = {name: ScorerSpec(**asdict(params.scorers[name])) for name in spec.scorers}
+    specs = {name: params.scorers[name] for name in spec.scorers}
     scorers = {name: scorer(each, params.model.device) for name, each in specs.items()}
-    model = loading.load(params.model.path, None, params.model.dtype, params.model.device)
+    model = loading.load(params.model)
     by_name = outcomes(
         model,
         {UNPRUNED: INTACT, **{name: circuit for name, (_, circuit) in circuits.items()}},

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +10,39 @@ from tokenizers import Tokenizer
 from sparc3.base.artifacts import metrics_path, prompts_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, write_json, write_jsonl
-from sparc3.base.params import SPLITS, Keep, Params, sets_of
+from sparc3.base.params import SPLITS, Keep, Model, Params, sets_of
+from sparc3.model.families import context
 from sparc3.prompts.sampling import Prompt, as_row, prompt_set
 
 log = logging.getLogger(__name__)
 
 
-def load_tokenizer(path: str) -> tuple[Tokenizer, int]:
+def load_tokenizer(spec: Model) -> tuple[Tokenizer, float]:
     """The model's tokenizer and the tokens of its context, without torch if they are at hand."""
-    folder = Path(path)
+    folder = Path(spec.path)
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tree = read_json(folder / "config.json")
-        context = tree.get("max_position_embeddings", tree.get("n_positions"))
     else:  # in an older format that transformers converts
-        from transformers import AutoConfig
-
         from sparc3.model import loading
 
-        tokenizer = getattr(loading.tokenizer(path), "backend_tokenizer", None)
+        tokenizer = getattr(loading.tokenizer(spec), "backend_tokenizer", None)
         if not isinstance(tokenizer, Tokenizer):
             raise InputError(
-                f"params: model.path: {path} has no tokenizer.json and no tokenizer that converts "
-                "to one; choose another model"
+                f"params: model.path: {folder} has no tokenizer.json and no tokenizer that "
+                "converts to one; choose another model"
             )
-        context = AutoConfig.from_pretrained(path).max_position_embeddings
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer, context
+    return tokenizer, context(read_json(folder / "config.json"))
 
 
-def check_context(key: str, prompts: Sequence[Prompt], context: int) -> None:
+def check_context(key: str, prompts: Sequence[Prompt], longest: float) -> None:
     """InputError for a prompt that the model cannot read whole."""
     for prompt in prompts:
-        if prompt.tokens > context:
+        if prompt.tokens > longest:
             raise InputError(
                 f"params: {key}: prompt {prompt.id} ({prompt.text[:40]!r}) has "
-                f"{prompt.tokens} tokens, the model's context {context}; set max_tokens"
+                f"{prompt.tokens} tokens, the model's context {longest}; set max_tokens"
             )
 
 
@@ -69,16 +64,14 @@ def elicited(
     params: Params, name: str, keep: Keep, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The second pass of a set, for which the model and a scorer are loaded."""
-    from sparc3.measure.scorers import ScorerSpec, scorer
+    from sparc3.measure.scorers import scorer
     from sparc3.model import (
         loading,  # here: a set without a second pass needs no torch
     )
     from sparc3.prompts.second_pass import keep_highest
 
-    spec = params.model
-    model = loading.load(spec.path, None, spec.dtype, spec.device)
-    score = scorer(ScorerSpec(**asdict(params.scorers[keep.scorer])), spec.device)
-    tokenizer = loading.tokenizer(spec.path)
+    model, tokenizer = loading.load(params.model), loading.tokenizer(params.model)
+    score = scorer(params.scorers[keep.scorer], params.model.device)
     return keep_highest(model, tokenizer, rows, keep, score, name)
 
 
@@ -87,7 +80,7 @@ def run(params: Params) -> dict[str, float]:
 
     Every row of a set that is only tested on is of the split `test`: no circuit is chosen on it.
     """
-    tokenizer, context = load_tokenizer(params.model.path)
+    tokenizer, longest = load_tokenizer(params.model)
     made: dict[str, list[Prompt]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     specs = sets_of(params)
@@ -96,7 +89,7 @@ def run(params: Params) -> dict[str, float]:
         like = made[spec.match_length] if spec.match_length else None
         made[name] = prompt_set(key, spec, params.prepare.splits, tokenizer, like)
         if name in params.prompt_sets or spec.target == "pair":  # other texts go through windows
-            check_context(key, made[name], context)
+            check_context(key, made[name], longest)
         log.info("prepare: %s has %d prompts", name, len(made[name]))
         split = "test" if name in params.test_sets else None
         rows[name] = [as_row(prompt, split) for prompt in made[name]]

@@ -51,7 +51,7 @@ def measure(
     rows = read_prompts(params.behaviours[behaviour].prompts, "tune")[: sweep.items]
     texts = read_prompts(params.differential.general, "tune")[: sweep.texts]
     general = perplexity.encode(texts, tokenizer)
-    model = loading.load(params.model.path, None, params.model.dtype, params.model.device)
+    model = loading.load(params.model)
     how = How(params.evaluate, sweep.batch_tokens, tokenizer)
     total = len(circuits) * (len(texts) + len(instruments) * len(rows))
     with tqdm(total=total, desc=f"sweep {behaviour}", unit="text") as bar:
@@ -80,7 +80,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         write_csv(sweep_path(behaviour), [], COLUMNS)
         write_json(metrics_path("sweep", behaviour), {"points": 0.0})
         return {"points": 0.0}
-    tokenizer = loading.tokenizer(params.model.path)
+    tokenizer = loading.tokenizer(params.model)
     by_circuit, general, groups = measure(params, behaviour, swept, circuits, tokenizer)
     leading, instrument = next(iter(swept.items()))
     objective = next(iter(instrument.objectives.values()))

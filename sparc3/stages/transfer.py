@@ -78,7 +78,7 @@ def run(params: Params) -> dict[str, float]:
         return {}
     behaviours, texts = read_rows(params)
     circuits = [INTACT, *read_circuits(params, {**behaviours, **texts}).values()]
-    tokenizer = loading.tokenizer(params.model.path)
+    tokenizer = loading.tokenizer(params.model)
     encoded = {
         (text, "perplexity"): (perplexity.read, perplexity.encode(rows, tokenizer))
         for text, rows in texts.items()
@@ -88,7 +88,7 @@ def run(params: Params) -> dict[str, float]:
         for key, instrument in instruments_of(spec).items()
         if instrument.swept
     }
-    model = loading.load(params.model.path, None, params.model.dtype, params.model.device)
+    model = loading.load(params.model)
     how = How(params.evaluate, transfer.batch_tokens, tokenizer)
     total = len(circuits) * sum(len(sample.ids) for _, sample in encoded.values())
     with tqdm(total=total, desc="transfer", unit="text") as bar:

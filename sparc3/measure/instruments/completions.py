@@ -39,20 +39,18 @@ def write(
     progress: Progress | None = None,
 ) -> list[list[dict[str, Any]]]:
     """Completions by the model without each of `circuits`: a row each, prompt by prompt."""
-    from sparc3.measure.generate import complete, quality
+    from sparc3.measure.generate import Sampling, complete, quality
 
     evaluate = how.evaluate
+    sampling = Sampling(
+        evaluate.completions,
+        evaluate.new_tokens,
+        evaluate.temperature,
+        evaluate.top_p,
+        evaluate.seed,
+    )
     drawn = complete(
-        model,
-        circuits,
-        sample.tokens,
-        keys=sample.ids,
-        completions=evaluate.completions,
-        new_tokens=evaluate.new_tokens,
-        temperature=evaluate.temperature,
-        top_p=evaluate.top_p,
-        seed=evaluate.seed,
-        progress=progress,
+        model, circuits, sample.tokens, keys=sample.ids, sampling=sampling, progress=progress
     )
     written = []
     for by_prompt in drawn:

@@ -28,7 +28,7 @@ def read(
     """Likelihood of every text; its first token, which nothing precedes, is not scored."""
     from sparc3.measure.likelihood import token_nll
 
-    scored = token_nll(model, circuits, sample.tokens, how.batch_tokens, progress)
+    scored = token_nll(model, circuits, sample.tokens, how.batch_tokens, progress, names=sample.ids)
     return [likelihood(nlls, sample.groups) for nlls in scored]
 
 

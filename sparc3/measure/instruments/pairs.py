@@ -61,10 +61,13 @@ def read(
     from sparc3.measure.likelihood import continuation_nll, sentence_scores
 
     readings = []
-    for scored in continuation_nll(model, circuits, sample.tokens, how.batch_tokens, progress):
+    by_circuit = continuation_nll(
+        model, circuits, sample.tokens, how.batch_tokens, progress, names=sample.ids
+    )
+    for scored in by_circuit:
         log_p = np.full((len(sample.tokens), 3), np.nan)
         for row, sentences in enumerate(scored):
-            log_p[row, : len(sentences)] = sentence_scores(sentences)
+            log_p[row, : len(sentences)] = sentence_scores(sentences, sample.ids[row])
         readings.append(reading(log_p, sample.groups))
     return readings
 

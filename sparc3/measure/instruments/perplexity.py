@@ -47,15 +47,14 @@ def read(
 
     A window of joined texts reaches across them, so a text is read after those before it.
     """
-    from sparc3.measure.likelihood import window_nll
+    from sparc3.measure.likelihood import Window, window_nll
 
     texts = sample.tokens
     if sample.joined:
         texts = [[token for text in texts for token in text]]
-    evaluate = how.evaluate
-    scored = window_nll(
-        model, circuits, texts, evaluate.window, evaluate.stride, how.batch_tokens, progress
-    )
+    window = Window(how.evaluate.window, how.evaluate.stride)
+    names = None if sample.joined else sample.ids
+    scored = window_nll(model, circuits, texts, window, how.batch_tokens, progress, names=names)
     if sample.joined:
         ends = np.cumsum([len(text) for text in sample.tokens])[:-1]
         scored = [np.split(nll, ends) for (nll,) in scored]

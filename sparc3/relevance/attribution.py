@@ -1,0 +1,323 @@
+"""Attribution: runs the model on prompts and gives every neuron its scores for each of them.
+
+No weight gradient is ever asked of autograd: what is kept per prompt is one number per neuron.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from sparc3.base.errors import InputError
+from sparc3.base.files import Array
+from sparc3.model import families, loading
+from sparc3.model.families import MLP
+from sparc3.relevance.lrp import attnlrp
+from sparc3.relevance.scores import SCORES, TARGETS, Target
+
+log = logging.getLogger(__name__)
+
+
+Progress = Callable[[int], object]  # called with the number of prompts just finished
+POSITIONS_AT_ONCE = 128  # of the language-modelling head, whose logits are vocabulary-wide
+
+
+class Prompt(NamedTuple):
+    """An id, and token ids: one sequence, or (preferred, other) for the target `pair`."""
+
+    id: str
+    sequences: tuple[Sequence[int], ...]
+
+
+def score(
+    model: PreTrainedModel,
+    shards: Sequence[Sequence[Prompt]],
+    names: Sequence[str],
+    *,
+    target: Target = "max-logit",
+    batch_tokens: int = 1024,
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Array]]:
+    """Yield {score name: float32 (prompt, layer, neuron)} of each shard, prompts in given order.
+
+    Within a shard prompts are batched by length, at most `batch_tokens` tokens at once with less
+    than 10 % of padding; so its scores depend on no other shard, bit for bit. Scores that need the
+    same pass share it.
+
+    Target y, explained by the scores with a gradient:
+    - max-logit: the largest logit at the last position;
+    - likelihood: mean log p of the prompt's own tokens, from the second one on;
+    - pair: mean log p(preferred) - mean log p(other), over the tokens from the second one on. A
+      score with a gradient takes the tokens of both sequences together; one without is that of
+      the preferred sequence minus that of the other, so that swapping the two turns its sign.
+
+    Sequences are padded on the right: a causal model cannot see the padding, and no gradient comes
+    from there. Out of memory batches the rest of the shard anew, with half of the tokens that were
+    too many; the scores stay the same up to rounding.
+
+    InputError: unknown score, a prompt that the target or the model cannot take (before anything
+    runs), a score that is not finite (it names the prompt), out of memory with a single prompt.
+    """
+    _check(model, [prompt for shard in shards for prompt in shard], names, target)
+    passes = _passes(names)
+    smallest = batch_tokens
+    for prompts in shards:
+        scores, fitted = _score_shard(model, prompts, passes, target, batch_tokens, progress)
+        if fitted < smallest:
+            smallest = fitted
+            log.warning("out of memory: of %d tokens in a batch, %d fit", batch_tokens, fitted)
+        yield scores
+
+
+def _score_shard(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    passes: dict[str, list[str]],
+    target: Target,
+    batch_tokens: int,
+    progress: Progress | None,
+) -> tuple[dict[str, Array], int]:
+    """{name: (prompt, layer, neuron)}, and the tokens of a batch that the memory was enough for."""
+    shape = (len(prompts), families.num_layers(model), families.width(model))
+    names = (name for of_pass in passes.values() for name in of_pass)
+    scores = {name: np.full(shape, np.nan, np.float32) for name in names}
+    lengths = [[len(s) for s in prompt.sequences] for prompt in prompts]
+    waiting = batches(lengths, batch_tokens)
+    while waiting:
+        batch = waiting[0]
+        try:
+            values = _score_batch(model, [prompts[i] for i in batch], passes, target)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise InputError(
+                    f"prompt {prompts[batch[0]].id}: out of memory with this prompt alone; "
+                    "shorten it, or use a smaller model.dtype or a larger device"
+                ) from None
+            batch_tokens = _padded([lengths[i] for i in batch]) // 2
+            rest = sorted(i for batch in waiting for i in batch)
+            anew = batches([lengths[i] for i in rest], batch_tokens)
+            waiting = [[rest[i] for i in batch] for batch in anew]
+            continue
+        waiting.pop(0)
+        for name, value in values.items():
+            scores[name][batch] = value
+        if progress is not None:
+            progress(len(batch))
+    return scores, batch_tokens
+
+
+def _padded(lengths: Sequence[Sequence[int]]) -> int:
+    """Tokens of a batch, padding included, given the lengths of each prompt's sequences."""
+    return len(lengths) * len(lengths[0]) * max(map(max, lengths))
+
+
+def batches(
+    lengths: Sequence[Sequence[int]], batch_tokens: int, padding: float = 0.1
+) -> list[list[int]]:
+    """Group prompts, given the lengths of each one's sequences, into batches of similar length.
+
+    Returns lists of positions in `lengths`, each prompt once. A batch, padded to its longest
+    sequence, has at most `batch_tokens` tokens (or is a single prompt), and less than `padding` of
+    them are padding (or it is a single prompt). Deterministic.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (max(lengths[i]), sum(lengths[i]), i))
+    grouped: list[list[int]] = []
+    real = 0
+    for i in order:
+        real += sum(lengths[i])
+        padded = (len(grouped[-1]) + 1 if grouped else 1) * len(lengths[i]) * max(lengths[i])
+        if grouped and padded <= batch_tokens and padded - real < padding * padded:
+            grouped[-1].append(i)
+        else:
+            grouped.append([i])
+            real = sum(lengths[i])
+    return grouped
+
+
+def _check(
+    model: PreTrainedModel, prompts: Sequence[Prompt], names: Sequence[str], target: Target
+) -> None:
+    for name in names:
+        if name not in SCORES:
+            raise InputError(f"score: {name!r} is not known; choose one of {', '.join(SCORES)}")
+    if target not in TARGETS:
+        raise InputError(f"target: {target!r} is not known; choose one of {', '.join(TARGETS)}")
+    expected = 2 if target == "pair" else 1
+    shortest = 1 if target == "max-logit" else 2
+    longest = families.context(model.config.to_dict())
+    for prompt in prompts:
+        if len(prompt.sequences) != expected:
+            raise InputError(
+                f"prompt {prompt.id}: target {target} takes {expected} sequence(s), "
+                f"not {len(prompt.sequences)}"
+            )
+        for sequence in prompt.sequences:
+            if not shortest <= len(sequence) <= longest:
+                raise InputError(
+                    f"prompt {prompt.id}: {len(sequence)} tokens; target {target} and this model "
+                    f"take {shortest} to {longest}"
+                )
+
+
+def _passes(names: Sequence[str]) -> dict[str, list[str]]:
+    """Scores by the pass that yields them; those of a forward pass join another if there is one."""
+    passes: dict[str, list[str]] = {}
+    for name in names:
+        if SCORES[name].gradient is not None:
+            passes.setdefault(str(SCORES[name].gradient), []).append(name)
+    forward = [name for name in names if SCORES[name].gradient is None]
+    if forward:
+        passes.setdefault(next(iter(passes), "forward"), []).extend(forward)
+    return passes
+
+
+def _score_batch(
+    model: PreTrainedModel, prompts: Sequence[Prompt], passes: dict[str, list[str]], target: Target
+) -> dict[str, Array]:
+    """{name: (prompt, layer, neuron)} of prompts that are run as one batch."""
+    sequences = [torch.tensor(s) for prompt in prompts for s in prompt.sequences]
+    device = loading.input_device(model)
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(device)
+    lengths = torch.tensor([len(s) for s in sequences], device=device)
+    real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    shape = (families.num_layers(model), len(prompts), families.width(model))
+
+    scores: dict[str, Array] = {}
+    gradient: Tensor | None = None  # dy/dhidden: the passes differ in gradients, not in values
+    for kind, names in passes.items():
+        filled = {name: torch.empty(shape, device=device) for name in names}
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(kind != "forward"))
+            stack.enter_context(attnlrp(model) if kind == "attnlrp" else nullcontext())
+            stack.enter_context(loading.attention(ids))
+            stack.enter_context(_watching(model, len(prompts), real[:, :, None], filled))
+            # Padding is not masked, for it is never seen. Without any mask transformers would write
+            # out the causal one; with ones it leaves causality to sdpa, which is faster.
+            states = families.body(model)(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+            )
+            hidden = states.last_hidden_state
+            if kind != "forward":
+                if gradient is None:
+                    gradient = GRADIENTS[target](model, hidden.detach(), ids, lengths)
+                hidden.backward(gradient)
+        for name, value in filled.items():
+            scores[name] = value.transpose(0, 1).cpu().numpy()
+            _check_finite(model, name, scores[name], prompts)
+    return scores
+
+
+@contextmanager
+def _watching(
+    model: PreTrainedModel, prompts: int, real: Tensor, into: dict[str, Tensor]
+) -> Iterator[None]:
+    """Fill into[name] (layer, prompt, neuron) while the model runs, and then runs backward.
+
+    `real` (sequence, token, 1) is True where a token is no padding; the sequences of a prompt are
+    next to each other.
+    """
+
+    def observe(names: list[str], layer: int, mlp: MLP, values: Tensor, at: Tensor) -> None:
+        # Gradients go no further than the first tensor asked for: that of the first layer.
+        if not at.requires_grad:
+            at.requires_grad_()
+        values = values.detach().view(prompts, -1, values.shape[-1])
+
+        def reduce(gradient: Tensor) -> None:
+            gradient = gradient.view(prompts, -1, gradient.shape[-1])
+            for name in names:
+                into[name][layer] = SCORES[name].of(mlp, values, gradient)
+
+        at.register_hook(reduce)
+
+    handles: list[RemovableHandle] = []
+    forward = [n for n in into if SCORES[n].gradient is None]
+    neurons = [n for n in into if SCORES[n].gradient and SCORES[n].at == "neurons"]
+    weights = [n for n in into if SCORES[n].gradient and SCORES[n].at == "weights"]
+
+    def hook(layer: int, mlp: MLP) -> None:
+        def before_down(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            h = args[0]
+            for name in forward:
+                values = h.detach().view(*real.shape[:2], -1)  # OPT runs all tokens as one axis
+                per_sequence = SCORES[name].of(mlp, values, real.to(h.device))
+                preferred, *other = per_sequence.view(prompts, -1, h.shape[-1]).unbind(1)
+                into[name][layer] = preferred - other[0] if other else preferred
+            if neurons:
+                observe(neurons, layer, mlp, h, h)
+
+        def after_up(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            observe(weights, layer, mlp, args[0], output)
+
+        handles.append(mlp.down.register_forward_pre_hook(before_down))
+        if weights:
+            handles.append(mlp.up.register_forward_hook(after_up))
+
+    try:
+        for layer, mlp in enumerate(families.mlps(model)):
+            hook(layer, mlp)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _max_logit(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+    """d/d hidden of the largest logit at each sequence's last position."""
+    rows, last = torch.arange(len(ids), device=hidden.device), lengths.to(hidden.device) - 1
+    leaf = hidden[rows, last].requires_grad_()
+    y = families.logits(model, leaf).amax(-1).sum()
+    gradient = torch.zeros_like(hidden)
+    gradient[rows, last] = torch.autograd.grad(y, leaf)[0]
+    return gradient
+
+
+def _likelihood(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+    """d/d hidden of the sum of the sequences' mean log p."""
+    return _log_p(model, hidden, ids, torch.ones_like(lengths) / (lengths - 1), lengths)
+
+
+def _pair(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+    """d/d hidden of sum of mean log p of even rows (preferred) - that of odd rows (other)."""
+    sign = 1 - 2 * (torch.arange(len(ids), device=lengths.device) % 2)
+    return _log_p(model, hidden, ids, sign / (lengths - 1), lengths)
+
+
+def _log_p(
+    model: PreTrainedModel, hidden: Tensor, ids: Tensor, share: Tensor, lengths: Tensor
+) -> Tensor:
+    """d/d hidden of the sum over sequences of `share` (sequence,) times their summed log p."""
+    ids, lengths, share = (t.to(hidden.device) for t in (ids, lengths, share))
+    rows, positions = torch.nonzero(
+        torch.arange(ids.shape[1] - 1, device=hidden.device) < lengths[:, None] - 1, as_tuple=True
+    )
+    gradient = torch.zeros_like(hidden)
+    for part in torch.arange(len(rows), device=hidden.device).split(POSITIONS_AT_ONCE):
+        row, position = rows[part], positions[part]
+        leaf = hidden[row, position].requires_grad_()
+        log_p = torch.log_softmax(families.logits(model, leaf).float(), -1)
+        y = (log_p[torch.arange(len(part)), ids[row, position + 1]] * share[row]).sum()
+        gradient[row, position] = torch.autograd.grad(y, leaf)[0]
+    return gradient
+
+
+GRADIENTS = {"max-logit": _max_logit, "likelihood": _likelihood, "pair": _pair}
+
+
+def _check_finite(
+    model: PreTrainedModel, name: str, scores: Array, prompts: Sequence[Prompt]
+) -> None:
+    bad = ~np.isfinite(scores).all(axis=(1, 2))
+    if bad.any():
+        prompt = prompts[int(bad.argmax())]
+        layer = int((~np.isfinite(scores[bad.argmax()])).any(axis=1).argmax())
+        raise InputError(
+            f"prompt {prompt.id}: score {name} is not finite in layer {layer}; "
+            f"{loading.not_finite(model)}"
+        )
