@@ -130,7 +130,9 @@ def run(params: Params, prompt_set: str) -> dict[str, float]:
     device = parallel.device(here, params.model.device)
     tokenizer = loading.tokenizer(params.model)
     rows = read_prompts(prompt_set, "attribute")
-    encoded = {target: encode(rows, tokenizer, target) for target in targets}
+    encoded: dict[Target, list[Prompt]] = {
+        target: encode(rows, tokenizer, target) for target in targets
+    }
     size = params.attribute.shard_prompts
     shards = range(math.ceil(len(rows) / size))
     every = [prompt for prompts in encoded.values() for prompt in prompts]
