@@ -147,7 +147,7 @@ def run(params: Params, prompt_set: str) -> dict[str, float]:
         mine = [n for n in shards if here.shares(n) and n not in done]
         if mine:
             model = loading.load(params.model, device)
-            parts = {
+            parts: dict[Target, dict[int, list[Prompt]]] = {
                 target: {n: prompts[n * size : (n + 1) * size] for n in mine}
                 for target, prompts in encoded.items()
             }
