@@ -122,7 +122,7 @@ PARAMS: dict[str, Any] = {
     "select": {
         "num_neurons": None,
         "protect": None,
-        "ppl_budget": 8.0,
+        "ppl_budget": 9.5,
         "resamples": 20,
         "seed": 0,
     },
@@ -141,7 +141,7 @@ PARAMS: dict[str, Any] = {
         "new_tokens": 6,
         "temperature": 1.5,
         "top_p": 0.95,
-        "seed": 0,
+        "seed": 1,
         "batch_tokens": 60,
         "resamples": 400,
     },
