@@ -240,7 +240,7 @@ def draw_stream(
     for seed in spec.seeds:
         missing = dict(quotas)
         with tqdm(total=spec.count, desc=f"prepare {key}, seed {seed}", unit="prompt") as bar:
-            for row in sources.STREAMS[spec.source](spec.where, seed):
+            for row in sources.SOURCES[spec.source].rows(spec.where, seed):
                 split = split_of_one(row.group, shares)
                 prompt = fit(tokenizer, row, limits, split, seed) if missing[split] else None
                 if prompt is not None and prompt.id not in used:
