@@ -57,10 +57,8 @@ def narrow(key: str, rows: list[Row], where: Where) -> list[Row]:
     if "bias_type" in where:
         known = sorted({row.stratum for row in rows})
         if where["bias_type"] not in known:
-            raise InputError(
-                f"params: {key}.where.bias_type {where['bias_type']!r} is not in the data; "
-                f"choose one of {', '.join(known)}"
-            )
+            problem = f"{key}.where.bias_type {where['bias_type']!r} is not in the data"
+            raise InputError(f"params: {problem}; choose one of {', '.join(known)}")
         rows = [row for row in rows if row.stratum == where["bias_type"]]
     if "min_toxicity" in where:
         least = where["min_toxicity"]
