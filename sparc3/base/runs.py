@@ -92,7 +92,8 @@ class Run:
 
     def _log(self, kind: str, items: Sequence[Any]) -> None:
         for start in range(0, len(items), MAX_BATCH):
-            self.client.log_batch(self.id, **{kind: items[start : start + MAX_BATCH]})
+            batch: dict[str, Any] = {kind: items[start : start + MAX_BATCH]}
+            self.client.log_batch(self.id, **batch)
 
     def set_product(self, digest: str) -> None:
         """Digest of what the stage wrote, by which `pipeline_run` finds the run that wrote it."""
