@@ -60,6 +60,7 @@ repro: env
 	@echo "Running the pipeline: each stage says what it does."
 	@$(IN_ENV) dvc repro
 	@cat metrics/table.md
+	@$(IN_ENV) python -m sparc3 committed || true
 	@$(IN_ENV) python -c 'from sparc3.base import store; print("The runs are in", store.public_uri())'
 	@echo "See them with: make ui"
 

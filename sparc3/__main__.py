@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--folder", type=Path, required=True, metavar="PATH")
     ui = words.add_parser("ui", help="the runs in MLflow's UI on 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)
+    words.add_parser("committed", help="do metrics/ equal those of git's HEAD?")
     words.add_parser("readme", help="put the result tables into README.md")
     return top
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sparc3.__main__ import main
 from sparc3.base.errors import InputError
 from sparc3.commands import committed
 
@@ -39,7 +40,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_equal_metrics_are_one_line_and_rounding_is_no_difference(
     repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    committed.run()
+    assert main(["committed"]) == 0
     write(repository, {"transfer": {"a": {"b": {"value": 12.5000001, "p": 1e-9}}}})
     committed.run()
     assert capsys.readouterr().out == "metrics equal those committed (2 files)\n" * 2

@@ -1,10 +1,8 @@
 from typing import Any
 
 import numpy as np
-import pytest
 import tiny
 
-from sparc3.base.errors import InputError
 from sparc3.base.params import Keep
 from sparc3.circuits.circuit import INTACT
 from sparc3.measure.generate import Sampling, complete
@@ -64,8 +62,3 @@ def test_evaluation_with_the_same_seed_draws_other_completions() -> None:
     (drawn,) = complete(model, [INTACT], [[3, 4]] * 12, ids, Sampling(1, 5, 1.0, 1.0, 0))
     again = lengths(WORDS.batch_decode([tokens for (tokens,) in drawn], skip_special_tokens=True))
     assert not np.array_equal([row["elicited"] for row in kept], again)
-
-
-def test_too_few_candidates_are_refused() -> None:
-    with pytest.raises(InputError, match=r"prompt_sets\.set\.keep\.top is 13, but there are 12"):
-        keep_highest(tiny.model("llama"), WORDS, ROWS, Keep("s", 13), lengths, "set")

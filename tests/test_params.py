@@ -156,6 +156,10 @@ def test_bad_params_are_named(tmp_path: Path, tree: object, expected: str) -> No
             row("test_sets", "news", keep={"scorer": "no", "top": 1}),
             "test_sets.news.keep.scorer 'no' is not in scorers",
         ),
+        (
+            row("prompt_sets", "toxicity", keep={"scorer": "profanity", "top": 261}),
+            "prompt_sets.toxicity.keep.top is 261; expected at most 260, count x seeds",
+        ),
         (changed("overlap", "method", "no"), "overlap.method 'no' is not in methods"),
         (changed("differential", "general", "news"), "differential.general 'news' is not in prom"),
         # Splits
@@ -349,7 +353,7 @@ def test_sources_of_pairs_are_those_whose_rows_are_pairs(fetched: Path) -> None:
     found = {
         name
         for name, source in SOURCES.items()
-        if not name.startswith("hub/") and source.rows({})[0].pair
+        if not name.startswith("hub/") and next(iter(source.rows({}))).pair
     }
     assert {*found, "hub/stereoset"} == set(PAIRED)
 

@@ -317,7 +317,7 @@ def params(sets: dict[str, PromptSet], tests: dict[str, PromptSet] | None = None
 
 def run(params: Params) -> None:
     """As on the command line, where the checks of the sets come first."""
-    checks.check_sets(params)
+    checks.refuse(checks.check_sets(params))
     prepare.run(params)
 
 
@@ -514,7 +514,9 @@ def test_bad_input_is_one_line_that_names_its_key_and_writes_nothing(project, se
 def test_shares_that_are_no_shares_are_refused(project, splits, message):
     changed = params(SETS)
     with pytest.raises(InputError, match=message):
-        checks.check_splits(replace(changed, prepare=replace(changed.prepare, splits=splits)))
+        checks.refuse(
+            checks.check_splits(replace(changed, prepare=replace(changed.prepare, splits=splits)))
+        )
 
 
 def test_missing_data_is_named(project):

@@ -18,8 +18,10 @@ import raw
 from sparc3.base import secrets
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_jsonl, write_csv, write_jsonl
+from sparc3.base.params import PromptSet
 from sparc3.prompts import embedded, hub, sources
 from sparc3.prompts.row import Row
+from sparc3.stages import checks
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_notAnActualTokenButLongEnough"
@@ -36,8 +38,8 @@ def project(tmp_path, monkeypatch) -> Path:
 
 
 def rows_of(source: str, **where: object) -> list[Row]:
-    sources.check("prompt_sets.a", source, where)
-    return sources.narrow("prompt_sets.a", sources.SOURCES[source].rows(where), where)
+    checks.refuse(checks.check_source("prompt_sets.a", PromptSet(source, None, where=where)))
+    return sources.narrow("prompt_sets.a", list(sources.SOURCES[source].rows(where)), where)
 
 
 # Raw files
@@ -184,7 +186,9 @@ def real(fetched, monkeypatch) -> None:
 
 def test_the_real_files_have_the_counts_that_are_documented(real):
     counts = {
-        name: len(source.rows({})) for name, source in sources.SOURCES.items() if "/" not in name
+        name: len(list(source.rows({})))
+        for name, source in sources.SOURCES.items()
+        if "/" not in name
     }
     assert counts == {
         "wikipedia": 15942,

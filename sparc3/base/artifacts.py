@@ -5,6 +5,7 @@ Paths are relative to the project's folder, the current directory.
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,8 @@ def read_prompts(prompt_set: str, split: str | None) -> list[dict[str, Any]]:
     path = prompts_path(prompt_set)
     rows = [row for row in read_jsonl(path) if split in (None, row["split"])]
     if not rows:
-        raise InputError(
-            f"{path}: no prompt in the {split} split; raise prompt_sets.{prompt_set}.count"
-        )
+        remedy = f"raise prompt_sets.{prompt_set}.count"
+        raise InputError(f"{path}: no prompt in the {split} split; {remedy}")
     return rows
 
 
@@ -78,9 +78,7 @@ def score_shards(prompt_set: str, score: str) -> Iterator[tuple[list[str], Array
     folder = scores_folder(prompt_set) / score
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise InputError(
-            f"{folder}: no scores; run the attribute stage for {prompt_set} (dvc repro)"
-        )
+        raise InputError(f"{folder}: no scores; run attribute for {prompt_set} (dvc repro)")
     for shard in shards:
         tensors, metadata = read_tensors(shard)
         yield json.loads(metadata["ids"]), tensors["scores"]
@@ -88,12 +86,8 @@ def score_shards(prompt_set: str, score: str) -> Iterator[tuple[list[str], Array
 
 def read_scores(prompt_set: str, score: str) -> tuple[list[str], Array]:
     """All prompt ids of a set's attribute split, and scores (prompt, layer, neuron)."""
-    ids: list[str] = []
-    blocks = []
-    for shard_ids, scores in score_shards(prompt_set, score):
-        ids += shard_ids
-        blocks.append(scores)
-    return ids, np.concatenate(blocks)
+    ids, scores = zip(*score_shards(prompt_set, score), strict=True)
+    return list(chain.from_iterable(ids)), np.concatenate(scores)
 
 
 def scores_digest(prompt_set: str) -> str:

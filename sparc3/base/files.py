@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from sparc3.base.errors import InputError
 
 Array = np.ndarray
+_MISSING = "file not found; run the stage that writes it (dvc repro)"
 
 
 @contextmanager
@@ -43,9 +44,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: file not found; run the stage that writes it (dvc repro)"
-        ) from None
+        raise InputError(f"{path}: {_MISSING}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
 
@@ -103,13 +102,9 @@ def write_tensors(
     """Safetensors; a non-finite value is refused (InputError) and nothing is written."""
     for name, tensor in tensors.items():
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
-            raise InputError(
-                f"{path}: tensor {name!r} holds non-finite values; nothing was written"
-            )
-    blob = save(
-        {k: np.ascontiguousarray(v) for k, v in tensors.items()},
-        metadata=dict(metadata) if metadata else None,
-    )
+            raise InputError(f"{path}: tensor {name!r} holds non-finite values; not written")
+    contiguous = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+    blob = save(contiguous, metadata=dict(metadata) if metadata else None)
     with replacing(path) as temporary:
         temporary.write_bytes(blob)
 
@@ -121,9 +116,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
             names = stream.keys()  # not a mapping: it cannot be iterated itself
             return {name: stream.get_tensor(name) for name in names}, stream.metadata() or {}
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: file not found; run the stage that writes it (dvc repro)"
-        ) from None
+        raise InputError(f"{path}: {_MISSING}") from None
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from None
 

@@ -48,10 +48,8 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
         0 <= here.rank < here.world and 0 <= here.local_rank < here.local_world
     ):
         shown = " ".join(f"{name}={given.get(name)}" for name in names)
-        raise InputError(
-            f"environment: {shown} is no place in a job; start the processes with torchrun, or "
-            "unset RANK to run only one"
-        )
+        remedy = "start the processes with torchrun, or unset RANK to run only one"
+        raise InputError(f"environment: {shown} is no place in a job; {remedy}")
     return here
 
 

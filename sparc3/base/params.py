@@ -282,35 +282,32 @@ def parse(tree: Tree) -> Params:
         return _PARAMS.validate_json(json.dumps(tree, default=_refuse))
     except ValidationError as error:
         found = sorted(error.errors(include_url=False), key=lambda e: e["type"] != _UNKNOWN)
-        raise InputError(f"params: {_reason(tree, found[0])}") from None
+        raise InputError(f"params: {_reason(found[0])}") from None
 
 
 def _refuse(value: object) -> object:
     raise InputError(f"params: {value!r} is neither text, number, true, false, null, list nor map")
 
 
-def _reason(tree: Tree, error: Mapping[str, Any]) -> str:
+def _reason(error: Mapping[str, Any]) -> str:
     """One of pydantic's errors in this project's words, with the key's path."""
     path, kind = "", Params
-    value: Any = tree
     for step in error["loc"]:
         inner = _inner(kind, step)
         if inner is None:  # a key that is unknown, or pydantic's name of an alternative
             break
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
         kind = inner
-        value = None if error["type"] == "missing" and step not in value else value[step]
     if error["type"] == _UNKNOWN:
         row = next(part for part in _alternatives(kind) if is_dataclass(part))
         known = ", ".join(f.name for f in fields(row))
         return f"unknown key {path and path + '.'}{error['loc'][-1]}; known here: {known}"
+    value, expected = error["input"], _describe(kind)
     if error["type"] == "missing":
-        return f"missing key {path}; expected {_describe(kind)}"
-    number = any(part in (int, float) for k in _alternatives(kind) for part in (k, *get_args(k)))
-    hint = " (YAML reads numbers such as 1e-3 as text: write 0.001)"
-    return f"{path} is {value!r}; expected {_describe(kind)}" + (
-        hint if number and isinstance(value, str) else ""
-    )
+        return f"missing key {path}; expected {expected}"
+    if isinstance(value, str) and "number" in expected:
+        expected += " (YAML reads numbers such as 1e-3 as text: write 0.001)"
+    return f"{path} is {value!r}; expected {expected}"
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

@@ -20,10 +20,8 @@ def lay_over(profile: Path, base: Path) -> Tree:
     """
     changes, tree = read(profile), read(base)
     if tree.get("profile") is not None:
-        raise InputError(
-            f"{base}: holds profile {tree['profile']} already, and a profile is laid over the "
-            f"default only; get that back by: git checkout {base}"
-        )
+        problem = f"holds profile {tree['profile']} already, and only the default takes one"
+        raise InputError(f"{base}: {problem}; get that back by: git checkout {base}")
     merged = {**tree, **changes}
     for section in tree.keys() & changes.keys():
         old, new = tree[section], changes[section]
@@ -35,9 +33,7 @@ def lay_over(profile: Path, base: Path) -> Tree:
 def _rows(section: str, old: Tree, new: Tree) -> Tree:
     for name in new.keys() - old.keys():
         if new[name] is None:
-            raise InputError(
-                f"params: {section}.{name} is None, which takes a row away; "
-                f"there are: {', '.join(old)}"
-            )
+            problem = f"{section}.{name} is None, which takes a row away"
+            raise InputError(f"params: {problem}; there are: {', '.join(old)}")
     rows = new if old.keys() <= new.keys() else {**old, **new}
     return {name: row for name, row in rows.items() if row is not None}

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,29 +76,31 @@ class Run:
         now = int(time.time() * 1000)
         logged = self.client.get_run(self.id).data.metrics
         new = [Metric(k, float(v), now, 0) for k, v in metrics.items() if logged.get(k) != v]
-        for batch in _batches(new):
-            self.client.log_batch(self.id, metrics=batch)
+        self._log("metrics", new)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters, flattened; one that is there may be logged again with the same value only."""
         from mlflow.entities import Param
 
         flat = flatten(params)
-        for batch in _batches(Param(k, masked(v, MAX_PARAM)) for k, v in flat.items()):
-            self.client.log_batch(self.id, params=batch)
+        self._log("params", [Param(k, masked(v, MAX_PARAM)) for k, v in flat.items()])
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         from mlflow.entities import RunTag
 
-        for batch in _batches(RunTag(k, masked(v, MAX_TAG)) for k, v in tags.items()):
-            self.client.log_batch(self.id, tags=batch)
+        self._log("tags", [RunTag(k, masked(v, MAX_TAG)) for k, v in tags.items()])
+
+    def _log(self, kind: str, items: Sequence[Any]) -> None:
+        for start in range(0, len(items), MAX_BATCH):
+            batch: dict[str, Any] = {kind: items[start : start + MAX_BATCH]}
+            self.client.log_batch(self.id, **batch)
 
     def set_product(self, digest: str) -> None:
         """Digest of what the stage wrote, by which `pipeline_run` finds the run that wrote it."""
         self.set_tags({"sparc3.product": digest})
 
-    def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """A file, under `folder` of the run's artifacts; one of the same name is replaced.
+    def log_artifact(self, path: Path) -> None:
+        """A file, by its name; one of the same name is replaced.
 
         Raises InputError if the file is missing or holds a secret (`secrets`), ValueError for
         tensors: DVC keeps those, and their digest belongs in a tag.
@@ -109,20 +111,9 @@ class Run:
             raise InputError(f"{path}: file not found; an artifact must be a file")
         content = path.read_bytes()
         if any(secret.encode() in content for secret in secrets()):
-            raise InputError(
-                f"{path}: holds a token or password of the environment or .env; not logged"
-            )
-        self.client.log_artifact(self.id, str(path), folder)
-
-    def end(self, status: str) -> None:
-        """FINISHED, FAILED or KILLED."""
-        self.client.set_terminated(self.id, status)
-
-
-def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
-    everything = list(items)
-    for start in range(0, len(everything), MAX_BATCH):
-        yield everything[start : start + MAX_BATCH]
+            problem = "holds a token or password of the environment or .env"
+            raise InputError(f"{path}: {problem}; not logged")
+        self.client.log_artifact(self.id, str(path))
 
 
 def source() -> dict[str, str]:
@@ -153,20 +144,20 @@ class _Killed(SystemExit):
 def _signals_raise() -> Iterator[None]:
     """SIGTERM and SIGHUP raise, so that the run is closed before the process ends with 128 + n."""
 
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    caught = [number for number in ends if signal.getsignal(number) is not signal.SIG_IGN]
+
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for caught in before:
-            signal.signal(caught, signal.SIG_IGN)
+        for each in caught:
+            signal.signal(each, signal.SIG_IGN)
         raise _Killed(128 + number)
 
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
-    before = {s: handler for s, handler in before.items() if handler is not signal.SIG_IGN}
-    for caught in before:
-        signal.signal(caught, stop)
+    before = {number: signal.signal(number, stop) for number in caught}
     try:
         yield
     finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -190,13 +181,13 @@ def stage_run(
 
     Raises InputError if the tracking store cannot be used.
     """
-    name = "@".join([stage, "-".join(axes.values())]) if axes else stage
+    name = "@".join([stage, *axes.values()])
+    started = {"dvc_stage": "DVC_STAGE", "dvc_experiment": "DVC_EXP_NAME"}
     described = {
         "mlflow.runName": name,
         "sparc3.stage": stage,
         "sparc3.name": name,
-        **({"sparc3.dvc_stage": value} if (value := os.environ.get("DVC_STAGE")) else {}),
-        **({"sparc3.dvc_experiment": value} if (value := os.environ.get("DVC_EXP_NAME")) else {}),
+        **{f"sparc3.{tag}": os.environ[v] for tag, v in started.items() if os.environ.get(v)},
         **source(),
         **(tags or {}),
     }
@@ -216,13 +207,13 @@ def closing(run: Run) -> Iterator[None]:
     """The run ends with the block, and as the block does."""
     try:
         yield
-        run.end("FINISHED")
+        run.client.set_terminated(run.id, "FINISHED")
     except (KeyboardInterrupt, _Killed):
-        run.end("KILLED")
+        run.client.set_terminated(run.id, "KILLED")
         raise
     except BaseException as error:
         run.set_tags({"sparc3.error": f"{type(error).__name__}: {first_line(error)}"})
-        run.end("FAILED")
+        run.client.set_terminated(run.id, "FAILED")
         raise
 
 
@@ -236,9 +227,8 @@ def given(client: "MlflowClient", variable: str) -> Run | None:
     try:
         return Run(client, client.get_run(run_id).info.experiment_id, run_id)
     except MlflowException as error:
-        raise InputError(
-            f"{variable}: {run_id} is not a run of {public_uri()} ({first_line(error)}); unset it"
-        ) from None
+        problem = f"{run_id} is not a run of {public_uri()} ({first_line(error)})"
+        raise InputError(f"{variable}: {problem}; unset it") from None
 
 
 def create(client: "MlflowClient", experiment: str, parent: Run | None) -> Run:

@@ -49,10 +49,7 @@ def first_line(error: BaseException) -> str:
 
 
 def hub_reason(error: BaseException) -> str:
-    """Why the hub gave nothing, for the middle of a message: the error, and whether it had a token.
-
-    As in: (GatedRepoError: 401 ...); no HF_TOKEN was given
-    """
+    """Why the hub gave nothing, as in: (GatedRepoError: 401 ...); no HF_TOKEN was given"""
     given = "HF_TOKEN was given" if hub_token() else "no HF_TOKEN was given"
     return f"({type(error).__name__}: {first_line(error)}); {given}"
 
@@ -65,9 +62,7 @@ def hub_token() -> str | None:
     """
     token = os.environ.get("HF_TOKEN") or _env_file().get("HF_TOKEN") or None
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
-        raise InputError(
-            "HF_TOKEN: not a token (it has spaces or unprintable letters); copy it again"
-        )
+        raise InputError("HF_TOKEN: not a token (spaces or unprintable letters); copy it again")
     return token
 
 

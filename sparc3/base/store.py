@@ -24,14 +24,13 @@ EXPERIMENT = "sparc3"
 DVC_COPIES = "/.dvc/tmp/exps/"  # where `dvc exp run --temp` and --queue put their checkouts
 
 
-def checkout(folder: Path | None = None) -> Path:
-    """The main checkout of `folder` (default: the working directory).
+def checkout() -> Path:
+    """The main checkout of the working directory.
 
     `dvc exp run --temp` works in a copy inside the checkout and removes it afterwards; what must
     outlive the copy is addressed from here.
     """
-    path = (folder or Path.cwd()).absolute()
-    return Path(f"{path}/".partition(DVC_COPIES)[0])
+    return Path(f"{Path.cwd()}/".partition(DVC_COPIES)[0])
 
 
 def database(uri: str) -> Path | None:
@@ -69,8 +68,8 @@ def locked(uri: str) -> Iterator[None]:
 
 
 def _import(uri: str) -> "type[MlflowClient]":
-    """MLflow's client, with what it will import for this address: 2 s, and 3 s when the garbage
-    collector looks through the same million objects again and again meanwhile.
+    """MLflow's client, with what it will import for this address: 2 s, and 3 s with the garbage
+    collector, which looks through the same million objects again and again.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     collecting = gc.isenabled()

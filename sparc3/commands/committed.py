@@ -24,8 +24,8 @@ def run() -> None:
 
     InputError: not a checkout with a commit that has metrics.
     """
-    before, after = committed(), on_disk()
-    found = list(differences(before, after))
+    after = {path.as_posix(): read_json(path) for path in METRICS.rglob("*.json")}
+    found = list(differences(committed(), after))
     if not found:
         print(f"metrics equal those committed ({len(after)} files)")
         return
@@ -42,11 +42,6 @@ def committed() -> dict[str, Any]:
     if not found:
         raise InputError(f"{METRICS}: git's HEAD has no metrics to compare with; commit some")
     return found
-
-
-def on_disk() -> dict[str, Any]:
-    """Metrics in the working tree, by path."""
-    return {path.as_posix(): read_json(path) for path in sorted(METRICS.rglob("*.json"))}
 
 
 def differences(before: Any, after: Any, name: str = "") -> Iterator[str]:

@@ -86,10 +86,8 @@ def compare(params: Params, report: runs.Run) -> None:
     rows = []
     for cell in cells(params):
         metrics = {"num_neurons": cell["num_neurons"]}
-        for name, difference in {
-            "differential": cell["gap"],  # the gate's percentage
-            **cell["differences"],
-        }.items():
+        differences = {"differential": cell["gap"], **cell["differences"]}
+        for name, difference in differences.items():
             metrics |= as_metrics(name, difference)
         behaviour = cell["behaviour"]
         made = [f"{word}@{behaviour}" for word in ("gate", "select", "evaluate")]

@@ -16,9 +16,9 @@ from sparc3.base.artifacts import OUTPUTS
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, write_text
 from sparc3.base.params import Cluster, Params
+from sparc3.stages.checks import PARAMS
 from sparc3.stages.table import STAGES, axis_flag, check_axis
 
-PARAMS = Path("params.yaml")
 MARGIN = 1.25  # of the memory that the plan expects
 LATE = 2.0  # of the time that the plan expects, on top of
 SPARE = 30  # minutes
@@ -48,8 +48,6 @@ def script(params: Params, stage: str, axes: Mapping[str, str]) -> str:
     if cluster is None:
         raise InputError("params: missing key cluster; a job needs one with the device it runs on")
     job = "@".join([stage, *axes.values()])
-    if min(cluster.nodes, cluster.tasks, cluster.cpus) < 1:
-        raise InputError("params: cluster.nodes, tasks and cpus: expected at least 1 of each")
     device = params.model.device
     auto = device == "auto"
     if device != "cpu" and (cluster.gpus < cluster.tasks or (auto and cluster.tasks > 1)):
@@ -120,9 +118,7 @@ def submit(params: Params, stage: str, axes: Mapping[str, str]) -> str:
             ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: written, but sbatch is not here; submit it where it is"
-        ) from None
+        raise InputError(f"{path}: written, but sbatch is not here; submit it there") from None
     if done.returncode:
         raise InputError(f"{path}: sbatch refuses it: {' '.join(done.stderr.split())}")
     return done.stdout.strip().partition(";")[0]

@@ -9,10 +9,7 @@ from sparc3.base.store import connect, public_uri, tracking_uri
 
 
 def ui_link(port: int = 5000) -> str:
-    """The page with the runs as a table: MLflow's own first page is another.
-
-    For a tracking server it is on that server, else on the one that `run` starts at `port`.
-    """
+    """The page with the runs as a table, on the user's server, or `run`'s at `port`."""
     _, experiment = connect()
     uri = public_uri()
     server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
@@ -33,10 +30,8 @@ def run(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise InputError(
-                f"PORT: {port} on 127.0.0.1 cannot be used ({error.strerror}); "
-                f"choose another: make ui PORT={port + 1}"
-            ) from None
+            problem = f"{port} on 127.0.0.1 cannot be used ({error.strerror})"
+            raise InputError(f"PORT: {problem}; try: make ui PORT={port + 1}") from None
     print(f"The runs are at {ui_link(port)}\nStarting the server; Ctrl-C ends it.", flush=True)
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # more processes, for nothing here
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # a command line, and so a password, is for all

@@ -1,8 +1,10 @@
 """The raw files in data/, which `fetch` extracts, as rows."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest_text, read_csv, read_jsonl
@@ -13,12 +15,8 @@ DATA = Path("data")
 
 def wikipedia(where: Where) -> list[Row]:
     """Wikipedia passages of BoolQ (Clark et al. 2019), without the title; a group is an article."""
-    return [_passage(row["passage"]) for row in read_jsonl(DATA / "boolq.jsonl")]
-
-
-def _passage(passage: str) -> Row:
-    title, _, text = passage.partition(" -- ")
-    return Row("wikipedia", f"wikipedia/{title}", "", text)
+    passages = (row["passage"].partition(" -- ") for row in read_jsonl(DATA / "boolq.jsonl"))
+    return [Row("wikipedia", f"wikipedia/{title}", "", text) for title, _, text in passages]
 
 
 def news(where: Where) -> list[Row]:
@@ -44,32 +42,18 @@ def stereoset(where: Where) -> list[Row]:
     The file holds each sentence in lower case but for its first letter, and the context in its
     original spelling; the sentences here are the context with the blank filled.
     """
+    kinds = ("stereotype", "anti-stereotype", "unrelated")
     return [
-        stereoset_item(
-            row["bias_type"],
-            row["target"],
-            row["context"],
-            *(fill_blank(row["context"], row[k]) for k in _KINDS),
-        )
+        stereoset_item(row, *(fill_blank(row["context"], row[kind]) for kind in kinds))
         for row in read_jsonl(DATA / "stereoset.jsonl")
         if row["type"] == "intrasentence"
     ]
 
 
-_KINDS = ("stereotype", "anti-stereotype", "unrelated")
-
-
-def stereoset_item(
-    bias_type: str, target: str, context: str, stereotype: str, anti: str, unrelated: str
-) -> Row:
-    return Row(
-        "stereoset",
-        f"stereoset/{target.lower()}",
-        bias_type,
-        remove_blank(context),
-        (stereotype, anti),
-        unrelated,
-    )
+def stereoset_item(row: Mapping[str, Any], stereotype: str, anti: str, unrelated: str) -> Row:
+    """An item of the file or of the hub, which both have `bias_type`, `target` and `context`."""
+    group, text = f"stereoset/{row['target'].lower()}", remove_blank(row["context"])
+    return Row("stereoset", group, row["bias_type"], text, (stereotype, anti), unrelated)
 
 
 def fill_blank(context: str, sentence: str) -> str:
@@ -82,10 +66,8 @@ def fill_blank(context: str, sentence: str) -> str:
     length = len("BLANK") + (len(sentence) - len(context)) // max(blanks, 1)
     filled = context.replace("BLANK", sentence[start : start + length])
     if not blanks or filled.lower() != sentence.lower():
-        raise InputError(
-            f"stereoset: {sentence!r} is not {context!r} with its BLANK filled; "
-            "fetch the data again"
-        )
+        problem = f"{sentence!r} is not {context!r} with its BLANK filled"
+        raise InputError(f"stereoset: {problem}; fetch the data again")
     return filled
 
 
@@ -130,15 +112,10 @@ def winobias(where: Where) -> list[Row]:
         if pronoun == "her" and ". him" in row["options"]:
             other = "him"
         plain = sentence.replace("[MASK]", "\0").replace("[", "").replace("]", "")
-        rows.append(
-            Row(
-                "winobias",
-                f"winobias/{occupation}",
-                "female" if pronoun in ("she", "her") else "male",
-                plain.partition("\0")[0].strip(),
-                (plain.replace("\0", pronoun), plain.replace("\0", other)),
-            )
-        )
+        gender = "female" if pronoun in ("she", "her") else "male"
+        text = plain.partition("\0")[0].strip()
+        pair = (plain.replace("\0", pronoun), plain.replace("\0", other))
+        rows.append(Row("winobias", f"winobias/{occupation}", gender, text, pair))
     return rows
 
 

@@ -24,20 +24,10 @@ def hub_stereoset(where: Where) -> list[Row]:
     """StereoSet's intrasentence items as its authors put them on the hub."""
     rows = []
     for row in _load(where, "McGill-NLP/stereoset", "intrasentence", "validation"):
-        sentences = dict(
-            zip(row["sentences"]["gold_label"], row["sentences"]["sentence"], strict=True)
-        )
+        labels, sentences = row["sentences"]["gold_label"], row["sentences"]["sentence"]
+        labelled = dict(zip(labels, sentences, strict=True))
         # The labels of the hub's data set: 0 anti-stereotype, 1 stereotype, 2 unrelated.
-        rows.append(
-            stereoset_item(
-                row["bias_type"],
-                row["target"],
-                row["context"],
-                sentences[1],
-                sentences[0],
-                sentences[2],
-            )
-        )
+        rows.append(stereoset_item(row, labelled[1], labelled[0], labelled[2]))
     return rows
 
 
@@ -51,9 +41,8 @@ def hub_wikitext_2(where: Where) -> list[Row]:
 
     Joined by two newlines they are the text whose sliding-window perplexity is usually reported.
     """
-    lines = [
-        row["text"] for row in _load(where, "Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-    ]
+    rows = _load(where, "Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+    lines = [row["text"] for row in rows]
     blank = [not line.strip() for line in ["", *lines, ""]]
     titles = [
         blank[n] and blank[n + 2] and _TITLE.fullmatch(line) is not None
@@ -67,16 +56,12 @@ def hub_wikitext_2(where: Where) -> list[Row]:
 
 def hub_stereotype_elicitation(where: Where) -> list[Row]:
     """The stereotype-elicitation prompt library of MGS (Wu et al. 2024); strata are its classes."""
+    source, rows = "stereotype-elicitation", []
     path = "wu981526092/Stereotype-Elicitation-Prompt-Library"
-    return [
-        Row(
-            "stereotype-elicitation",
-            f"stereotype-elicitation/{digest_text(row['text'])[:16]}",
-            row["class"].removeprefix("stereotype_"),
-            row["text"],
-        )
-        for row in _load(where, path, None, "train")
-    ]
+    for row in _load(where, path, None, "train"):
+        group = f"{source}/{digest_text(row['text'])[:16]}"
+        rows.append(Row(source, group, row["class"].removeprefix("stereotype_"), row["text"]))
+    return rows
 
 
 def hub_c4(where: Where, seed: int) -> Iterator[Row]:

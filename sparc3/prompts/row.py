@@ -1,6 +1,6 @@
 """The one shape of a raw prompt, whatever it comes from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,8 +28,12 @@ class Row:
 
 
 class Source(NamedTuple):
-    """Rows before `where` narrows them, the keys it may have, and whether the rows are pairs."""
+    """Rows before `where` narrows them, the keys it may have, and whether the rows are pairs.
 
-    rows: Callable[[Where], list[Row]]
+    The rows of a stream come one by one, in an order that a seed decides: `rows(where, seed)`.
+    """
+
+    rows: Callable[..., Iterable[Row]]
     where: tuple[str, ...] = ()
     paired: bool = False
+    stream: bool = False

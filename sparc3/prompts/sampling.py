@@ -9,8 +9,7 @@ the same files on every machine.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,8 +22,7 @@ from sparc3.prompts import sources
 from sparc3.prompts.row import Row
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A chosen row, with the text as it will be used and the tokens of its longest sequence."""
 
     row: Row
@@ -38,8 +36,7 @@ class Prompt:
         return identity(self.row, self.text)
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """The tokens that a text must have at least, and those it is cut to (None: it is not cut)."""
 
     least: int
@@ -144,10 +141,8 @@ def limits_like(
         if prompt.split == split
     ]
     if number and not lengths:
-        raise InputError(
-            f"params: {key}.match_length names a set without prompts in the {split} "
-            "split; raise its count"
-        )
+        problem = f"names a set without prompts in the {split} split"
+        raise InputError(f"params: {key}.match_length {problem}; raise its count")
     longest = max(prompt.tokens for prompt in prompts)
     return [Limits(longest, lengths[n % len(lengths)]) for n in range(number)]
 
@@ -171,8 +166,8 @@ def draw(
     asked = spec.count * len(spec.seeds)
     if len(rows) < asked:
         raise InputError(
-            f"params: {key} asks for {len(spec.seeds)} x {spec.count} = {asked} "
-            f"prompts, there are {len(rows)}; lower count or ask less of where"
+            f"params: {key} asks for {len(spec.seeds)} x {spec.count} = {asked} prompts, there are "
+            f"{len(rows)}; lower count or ask less of where"
         )
     by_split = {split: [row for row in rows if split_of[row.group] == split] for split in SPLITS}
     slots = interleave(largest_remainder(asked, {k: len(v) for k, v in by_split.items()}))
@@ -181,14 +176,12 @@ def draw(
     home: dict[str, str] = {}
     for number, seed in enumerate(spec.seeds):
         quotas = Counter(slots[number * spec.count : (number + 1) * spec.count])
-        for split in SPLITS:
+        for split, pool in by_split.items():
             limits = [Limits(spec.min_tokens or 1, spec.max_tokens)] * quotas[split]
             if like is not None:
                 limits = limits_like(key, seed, like, split, quotas[split])
             chosen = 0
-            for row in sorted(
-                by_split[split], key=lambda row: order(key, seed, identity(row, row.text))
-            ):
+            for row in sorted(pool, key=lambda row: order(key, seed, identity(row, row.text))):
                 if chosen == len(limits):
                     break
                 if home.get(row.text, split) != split:
@@ -201,26 +194,9 @@ def draw(
                     chosen += 1
             if chosen < len(limits):
                 raise InputError(
-                    f"params: {key} asks for {len(limits)} prompts in the {split} "
-                    f"split of seed {seed}, {chosen} that are long enough are left; lower count or "
-                    "min_tokens"
+                    f"params: {key} asks for {len(limits)} prompts in the {split} split of seed "
+                    f"{seed}, {chosen} that are long enough are left; lower count or min_tokens"
                 )
-    return prompts
-
-
-def whole(
-    key: str,
-    spec: PromptSet,
-    rows: Sequence[Row],
-    split_of: Mapping[str, str],
-    tokenizer: Tokenizer,
-) -> list[Prompt]:
-    """Every row that fits, in the order of the source. InputError, naming the set: none does."""
-    limits = Limits(spec.min_tokens or 1, spec.max_tokens)
-    fitted = [fit(tokenizer, row, limits, split_of[row.group], spec.seeds[0]) for row in rows]
-    prompts = [prompt for prompt in fitted if prompt is not None]
-    if not prompts:
-        raise InputError(f"params: {key}: none of {len(rows)} texts is long enough for min_tokens")
     return prompts
 
 
@@ -240,7 +216,7 @@ def draw_stream(
     for seed in spec.seeds:
         missing = dict(quotas)
         with tqdm(total=spec.count, desc=f"prepare {key}, seed {seed}", unit="prompt") as bar:
-            for row in sources.STREAMS[spec.source](spec.where, seed):
+            for row in sources.SOURCES[spec.source].rows(spec.where, seed):
                 split = split_of_one(row.group, shares)
                 prompt = fit(tokenizer, row, limits, split, seed) if missing[split] else None
                 if prompt is not None and prompt.id not in used:
@@ -272,8 +248,8 @@ def splits(
             split_of |= split_of_groups(groups, shares)
         except ValueError as error:
             raise InputError(
-                f"params: {key}: {source} {stratum} cannot be split by "
-                f"prepare.splits: {error}; choose another where, or give fewer splits a share"
+                f"params: {key}: {source} {stratum} cannot be split by prepare.splits: {error}; "
+                "choose another where, or give fewer splits a share"
             ) from None
     return split_of
 
@@ -285,7 +261,9 @@ def prompt_set(
     tokenizer: Tokenizer,
     like: Sequence[Prompt] | None = None,
 ) -> list[Prompt]:
-    """The prompts of one set, seed by seed, attribute before tune before test."""
+    """The prompts of one set, seed by seed, attribute before tune before test; without a count
+    every row that fits, in the order of the source. InputError, naming the set: too few of them.
+    """
     if spec.source in sources.STREAMS:
         return draw_stream(key, spec, shares, tokenizer)
     rows = distinct(sources.SOURCES[spec.source].rows(spec.where))
@@ -293,9 +271,14 @@ def prompt_set(
     if not kept:
         raise InputError(f"params: {key}.where leaves none of {len(rows)} rows; ask less of it")
     split_of = splits(key, rows, shares, kept)
-    if spec.count is None:
-        return whole(key, spec, kept, split_of, tokenizer)
-    return draw(key, spec, kept, split_of, tokenizer, like)
+    if spec.count is not None:
+        return draw(key, spec, kept, split_of, tokenizer, like)
+    limits = Limits(spec.min_tokens or 1, spec.max_tokens)
+    fitted = (fit(tokenizer, row, limits, split_of[row.group], spec.seeds[0]) for row in kept)
+    prompts = [prompt for prompt in fitted if prompt is not None]
+    if not prompts:
+        raise InputError(f"params: {key}: none of {len(kept)} texts is long enough for min_tokens")
+    return prompts
 
 
 def distinct(rows: Iterable[Row]) -> list[Row]:
@@ -308,9 +291,7 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
 
 
 def as_row(prompt: Prompt, split: str | None = None) -> dict[str, Any]:
-    """The line that stands for a prompt in its file; of a set that is only tested on, all of
-    whose rows have one `split`, whatever the one that its group was drawn for.
-    """
+    """A prompt's line in its file, in `split` if given, whatever its group was drawn for."""
     row = {
         "id": prompt.id,
         "text": prompt.text,

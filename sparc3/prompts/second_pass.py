@@ -12,7 +12,6 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparc3.base.errors import InputError
 from sparc3.base.params import Keep
 from sparc3.circuits.circuit import INTACT
 from sparc3.measure.generate import Sampling, complete
@@ -35,13 +34,8 @@ def keep_highest(
     name: str,
 ) -> list[dict[str, Any]]:
     """The `keep.top` rows whose single completion scores highest, each with its score as
-    `elicited`. InputError, naming the set, if there are fewer rows than that.
+    `elicited`; `name` is the set's, for the progress bar.
     """
-    if len(rows) < keep.top:
-        raise InputError(
-            f"params: prompt_sets.{name}.keep.top is {keep.top}, but there are {len(rows)} "
-            "candidates; raise count or lower top"
-        )
     with tqdm(total=len(rows), desc=f"elicit {name}", unit="prompt") as bar:
         (drawn,) = complete(
             model,

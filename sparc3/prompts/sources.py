@@ -1,11 +1,6 @@
-"""Sources by name, and the keys that `where` may have for each.
-
-A source is one entry of SOURCES (every row at once) or STREAMS (rows one by one, in an order that
-a seed decides), and a `where` mapping from params.yaml narrows it.
-"""
+"""Sources by name, the keys that `where` may have for each, and how they narrow its rows."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from sparc3.base.errors import InputError
@@ -42,39 +37,13 @@ SOURCES = {
     "hub/stereoset": Source(hub_stereoset, (*PIN, "bias_type", "first"), paired=True),
     "hub/wikitext-2": Source(hub_wikitext_2, (*PIN, "first")),
     "hub/stereotype-elicitation": Source(hub_stereotype_elicitation, (*PIN, "bias_type", "first")),
+    "hub/c4": Source(hub_c4, PIN, stream=True),
 }
-STREAMS = {"hub/c4": hub_c4}
 PAIRED = tuple(name for name, source in SOURCES.items() if source.paired)
+STREAMS = tuple(name for name, source in SOURCES.items() if source.stream)
 
-
-def check(key: str, source: str, where: Where) -> None:
-    """InputError, naming the params key below `key`, if there is no such source or `where` key."""
-    if source in STREAMS:
-        known = PIN
-    elif source in SOURCES:
-        known = SOURCES[source].where
-    else:
-        raise InputError(
-            f"params: {key}.source {source!r} is not known; choose one of "
-            f"{', '.join([*SOURCES, *STREAMS])}"
-        )
-    for name, value in where.items():
-        if name not in known:
-            raise InputError(
-                f"params: {key}.where.{name} is not known; "
-                f"source {source!r} has {', '.join(known) or 'no keys'}"
-            )
-        if not _EXPECTED[name][1](value):
-            raise InputError(
-                f"params: {key}.where.{name} is {value!r}; expected {_EXPECTED[name][0]}"
-            )
-    if known[:2] == PIN and "revision" not in where and not Path(where.get("path", "")).is_dir():
-        raise InputError(
-            f"params: {key}.where.revision is missing; pin the hub's data set by its commit"
-        )
-
-
-_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+# The values that the keys of `where` may have.
+VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "path": ("a local folder, or owner/name on the hub", lambda v: isinstance(v, str) and v != ""),
     "revision": ("a commit on the hub, as text", lambda v: isinstance(v, str) and v != ""),
     "bias_type": ("text", lambda v: isinstance(v, str)),
@@ -88,10 +57,8 @@ def narrow(key: str, rows: list[Row], where: Where) -> list[Row]:
     if "bias_type" in where:
         known = sorted({row.stratum for row in rows})
         if where["bias_type"] not in known:
-            raise InputError(
-                f"params: {key}.where.bias_type {where['bias_type']!r} is not in the data; "
-                f"choose one of {', '.join(known)}"
-            )
+            problem = f"{key}.where.bias_type {where['bias_type']!r} is not in the data"
+            raise InputError(f"params: {problem}; choose one of {', '.join(known)}")
         rows = [row for row in rows if row.stratum == where["bias_type"]]
     if "min_toxicity" in where:
         least = where["min_toxicity"]

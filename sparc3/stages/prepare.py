@@ -64,10 +64,8 @@ def elicited(
     params: Params, name: str, keep: Keep, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The second pass of a set, for which the model and a scorer are loaded."""
-    from sparc3.measure.scorers import scorer
-    from sparc3.model import (
-        loading,  # here: a set without a second pass needs no torch
-    )
+    from sparc3.measure.scorers import scorer  # here: a set without a second pass needs no torch
+    from sparc3.model import loading
     from sparc3.prompts.second_pass import keep_highest
 
     model, tokenizer = loading.load(params.model), loading.tokenizer(params.model)
