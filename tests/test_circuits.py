@@ -47,7 +47,7 @@ def random_sets(rng: np.random.Generator, total: int, sizes: tuple[int, ...]) ->
 
 def test_regions_are_what_python_sets_say() -> None:
     sets = random_sets(np.random.default_rng(1), 40, (20, 15, 9, 0))
-    found = overlap.regions(sets, 40)
+    found = overlap.regions(sets)
     assert len(found) == 2**4 - 1
     for names, ids in found.items():
         naive = set.intersection(*(set(sets[name].tolist()) for name in names))
@@ -60,14 +60,14 @@ def test_regions_are_what_python_sets_say() -> None:
 
 def test_published_regions_and_pairs() -> None:
     sets = published()
-    sizes = {names: ids.size for names, ids in overlap.regions(sets, NEURONS).items()}
+    sizes = {names: ids.size for names, ids in overlap.regions(sets).items()}
     assert sizes["gender", "race"] == 10
     assert sizes["toxicity", "gender", "race"] == 5
-    found = {row.names: row for row in overlap.overlaps(sets, 32, 14_336)}
-    assert found["toxicity", "gender"].observed == 11
-    assert found["toxicity", "race"].observed == 6
-    assert found["gender", "race"].observed == 15
-    assert found["gender", "race"].jaccard == 15 / 185
+    found = overlap.overlaps(sets, 32, 14_336)
+    assert found["toxicity", "gender"]["observed"] == 11
+    assert found["toxicity", "race"]["observed"] == 6
+    assert found["gender", "race"]["observed"] == 15
+    assert found["gender", "race"]["jaccard"] == 15 / 185
 
 
 def test_jaccard_of_n_sets() -> None:
@@ -80,21 +80,6 @@ def test_jaccard_of_n_sets() -> None:
         assert overlap.jaccard(*sets) == naive
     same = np.array([3, 1, 2])
     assert overlap.jaccard(same, same[::-1], same) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("ids", "words"),
-    [
-        ([[1, 2]], "1-D"),
-        ([0.5], "integer"),
-        ([1, 10], r"\[0, 10\)"),
-        ([-1], r"\[0, 10\)"),
-        ([4, 4], "twice"),
-    ],
-)
-def test_ids_that_are_no_circuit_are_refused(ids: list, words: str) -> None:
-    with pytest.raises(InputError, match=f"'odd'.*{words}"):
-        overlap.regions({"odd": np.array(ids)}, 10)
 
 
 # Chance
@@ -155,23 +140,19 @@ def test_published_enrichment_and_exact_p() -> None:
 
 def test_p_that_underflows_keeps_its_logarithm() -> None:
     ids = np.arange(0, NEURONS, NEURONS // 100)[:100]
-    row = overlap.overlaps({"a": ids, "b": ids, "c": ids}, 32, 14_336)[-1]
-    assert row.log10_p == pytest.approx(-2 * log10(comb(NEURONS, 100)), rel=1e-9)
-    assert row.p == 0.0
-    assert row.jaccard == 1.0
+    row = overlap.overlaps({"a": ids, "b": ids, "c": ids}, 32, 14_336)["a", "b", "c"]
+    assert row["log10_p"] == pytest.approx(-2 * log10(comb(NEURONS, 100)), rel=1e-9)
+    assert row["p"] == 0.0
+    assert row["jaccard"] == 1.0
 
 
 def test_empty_circuits_give_defined_results() -> None:
-    sets = {"a": np.array([], int), "b": np.array([]), "c": np.array([3])}
-    for row in overlap.overlaps(sets, 2, 5):
-        assert (row.observed, row.jaccard, row.enrichment, row.p) == (0, 0.0, 1.0, 1.0)
-        assert (row.layered_enrichment, row.layered_p) == (1.0, 1.0)
+    sets = {"a": np.array([], int), "b": np.array([], int), "c": np.array([3])}
+    for row in overlap.overlaps(sets, 2, 5).values():
+        assert (row["observed"], row["jaccard"]) == (0, 0.0)
+        assert (row["enrichment"], row["p"]) == (1.0, 1.0)
+        assert (row["layered_enrichment"], row["layered_p"]) == (1.0, 1.0)
     assert overlap.late_share(overlap.layer_counts(sets["a"], 2, 5), 1) == 0.0
-
-
-def test_sizes_beyond_the_model_are_refused() -> None:
-    with pytest.raises(InputError, match="between 0 and 10"):
-        overlap.overlap_p(1, (3, 11), 10)
 
 
 # Within layers
@@ -203,12 +184,12 @@ def test_layered_law_is_what_permutations_within_layers_give() -> None:
 def test_layered_null_explains_a_shared_layer() -> None:
     rng = np.random.default_rng(4)
     sets = {name: 20 * 50 + rng.choice(50, 20, replace=False) for name in "ab"}
-    (row,) = overlap.overlaps(sets, 30, 50)
-    assert row.observed == len(set(sets["a"].tolist()) & set(sets["b"].tolist()))
-    assert row.layered_expected == pytest.approx(20 * 20 / 50)
-    assert row.p < 1e-6
-    assert row.layered_p == pytest.approx(hypergeom.sf(row.observed - 1, 50, 20, 20))
-    assert row.layered_p > 0.01
+    row = overlap.overlaps(sets, 30, 50)["a", "b"]
+    assert row["observed"] == len(set(sets["a"].tolist()) & set(sets["b"].tolist()))
+    assert row["layered_expected"] == pytest.approx(20 * 20 / 50)
+    assert row["p"] < 1e-6
+    assert row["layered_p"] == pytest.approx(hypergeom.sf(row["observed"] - 1, 50, 20, 20))
+    assert row["layered_p"] > 0.01
 
 
 def test_layer_distribution() -> None:
@@ -227,14 +208,14 @@ def test_layer_distribution() -> None:
 
 def test_published_triple_given_pairs() -> None:
     found = overlap.triple_given_pairs(5, (11, 6, 15), (100, 100, 100), NEURONS)
-    assert round(found.p, 3) == 0.011
-    assert found.expected == pytest.approx(11 * 15 / 100)
-    assert 5 / found.expected == pytest.approx(3, abs=0.05)
-    for p, (n, m) in zip(found.through, ((11, 6), (11, 15), (6, 15)), strict=True):
+    assert round(found["p"], 3) == 0.011
+    assert found["expected"] == pytest.approx(11 * 15 / 100)
+    assert 5 / found["expected"] == pytest.approx(3, abs=0.05)
+    for p, (n, m) in zip(found["through"], ((11, 6), (11, 15), (6, 15)), strict=True):
         assert p == pytest.approx(hypergeom.sf(4, 100, n, m))
     # Given all three pairs at once, uniform draws would share even more than the five observed.
-    assert found.joint_p == pytest.approx(0.995, abs=5e-4)
-    assert found.joint_expected == pytest.approx(5.87, abs=5e-3)
+    assert found["joint_p"] == pytest.approx(0.995, abs=5e-4)
+    assert found["joint_expected"] == pytest.approx(5.87, abs=5e-3)
 
 
 def test_joint_law_is_that_of_enumerated_draws() -> None:
@@ -247,8 +228,8 @@ def test_joint_law_is_that_of_enumerated_draws() -> None:
     for (ab, ac, bc), triples in seen.items():
         for triple in set(triples):
             found = overlap.triple_given_pairs(triple, (ab, ac, bc), sizes, total)
-            assert found.joint_p == pytest.approx(np.mean(np.array(triples) >= triple))
-            assert found.joint_expected == pytest.approx(np.mean(triples))
+            assert found["joint_p"] == pytest.approx(np.mean(np.array(triples) >= triple))
+            assert found["joint_expected"] == pytest.approx(np.mean(triples))
 
 
 def test_through_one_set_is_right_where_the_others_meet_only_there() -> None:
@@ -259,16 +240,15 @@ def test_through_one_set_is_right_where_the_others_meet_only_there() -> None:
     second = rng.random((draws, size)).argsort(axis=1).argsort(axis=1) < ac
     triples = (first & second).sum(axis=1)
     found = overlap.triple_given_pairs(3, (ab, ac, 3), (12, 8, 9), 100)
-    assert found.through[0] == pytest.approx(np.mean(triples >= 3), abs=0.015)
-    assert found.through_expected[0] == pytest.approx(triples.mean(), rel=0.02)
-    assert found.p == max(found.through)
+    assert found["through"][0] == pytest.approx(np.mean(triples >= 3), abs=0.015)
+    assert found["through_expected"][0] == pytest.approx(triples.mean(), rel=0.02)
+    assert found["p"] == max(found["through"])
 
 
-def test_triple_of_empty_circuits_and_impossible_counts() -> None:
+def test_triple_of_empty_circuits() -> None:
     found = overlap.triple_given_pairs(0, (0, 0, 0), (0, 5, 0), 10)
-    assert (found.p, found.joint_p, found.expected, found.joint_expected) == (1.0, 1.0, 0.0, 0.0)
-    with pytest.raises(InputError, match="a triple of 3"):
-        overlap.triple_given_pairs(3, (2, 4, 4), (9, 9, 9), 100)
+    assert found["p"] == found["joint_p"] == 1.0
+    assert found["expected"] == found["joint_expected"] == 0.0
 
 
 # Differentials

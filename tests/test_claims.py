@@ -184,7 +184,7 @@ def test_evidence_behind_the_published_reductions() -> None:
         tail = sum(comb(prompts, k) for k in range(improved, prompts + 1)) / 2**prompts
         assert round(2 * tail, 2) == p
     given = overlap.triple_given_pairs(5, (11, 6, 15), (100, 100, 100), 458_752)
-    assert round(given.p, 3) == 0.011
+    assert round(given["p"], 3) == 0.011
 
 
 # Verdicts

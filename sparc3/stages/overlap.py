@@ -10,7 +10,6 @@ number depends on the order of params.behaviours.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
@@ -41,14 +40,11 @@ def keyed(table: Mapping[Names, Any]) -> dict[str, Any]:
 
 def compare_sets(sets: Mapping[str, Array], layers: int, width: int) -> dict[str, Any]:
     """Everything that needs only the sets of neurons: behaviour -> flat ids."""
-    total, last = layers * width, overlap.late_layers(layers)
+    last = overlap.late_layers(layers)
     counts = {name: overlap.layer_counts(ids, layers, width) for name, ids in sets.items()}
     found = {
-        "regions": keyed({n: int(ids.size) for n, ids in overlap.regions(sets, total).items()}),
-        "overlaps": {
-            joined(o.names): asdict(o) | {"p": o.p, "layered_p": o.layered_p}
-            for o in overlap.overlaps(sets, layers, width)
-        },
+        "regions": keyed({n: int(ids.size) for n, ids in overlap.regions(sets).items()}),
+        "overlaps": keyed(overlap.overlaps(sets, layers, width)),
         "layers": {name: row.tolist() for name, row in counts.items()},
         "late_share": {name: overlap.late_share(row, last) for name, row in counts.items()},
         "late_layers": last,
@@ -58,8 +54,8 @@ def compare_sets(sets: Mapping[str, Array], layers: int, width: int) -> dict[str
         a, b, c = (sets[name] for name in names)
         pairs = overlap.common(a, b), overlap.common(a, c), overlap.common(b, c)
         sizes = a.size, b.size, c.size
-        given = overlap.triple_given_pairs(overlap.common(a, b, c), pairs, sizes, total)
-        triples[names] = asdict(given)
+        triple = overlap.common(a, b, c)
+        triples[names] = overlap.triple_given_pairs(triple, pairs, sizes, layers * width)
     return found | ({"triple_given_pairs": keyed(triples)} if triples else {})
 
 
@@ -142,7 +138,7 @@ def run(params: Params) -> dict[str, float]:
         found |= compare_prompts(params, prompt_sets, barred.ravel())
     rows = [
         {"behaviours": joined(names), "layer": int(i) // width, "neuron": int(i) % width}
-        for names, ids in overlap.regions(sets, layers * width).items()
+        for names, ids in overlap.regions(sets).items()
         for i in ids
     ]
     write_csv(OUTPUTS / "overlap" / "regions.csv", rows, REGION_COLUMNS)
