@@ -266,14 +266,10 @@ def test_correlations_agree_with_numpy_and_scipy() -> None:
         assert ranked[i, j] == pytest.approx(spearmanr(rows[i], rows[j])[0])
 
 
-def test_constant_and_non_finite_differentials() -> None:
+def test_constant_differentials() -> None:
     rising = np.arange(50.0)
     for matrix in correlation.correlations({"a": np.full(50, 0.1), "b": rising, "c": -rising}):
         np.testing.assert_allclose(matrix, [[1, 0, 0], [0, 1, -1], [0, -1, 1]])
-    with pytest.raises(InputError, match=r"'b'.*1 not finite"):
-        correlation.correlations({"a": rising[:2], "b": np.array([1.0, np.nan])})
-    with pytest.raises(InputError, match=r"'b'.*expected 50"):
-        correlation.quadrants({"a": rising, "b": rising[:9]})
 
 
 def test_quadrants_of_every_pair() -> None:
@@ -424,21 +420,11 @@ def test_memory_maps_and_blocks(tmp_path: Path) -> None:
         assert mapped["correlations"]["a", "b"][key] == pytest.approx(value, abs=1e-5)
 
 
-def test_scores_that_cannot_be_used_are_refused() -> None:
+def test_too_few_groups_are_refused() -> None:
     scores, _ = world(3, 0.5, 1.0, groups=6)
     few, _ = world(3, 0.5, 1.0, groups=4)
-    bad = scores["a"].values.copy()
-    bad[0, 0] = np.nan
-    for replaced, words in [
-        ({"a": few["a"]}, "'a': 4 groups of prompts; this needs at least 5"),
-        ({"a": Scores(bad, scores["a"].groups)}, "non-finite"),
-        ({"a": Scores(scores["a"].values[:, :9], scores["a"].groups)}, "equally many neurons"),
-        ({"a": Scores(scores["a"].values, scores["a"].groups[1:])}, "key per prompt"),
-    ]:
-        with pytest.raises(InputError, match=words):
-            correlation.bootstrap_correlations({**scores, **replaced}, BEHAVIOURS, draws=5)
-    with pytest.raises(InputError, match="'other': no scores"):
-        correlation.bootstrap_correlations(scores, {"a": ("other", "a")}, draws=5)
+    with pytest.raises(InputError, match="'a': 4 groups of prompts; this needs at least 5"):
+        correlation.bootstrap_correlations({**scores, "a": few["a"]}, BEHAVIOURS, draws=5)
 
 
 # Splits
@@ -478,19 +464,19 @@ def test_split_keeps_groups_whole_and_sets_consistent() -> None:
 
 def test_halves_of_a_behaviour_without_noise_agree_wholly() -> None:
     scores, true = world(4, 0.3, 0.0, groups=6)
-    found = nulls.split_halves(scores, BEHAVIOURS, most_negative(20), repeats=3)
-    ceiling = found["a", "a"]
+    found = nulls.repeated(nulls.split_halves, scores, BEHAVIOURS, most_negative(20), 3)["halves"]
+    ceiling = found["a.a"]
     assert ceiling["overlap"] == {"value": 20.0, "low": 20.0, "high": 20.0}
     assert ceiling["jaccard"]["value"] == pytest.approx(1)
     assert ceiling["correlation"]["value"] == pytest.approx(1)
-    assert found["a", "b"]["correlation"]["value"] == pytest.approx(true)
+    assert found["a.b"]["correlation"]["value"] == pytest.approx(true)
 
 
 def test_halves_of_pure_noise_agree_by_chance_only() -> None:
     rng = np.random.default_rng(9)
     scores = {name: drawn(rng, np.zeros(2000), 12, 1.0, name) for name in "gab"}
-    found = nulls.split_halves(scores, BEHAVIOURS, most_negative(200), repeats=5)
-    for row in found.values():
+    found = nulls.repeated(nulls.split_halves, scores, BEHAVIOURS, most_negative(200), 5)
+    for row in found["halves"].values():
         assert abs(row["correlation"]["value"]) < 0.1
         assert row["overlap"]["value"] == pytest.approx(200 * 200 / 2000, abs=12)
 
@@ -500,20 +486,22 @@ def test_sharing_a_reference_correlates_unrelated_behaviours() -> None:
     groups = {"g": 12, "a": 12, "b": 24, "c": 12}
     scores = {name: drawn(rng, np.zeros(3000), n, 1.0, name) for name, n in groups.items()}
     behaviours = {name: ("g", name) for name in "abc"}
-    found = nulls.disjoint_references(scores, behaviours, most_negative(150), repeats=2)
+    derive = most_negative(150)
+    found = nulls.repeated(nulls.disjoint_references, scores, behaviours, derive, 2)
     # Variance of a mean is 1 / prompts; each behaviour has 4 of the 12 reference prompts.
     predicted = (1 / 4) / np.sqrt((1 / 4 + 1 / 12) * (1 / 4 + 1 / 24))
-    shared, disjoint = (found[kind]["a", "b"] for kind in ("shared", "disjoint"))
+    shared, disjoint = (found[kind]["a.b"] for kind in ("shared", "disjoint"))
     assert shared["correlation"]["value"] == pytest.approx(predicted, abs=0.04)
     assert abs(disjoint["correlation"]["value"]) < 0.04
     assert shared["overlap"]["value"] > 3 * disjoint["overlap"]["value"]
-    assert list(found["disjoint"]["a", "b", "c"]) == ["overlap", "jaccard"]
+    assert list(found["disjoint"]["a.b.c"]) == ["overlap", "jaccard"]
 
 
 def test_pseudo_behaviour_shows_what_a_common_reference_makes() -> None:
     rng = np.random.default_rng(11)
     scores = {name: drawn(rng, np.zeros(3000), 12, 1.0, name) for name in "ga"}
-    found = nulls.pseudo_behaviour(scores, {"a": ("g", "a")}, most_negative(150), repeats=4)
+    derive = most_negative(150)
+    found = nulls.repeated(nulls.pseudo_behaviour, scores, {"a": ("g", "a")}, derive, 4)
     predicted = (1 / 4) / np.sqrt((1 / 4 + 1 / 4) * (1 / 4 + 1 / 12))
     assert found["shared"]["a"]["correlation"]["value"] == pytest.approx(predicted, abs=0.04)
     assert abs(found["disjoint"]["a"]["correlation"]["value"]) < 0.04

@@ -18,15 +18,8 @@ import numpy as np
 from sparc3.base.artifacts import OUTPUTS, metrics_path, read_prompts
 from sparc3.base.files import Array, write_csv, write_json
 from sparc3.base.params import Params
-from sparc3.circuits import nulls, overlap
+from sparc3.circuits import correlation, nulls, overlap
 from sparc3.circuits.choose import choose, protected, ranked, read_differential
-from sparc3.circuits.correlation import (
-    Behaviours,
-    bootstrap_correlations,
-    correlations,
-    quadrants,
-    read_flat,
-)
 from sparc3.circuits.overlap import Names, joined
 from sparc3.relevance.contrasts import CONTRASTS
 
@@ -61,13 +54,13 @@ def compare_sets(sets: Mapping[str, Array], layers: int, width: int) -> dict[str
 
 def compare_differentials(differentials: Mapping[str, Array]) -> dict[str, Any]:
     """Correlations and signs of the differentials, (neuron,) of every behaviour."""
-    pearson, spearman = correlations(differentials)
+    pearson, spearman = correlation.correlations(differentials)
     return {
         "correlations": {
             joined((a, b)): {"pearson": float(pearson[i, j]), "spearman": float(spearman[i, j])}
             for (i, a), (j, b) in combinations(enumerate(differentials), 2)
         },
-        "quadrants": keyed(quadrants(differentials)),
+        "quadrants": keyed(correlation.quadrants(differentials)),
     }
 
 
@@ -83,16 +76,22 @@ def one_of_each(prompt_set: str, seed: int) -> Array:
     return np.sort(order[first])
 
 
-def compare_prompts(params: Params, behaviours: Behaviours, barred: Array) -> dict[str, Any]:
+def compare_prompts(
+    params: Params, behaviours: correlation.Behaviours, barred: Array
+) -> dict[str, Any]:
     """What other prompts would give: corrected correlations and nulls. `barred`: (neuron,)."""
     settings, method = params.overlap, params.methods[params.overlap.method]
     assert method.contrast is not None  # stages.checks
     contrast, seed = CONTRASTS[method.contrast], settings.seed
     needed = {name for pair in behaviours.values() for name in pair}
-    scores = {name: read_flat(name, method.score) for name in params.prompt_sets if name in needed}
+    scores = {
+        name: correlation.read_flat(name, method.score)
+        for name in params.prompt_sets
+        if name in needed
+    }
     found = {}
     if method.contrast == "mean-difference":  # what the estimator is for
-        estimated = bootstrap_correlations(scores, behaviours, settings.resamples, seed)
+        estimated = correlation.bootstrap_correlations(scores, behaviours, settings.resamples, seed)
         found["corrected"] = {
             "correlations": keyed(estimated["correlations"]),
             "differences": {
@@ -109,11 +108,10 @@ def compare_prompts(params: Params, behaviours: Behaviours, barred: Array) -> di
     for reference in {reference for reference, _ in behaviours.values()}:
         scores[reference] = scores[reference].at(one_of_each(reference, seed))
     drawn = scores, behaviours, derive, settings.repeats, seed
-    apart = nulls.disjoint_references(*drawn)
     found["nulls"] = {
-        "split_halves": keyed(nulls.split_halves(*drawn)),
-        "disjoint_references": {kind: keyed(table) for kind, table in apart.items()},
-        "pseudo_behaviour": nulls.pseudo_behaviour(*drawn),
+        "split_halves": nulls.repeated(nulls.split_halves, *drawn)["halves"],
+        "disjoint_references": nulls.repeated(nulls.disjoint_references, *drawn),
+        "pseudo_behaviour": nulls.repeated(nulls.pseudo_behaviour, *drawn),
     }
     return found
 
