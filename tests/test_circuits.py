@@ -49,7 +49,8 @@ def test_regions_are_what_python_sets_say() -> None:
     sets = random_sets(np.random.default_rng(1), 40, (20, 15, 9, 0))
     found = overlap.regions(sets)
     assert len(found) == 2**4 - 1
-    for names, ids in found.items():
+    for key, ids in found.items():
+        names = key.split(".")
         naive = set.intersection(*(set(sets[name].tolist()) for name in names))
         for name in set(sets) - set(names):
             naive -= set(sets[name].tolist())
@@ -61,13 +62,13 @@ def test_regions_are_what_python_sets_say() -> None:
 def test_published_regions_and_pairs() -> None:
     sets = published()
     sizes = {names: ids.size for names, ids in overlap.regions(sets).items()}
-    assert sizes["gender", "race"] == 10
-    assert sizes["toxicity", "gender", "race"] == 5
+    assert sizes["gender.race"] == 10
+    assert sizes["gender.race.toxicity"] == 5
     found = overlap.overlaps(sets, 32, 14_336)
-    assert found["toxicity", "gender"]["observed"] == 11
-    assert found["toxicity", "race"]["observed"] == 6
-    assert found["gender", "race"]["observed"] == 15
-    assert found["gender", "race"]["jaccard"] == 15 / 185
+    assert found["gender.toxicity"]["observed"] == 11
+    assert found["race.toxicity"]["observed"] == 6
+    assert found["gender.race"]["observed"] == 15
+    assert found["gender.race"]["jaccard"] == 15 / 185
 
 
 def test_jaccard_of_n_sets() -> None:
@@ -140,7 +141,7 @@ def test_published_enrichment_and_exact_p() -> None:
 
 def test_p_that_underflows_keeps_its_logarithm() -> None:
     ids = np.arange(0, NEURONS, NEURONS // 100)[:100]
-    row = overlap.overlaps({"a": ids, "b": ids, "c": ids}, 32, 14_336)["a", "b", "c"]
+    row = overlap.overlaps({"a": ids, "b": ids, "c": ids}, 32, 14_336)["a.b.c"]
     assert row["log10_p"] == pytest.approx(-2 * log10(comb(NEURONS, 100)), rel=1e-9)
     assert row["p"] == 0.0
     assert row["jaccard"] == 1.0
@@ -184,7 +185,7 @@ def test_layered_law_is_what_permutations_within_layers_give() -> None:
 def test_layered_null_explains_a_shared_layer() -> None:
     rng = np.random.default_rng(4)
     sets = {name: 20 * 50 + rng.choice(50, 20, replace=False) for name in "ab"}
-    row = overlap.overlaps(sets, 30, 50)["a", "b"]
+    row = overlap.overlaps(sets, 30, 50)["a.b"]
     assert row["observed"] == len(set(sets["a"].tolist()) & set(sets["b"].tolist()))
     assert row["layered_expected"] == pytest.approx(20 * 20 / 50)
     assert row["p"] < 1e-6
@@ -260,24 +261,30 @@ def test_correlations_agree_with_numpy_and_scipy() -> None:
     rows[1] += rows[0]
     rows[2] = np.round(rows[1] ** 3)  # ties
     named = dict(zip("abc", rows, strict=True))
-    plain, ranked = correlation.correlations(named)
-    np.testing.assert_allclose(plain, np.corrcoef(rows))
-    for i, j in product(range(3), repeat=2):
-        assert ranked[i, j] == pytest.approx(spearmanr(rows[i], rows[j])[0])
+    found = correlation.correlations(named)
+    assert list(found) == ["a.b", "a.c", "b.c"]
+    for pair, row in found.items():
+        one, other = (named[name] for name in pair.split("."))
+        assert row["pearson"] == pytest.approx(np.corrcoef(one, other)[0, 1])
+        assert row["spearman"] == pytest.approx(spearmanr(one, other)[0])
 
 
 def test_constant_differentials() -> None:
     rising = np.arange(50.0)
-    for matrix in correlation.correlations({"a": np.full(50, 0.1), "b": rising, "c": -rising}):
-        np.testing.assert_allclose(matrix, [[1, 0, 0], [0, 1, -1], [0, -1, 1]])
+    rows = np.stack([np.full(50, 0.1), rising, -rising])
+    np.testing.assert_allclose(correlation.pearson(rows), [[1, 0, 0], [0, 1, -1], [0, -1, 1]])
+    found = correlation.correlations(dict(zip("abc", rows, strict=True)))
+    for kind in ("pearson", "spearman"):
+        assert [row[kind] for row in found.values()] == pytest.approx([0, 0, -1])
 
 
 def test_quadrants_of_every_pair() -> None:
     rng = np.random.default_rng(7)
     rows = dict(zip("abc", rng.integers(-2, 3, (3, 200)).astype(float), strict=True))
     found = correlation.quadrants(rows)
-    assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
-    for (one, two), cells in found.items():
+    assert list(found) == ["a.b", "a.c", "b.c"]
+    for pair, cells in found.items():
+        one, two = pair.split(".")
         alone = f"{one} only", f"{two} only"
         naive = dict.fromkeys(("both", *alone, "neither"), 0)
         for x, y in zip(rows[one], rows[two], strict=True):
@@ -315,7 +322,7 @@ def test_observed_and_corrected_correlation_written_out() -> None:
     found = correlation.bootstrap_correlations(scores, BEHAVIOURS, draws=20)
     mean = {name: given.values.mean(axis=0) for name, given in scores.items()}
     rows = [mean["g"] - mean["a"], mean["g"] - mean["b"]]
-    row = found["correlations"]["a", "b"]
+    row = found["correlations"]["a.b"]
     assert row["observed"] == pytest.approx(np.corrcoef(rows)[0, 1])
 
     def unbiased(one: str, two: str) -> float:
@@ -347,7 +354,7 @@ def test_intervals_hold_the_true_correlation_where_the_observed_one_is_off(
     for seed in range(experiments):
         scores, true = world(seed, rho, 2.0, groups=12, each=each)
         found = correlation.bootstrap_correlations(scores, BEHAVIOURS, draws=200, seed=seed)
-        row = found["correlations"]["a", "b"]
+        row = found["correlations"]["a.b"]
         inside += row["low"] <= true <= row["high"]
         errors.append(row["value"] - true)
         plain.append(row["observed"] - true)
@@ -373,13 +380,13 @@ def test_difference_of_dependent_correlations() -> None:
         means = {"g": g, "a": g - common, "b": g - common - first, "c": g - common - second}
         scores = {name: drawn(rng, mean, 10, 1.0, name) for name, mean in means.items()}
         found = correlation.bootstrap_correlations(scores, behaviours, draws=200, seed=seed)
-        rejected += found["differences"][("a", "b"), ("a", "c")]["p"] < 0.05
+        rejected += found["differences"]["a.b minus a.c"]["p"] < 0.05
     assert 0 < rejected / experiments <= 0.08
-    unequal = found["differences"][("a", "b"), ("b", "c")]
+    unequal = found["differences"]["a.b minus b.c"]
     assert unequal["value"] == pytest.approx(1 / np.sqrt(2) - 1 / 2, abs=0.1)
     assert 0 < unequal["low"] < unequal["value"] < unequal["high"]
     assert unequal["p"] < 0.05
-    reverse = found["differences"][("b", "c"), ("a", "b")]
+    reverse = found["differences"]["b.c minus a.b"]
     assert reverse["p"] == unequal["p"]
     bounds = -reverse["value"], -reverse["high"], -reverse["low"]
     assert bounds == pytest.approx((unequal["value"], unequal["low"], unequal["high"]))
@@ -390,8 +397,8 @@ def test_one_reference_under_two_names_is_one_reference() -> None:
     twice = {**scores, "g2": scores["g"]}
     one = correlation.bootstrap_correlations(scores, BEHAVIOURS, draws=50)
     two = correlation.bootstrap_correlations(twice, {"a": ("g", "a"), "b": ("g2", "b")}, draws=50)
-    for key, value in one["correlations"]["a", "b"].items():
-        assert two["correlations"]["a", "b"][key] == pytest.approx(value)
+    for key, value in one["correlations"]["a.b"].items():
+        assert two["correlations"]["a.b"][key] == pytest.approx(value)
 
 
 def test_nothing_but_noise_is_said_to_be_unknown() -> None:
@@ -401,9 +408,9 @@ def test_nothing_but_noise_is_said_to_be_unknown() -> None:
     found = correlation.bootstrap_correlations(
         scores, {name: ("g", name) for name in "abc"}, draws=20
     )
-    row = found["correlations"]["a", "b"]
+    row = found["correlations"]["a.b"]
     assert row == {"value": 0.0, "low": -1.0, "high": 1.0, "observed": 0.0}
-    assert found["differences"][("a", "b"), ("a", "c")]["p"] == 1.0
+    assert found["differences"]["a.b minus a.c"]["p"] == 1.0
     assert found["reliability"]["a"] == 0.0
 
 
@@ -416,8 +423,8 @@ def test_memory_maps_and_blocks(tmp_path: Path) -> None:
         wide[name] = Scores(np.load(tmp_path / f"{name}.npy", mmap_mode="r"), given.groups)
     narrow = correlation.bootstrap_correlations(scores, BEHAVIOURS, draws=30)
     mapped = correlation.bootstrap_correlations(wide, BEHAVIOURS, draws=30)
-    for key, value in narrow["correlations"]["a", "b"].items():
-        assert mapped["correlations"]["a", "b"][key] == pytest.approx(value, abs=1e-5)
+    for key, value in narrow["correlations"]["a.b"].items():
+        assert mapped["correlations"]["a.b"][key] == pytest.approx(value, abs=1e-5)
 
 
 def test_too_few_groups_are_refused() -> None:

@@ -13,7 +13,7 @@ from scipy.special import gammaincinv
 from sparc3.base.artifacts import groups_of, read_scores
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array
-from sparc3.circuits.overlap import Names
+from sparc3.circuits.overlap import joined
 
 Behaviours = Mapping[str, tuple[str, str]]  # name -> its reference's prompt set, its own
 FEWEST_GROUPS = 5  # below, a bootstrap of groups says nothing
@@ -34,21 +34,25 @@ def pearson(rows: Array) -> Array:
     return matrix
 
 
-def correlations(differentials: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Pearson's and Spearman's correlation matrices, (behaviour, behaviour) in the order given."""
+def correlations(differentials: Mapping[str, Array]) -> dict[str, dict[str, float]]:
+    """Pearson's and Spearman's correlation of every pair, by `joined` names."""
     from scipy.stats import rankdata  # slow to import
 
     rows = np.stack([np.asarray(row, float) for row in differentials.values()])
-    return pearson(rows), pearson(rankdata(rows, axis=1))
+    matrices = {"pearson": pearson(rows), "spearman": pearson(rankdata(rows, axis=1))}
+    return {
+        joined((a, b)): {name: float(matrix[i, j]) for name, matrix in matrices.items()}
+        for (i, a), (j, b) in combinations(enumerate(differentials), 2)
+    }
 
 
-def quadrants(differentials: Mapping[str, Array]) -> dict[Names, dict[str, int]]:
+def quadrants(differentials: Mapping[str, Array]) -> dict[str, dict[str, int]]:
     """Neurons by sign for every pair (a, b): negative for "both", "a only", "b only", "neither"."""
     found = {}
     for (a, one), (b, other) in combinations(differentials.items(), 2):
         cells = {"both": (one < 0) & (other < 0), "neither": ~((one < 0) | (other < 0))}
         cells |= {f"{a} only": (one < 0) & ~(other < 0), f"{b} only": ~(one < 0) & (other < 0)}
-        found[a, b] = {name: int(inside.sum()) for name, inside in cells.items()}
+        found[joined((a, b))] = {name: int(inside.sum()) for name, inside in cells.items()}
     return found
 
 
@@ -90,8 +94,8 @@ def bootstrap_correlations(
     half. What the shared *mean* of a reference adds stays in: it is part of Eq. 7.
 
     Returns three mappings:
-    "correlations": (a, b) -> value, low, high and `observed`, the uncorrected correlation;
-    "differences": (pair, pair) -> value, low, high, p, for every two pairs, either way round: a
+    "correlations": "a.b" -> value, low, high and `observed`, the uncorrected correlation;
+    "differences": "a.b minus c.d" -> value, low, high, p, for every two pairs, either way round: a
     test of dependent correlations in which the prompts are the sample, since neurons are not
     independent;
     "reliability": behaviour -> the share of its differential's variance that is not noise, [0, 1].
@@ -107,7 +111,7 @@ def bootstrap_correlations(
     names = list(behaviours)
     rows, curves = {}, {}
     for i, j in combinations(range(len(names)), 2):
-        pair = names[i], names[j]
+        pair = joined((names[i], names[j]))
         estimate, plain = (correlation(m[i, j], m[i, i], m[j, j]) for m in (signal, observed))
         if min(signal[i, i], signal[j, j]) > 0:
             curves[pair] = correlation(drawn[:, i, j], drawn[:, i, i], drawn[:, j, j])
@@ -121,7 +125,7 @@ def bootstrap_correlations(
     return {
         "correlations": rows,
         "differences": {
-            (one, other): {"value": rows[one]["value"] - rows[other]["value"]}
+            f"{one} minus {other}": {"value": rows[one]["value"] - rows[other]["value"]}
             | _difference(curves.get(one), curves.get(other))
             for one, other in permutations(rows, 2)
         },

@@ -2,7 +2,7 @@
 
 A neuron is named by its flat index `layer * width + neuron`. A circuit is a 1-D array of such ids,
 and circuits come as a mapping from name to ids. `total` is the number of neurons to choose from.
-Where a group of behaviours needs one key, in files and metrics, `joined` makes it.
+Where a group of behaviours needs one key, here, in files and in metrics, `joined` makes it.
 
 Defined edge cases: two empty circuits have Jaccard 0 (they share nothing); an overlap that can only
 be 0 has enrichment 1 and p 1; a constant differential correlates 0 with everything.
@@ -37,12 +37,12 @@ def subsets(names: Iterable[str], smallest: int) -> Iterator[Names]:
         yield from combinations(names, size)
 
 
-def regions(sets: Mapping[str, Array]) -> dict[Names, Array]:
+def regions(sets: Mapping[str, Array]) -> dict[str, Array]:
     """All 2^n - 1 regions of a Venn diagram: the sorted ids that lie in exactly those sets."""
     union = np.unique(np.concatenate(list(sets.values())))
     inside = np.stack([np.isin(union, ids) for ids in sets.values()], axis=1)
     return {
-        group: union[(inside == [name in group for name in sets]).all(axis=1)]
+        joined(group): union[(inside == [name in group for name in sets]).all(axis=1)]
         for group in subsets(sets, 1)
     }
 
@@ -136,7 +136,7 @@ def layered_log_distribution(counts: Array, width: int) -> Array:
     return law
 
 
-def overlaps(sets: Mapping[str, Array], layers: int, width: int) -> dict[Names, dict[str, Any]]:
+def overlaps(sets: Mapping[str, Array], layers: int, width: int) -> dict[str, dict[str, Any]]:
     """Every pair, triple, ... of the circuits of a model with `layers` x `width` neurons.
 
     Each overlap stands against uniform draws and, as `layered_*`, against draws that keep every
@@ -164,7 +164,7 @@ def overlaps(sets: Mapping[str, Array], layers: int, width: int) -> dict[Names, 
                 f"{null}log10_p": log10_p,
                 f"{null}p": 10.0**log10_p,
             }
-        out[names] = row
+        out[joined(names)] = row
     return out
 
 
