@@ -11,14 +11,22 @@ from sparc3.base.artifacts import metrics_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, read_tensors, write_tensors
 from sparc3.stages import checks, gate
-from sparc3.stages.gate import Totals, gap_interval, relevance_gap
+from sparc3.stages.gate import Totals, gap_interval
+
+
+def relevance_gap(reference: np.ndarray, behaviour: np.ndarray) -> float:
+    """The formula, written out."""
+    total = sum(reference) / len(reference)
+    return 100 * (total - sum(behaviour) / len(behaviour)) / total
 
 
 def test_the_gap_is_the_difference_of_totals_in_percent() -> None:
-    reference, behaviour = np.array([2.0, 4.0]), np.array([1.0, 2.0, 3.0])
-    assert relevance_gap(reference, behaviour) == pytest.approx(100 * (3 - 2) / 3)
+    groups = [f"g{i}" for i in range(6)]
+    reference = Totals(np.array([2.0, 4.0] * 3), groups)
+    behaviour = Totals(np.array([1.0, 2.0, 3.0] * 3), [f"g{i}" for i in range(9)])
+    assert gap_interval(reference, behaviour).value == pytest.approx(100 * (3 - 2) / 3)
     with pytest.raises(InputError, match="no relevance"):
-        relevance_gap(np.zeros(3), behaviour)
+        gap_interval(Totals(np.zeros(6), groups), behaviour)
 
 
 def test_the_interval_counts_groups_and_not_their_copies() -> None:

@@ -255,26 +255,6 @@ def test_weights_that_are_elsewhere_are_refused():
         pass
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([(0, 1, 0.0), (0, 2, 0.0), (0, 1, 0.5)], "layer 0, neuron 1 is in it twice"),
-        ([(-1, 1, 0.0)], "expected indices from 0"),
-        ([(0, -3, 0.0)], "expected indices from 0"),
-        ([(0, 1, 1.5)], "scale 1.5"),
-        ([(0, 1, float("nan"))], "scale nan"),
-    ],
-)
-def test_bad_circuit_is_named(rows, message):
-    with pytest.raises(InputError, match=message):
-        circuit(*rows)
-
-
-def test_lengths_must_agree():
-    with pytest.raises(InputError, match="one value per neuron"):
-        Circuit(np.arange(2), np.arange(2), np.zeros(2), np.zeros(3))
-
-
 def test_written_circuit_is_sorted_and_reads_back_exactly(tmp_path):
     path = tmp_path / "lrp.csv"
     rng = np.random.default_rng(0)

@@ -1,11 +1,8 @@
 import numpy as np
 
 from sparc3.circuits.correlation import Scores
-from sparc3.circuits.stability import (
-    mean_overlap,
-    resampled_circuits,
-    selection_frequency,
-)
+from sparc3.circuits.stability import mean_overlap, resampled_circuits, selection_frequency
+from sparc3.relevance.contrasts import mean_difference, t
 
 
 def apart(scores: np.ndarray) -> Scores:
@@ -18,14 +15,12 @@ def test_a_clear_signal_is_found_again_and_noise_is_not() -> None:
     reference, behaviour = rng.standard_normal((60, 40)), rng.standard_normal((60, 40))
     behaviour[:, :5] += 10
     (clear,) = resampled_circuits(
-        apart(reference), apart(behaviour), "mean-difference", 5, [60], 50, 0
+        apart(reference), apart(behaviour), mean_difference, 5, [60], 50, 0
     )
     assert selection_frequency(clear, 40)[:5].tolist() == [1.0] * 5
     assert mean_overlap(clear, 5) == 1.0
     noise = rng.standard_normal((60, 40))
-    (vague,) = resampled_circuits(
-        apart(reference), apart(noise), "mean-difference", 5, [10], 300, 0
-    )
+    (vague,) = resampled_circuits(apart(reference), apart(noise), mean_difference, 5, [10], 300, 0)
     # Five of forty by chance: an eighth of the circuit, up to the noise of 300 resamples.
     assert mean_overlap(vague, 5) < 0.5
     assert np.isclose(selection_frequency(vague, 40).sum(), 5)
@@ -36,7 +31,7 @@ def test_more_prompts_agree_more() -> None:
     signal = np.linspace(1, 0, 60)
     reference = rng.standard_normal((200, 60))
     behaviour = rng.standard_normal((200, 60)) + signal
-    few, many = resampled_circuits(apart(reference), apart(behaviour), "t", 10, [10, 200], 60, 0)
+    few, many = resampled_circuits(apart(reference), apart(behaviour), t, 10, [10, 200], 60, 0)
     assert mean_overlap(many, 10) > mean_overlap(few, 10)
 
 
@@ -48,9 +43,9 @@ def test_copies_of_a_prompt_make_nothing_more_stable() -> None:
         for scores in (reference, behaviour)
     )
     (once,) = resampled_circuits(
-        apart(reference), apart(behaviour), "mean-difference", 5, [12], 300, 0
+        apart(reference), apart(behaviour), mean_difference, 5, [12], 300, 0
     )
-    (often,) = resampled_circuits(one, other, "mean-difference", 5, [96], 300, 0)
+    (often,) = resampled_circuits(one, other, mean_difference, 5, [96], 300, 0)
     assert abs(mean_overlap(once, 5) - mean_overlap(often, 5)) < 0.05
 
 

@@ -9,6 +9,7 @@ Two ways measure many circuits of one model: `without_each` one after the other 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -35,16 +36,12 @@ def _per_layer(
     from sparc3.model.families import mlps, outgoing
 
     layers = mlps(model)
+    widths = [outgoing(mlp.down).shape[1] for mlp in layers]
     for layer, neuron, *_ in circuit.rows():
-        if layer >= len(layers):
+        if layer >= len(layers) or neuron >= widths[layer]:
             raise InputError(
                 f"circuit: layer {layer}, neuron {neuron}; the model has layers 0 to "
-                f"{len(layers) - 1}: the circuit belongs to another model"
-            )
-        width = outgoing(layers[layer].down).shape[1]
-        if neuron >= width:
-            raise InputError(
-                f"circuit: layer {layer}, neuron {neuron}; the model has neurons 0 to {width - 1}: "
+                f"{len(layers) - 1} with neurons 0 to {widths[min(layer, len(layers) - 1)] - 1}: "
                 "the circuit belongs to another model"
             )
     parts = []
@@ -70,14 +67,14 @@ def pruned(model: "PreTrainedModel", circuit: Circuit) -> "Iterator[PreTrainedMo
     more circuit costs its own forward passes and no reload. Raises InputError for a neuron that the
     model does not have.
     """
-    parts = [(weight, neurons, scales) for _, weight, neurons, scales in _per_layer(model, circuit)]
-    kept = [weight[:, neurons] for weight, neurons, _ in parts]
+    parts = _per_layer(model, circuit)
+    kept = [(weight, neurons, weight[:, neurons]) for _, weight, neurons, _ in parts]
     try:
-        for (weight, neurons, scales), columns in zip(parts, kept, strict=True):
-            weight[:, neurons] = (columns * scales).to(weight.dtype)
+        for _, weight, neurons, scales in parts:
+            weight[:, neurons] = (weight[:, neurons] * scales).to(weight.dtype)
         yield model
     finally:
-        for (weight, neurons, _), columns in zip(parts, kept, strict=True):
+        for weight, neurons, columns in kept:
             weight[:, neurons] = columns
 
 
@@ -97,6 +94,10 @@ def without_each(
     first = [int(c.layers.min()) if len(c) else len(blocks) for c in circuits]
     latest_first = sorted(range(len(circuits)), key=lambda place: -first[place])
     kept: dict[int, Any] = {}
+
+    def keep(layer: int, module: "nn.Module", args: Any, output: Any) -> None:
+        kept[layer] = output
+
     results: dict[int, Result] = {}
     for place in latest_first:
         begin = first[place]
@@ -104,23 +105,12 @@ def without_each(
             stack.enter_context(pruned(model, circuits[place]))
             if not results:  # its own neurons lie above all that the others need
                 for layer in {at - 1 for at in first if 0 < at < len(blocks)}:
-                    stack.enter_context(_keeping(blocks[layer], layer, kept))
+                    hook = blocks[layer].register_forward_hook(partial(keep, layer))
+                    stack.callback(hook.remove)
             elif 0 < begin < len(blocks):
                 stack.enter_context(_skipping(blocks[:begin], kept[begin - 1]))
             results[place] = run()
     return [results[place] for place in range(len(circuits))]
-
-
-@contextmanager
-def _keeping(block: "nn.Module", layer: int, kept: dict[int, Any]) -> Iterator[None]:
-    def keep(module: "nn.Module", args: Any, output: Any) -> None:
-        kept[layer] = output
-
-    handle = block.register_forward_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -169,20 +159,16 @@ def pruned_rows(
         nonlocal places
         places = torch.tensor(rows)
 
-    def scale_rows(layer: int) -> Callable[["nn.Module", tuple[Any, ...]], tuple[Any, ...]]:
-        def hook(module: "nn.Module", args: tuple[Any, ...]) -> tuple[Any, ...]:
-            h, factor = args[0], factors[layer][places.to(args[0].device)]
-            rows = h.view(len(factor), -1, h.shape[-1])  # OPT runs all tokens as one axis
-            return ((rows * factor[:, None]).view(h.shape),)
+    def scale_rows(layer: int, module: "nn.Module", args: tuple[Any, ...]) -> tuple[Any, ...]:
+        h, factor = args[0], factors[layer][places.to(args[0].device)]
+        rows = h.view(len(factor), -1, h.shape[-1])  # OPT runs all tokens as one axis
+        return ((rows * factor[:, None]).view(h.shape),)
 
-        return hook
-
-    handles = [downs[layer].register_forward_pre_hook(scale_rows(layer)) for layer in factors]
-    try:
+    with ExitStack() as stack:
+        for layer in factors:
+            hook = downs[layer].register_forward_pre_hook(partial(scale_rows, layer))
+            stack.callback(hook.remove)
         yield tell
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def prune_weights(model: "PreTrainedModel", circuit: Circuit) -> None:

@@ -18,24 +18,13 @@ class Circuit:
     """Distinct neurons, each with the score it was chosen by and the factor left on it.
 
     Arrays of shape (neuron,): layers and neurons are indices from 0, scores finite, scales in
-    [0, 1], where 0 prunes and anything between dampens. Raises InputError otherwise.
+    [0, 1], where 0 prunes and anything between dampens.
     """
 
     layers: Array
     neurons: Array
     scores: Array
     scales: Array
-
-    def __post_init__(self) -> None:
-        shapes = {a.shape for a in (self.layers, self.neurons, self.scores, self.scales)}
-        if shapes != {(len(self),)}:
-            raise InputError(f"circuit: arrays of shapes {shapes}; expected one value per neuron")
-        for layer, neuron, score, scale in self.rows():
-            _check(layer, neuron, score, scale, "circuit")
-        pairs, counts = np.unique(np.stack([self.layers, self.neurons]), axis=1, return_counts=True)
-        if (counts > 1).any():
-            layer, neuron = pairs[:, counts > 1][:, 0]
-            raise InputError(f"circuit: layer {layer}, neuron {neuron} is in it twice")
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -46,17 +35,12 @@ class Circuit:
         yield from zip(*(column.tolist() for column in columns), strict=True)
 
 
-# The model as it is: a circuit of no neuron.
-INTACT = Circuit(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.float64, np.float64)))
+def _of_rows(rows: Sequence[tuple[int, int, float, float]]) -> Circuit:
+    layers, neurons, scores, scales = np.array(rows, np.float64).reshape(-1, len(COLUMNS)).T
+    return Circuit(layers.astype(np.int64), neurons.astype(np.int64), scores, scales)
 
 
-def _check(layer: int, neuron: int, score: float, scale: float, where: str) -> None:
-    if layer < 0 or neuron < 0:
-        raise InputError(f"{where}: layer {layer}, neuron {neuron}; expected indices from 0")
-    if not np.isfinite(score):
-        raise InputError(f"{where}: score {score}; expected a finite number")
-    if not 0 <= scale <= 1:
-        raise InputError(f"{where}: scale {scale}; expected 0 (prune) to 1 (leave as it is)")
+INTACT = _of_rows([])  # the model as it is: a circuit of no neuron
 
 
 def write_circuit(path: Path, circuit: Circuit) -> None:
@@ -79,18 +63,18 @@ def read_circuit(path: Path) -> Circuit:
             row = int(layer), int(neuron), float(score), float(scale)
         except ValueError:
             raise InputError(f"{where} is {line!r}; expected {','.join(COLUMNS)}") from None
-        _check(*row, where)
+        name = f"layer {row[0]}, neuron {row[1]}"
         first = seen.setdefault(row[:2], number)
-        if first != number:
-            raise InputError(f"{where}: layer {row[0]}, neuron {row[1]} is on line {first} already")
+        for wrong, problem in (
+            (min(row[:2]) < 0, f"{name}; expected indices from 0"),
+            (not np.isfinite(row[2]), f"score {row[2]}; expected a finite number"),
+            (not 0 <= row[3] <= 1, f"scale {row[3]}; expected 0 (prune) to 1 (leave as it is)"),
+            (first != number, f"{name} is on line {first} already"),
+        ):
+            if wrong:
+                raise InputError(f"{where}: {problem}")
         rows.append(row)
-    layers, neurons, scores, scales = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return Circuit(
-        np.array(layers, np.int64),
-        np.array(neurons, np.int64),
-        np.array(scores, np.float64),
-        np.array(scales, np.float64),
-    )
+    return _of_rows(rows)
 
 
 def refuse_leak(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], name: str) -> None:

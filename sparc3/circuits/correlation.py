@@ -13,25 +13,15 @@ from scipy.special import gammaincinv
 from sparc3.base.artifacts import groups_of, read_scores
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array
-from sparc3.circuits.overlap import Names
+from sparc3.circuits.overlap import joined
 
 Behaviours = Mapping[str, tuple[str, str]]  # name -> its reference's prompt set, its own
 FEWEST_GROUPS = 5  # below, a bootstrap of groups says nothing
+BLOCK = 4096  # neurons whose scores are read at once
+TAILS = [(1 - 0.95) / 2, (1 + 0.95) / 2]  # of the draws, beyond an interval
 
 
 # Differentials: one number per neuron
-
-
-def stacked(differentials: Mapping[str, Array]) -> Array:
-    """(behaviour, neuron) in float64; refused unless all have one length and are finite."""
-    rows = [np.asarray(row, float) for row in differentials.values()]
-    for name, row in zip(differentials, rows, strict=True):
-        if row.shape != (rows[0].size,) or not row.size or not np.isfinite(row).all():
-            raise InputError(
-                f"differential {name!r}: expected {rows[0].size or 'some'} finite values in one "
-                f"dimension, found shape {row.shape} with {np.sum(~np.isfinite(row))} not finite"
-            )
-    return np.stack(rows)
 
 
 def pearson(rows: Array) -> Array:
@@ -44,26 +34,26 @@ def pearson(rows: Array) -> Array:
     return matrix
 
 
-def correlations(differentials: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Pearson's and Spearman's correlation matrices, (behaviour, behaviour) in the order given."""
+def correlations(differentials: Mapping[str, Array]) -> dict[str, dict[str, float]]:
+    """Pearson's and Spearman's correlation of every pair, by `joined` names."""
     from scipy.stats import rankdata  # slow to import
 
-    rows = stacked(differentials)
-    return pearson(rows), pearson(rankdata(rows, axis=1))
-
-
-def quadrants(differentials: Mapping[str, Array]) -> dict[Names, dict[str, int]]:
-    """Neurons by sign for every pair (a, b): negative for "both", "a only", "b only", "neither"."""
-    negative = dict(zip(differentials, stacked(differentials) < 0, strict=True))
+    rows = np.stack([np.asarray(row, float) for row in differentials.values()])
+    matrices = {"pearson": pearson(rows), "spearman": pearson(rankdata(rows, axis=1))}
     return {
-        (a, b): {
-            "both": int(np.sum(negative[a] & negative[b])),
-            f"{a} only": int(np.sum(negative[a] & ~negative[b])),
-            f"{b} only": int(np.sum(~negative[a] & negative[b])),
-            "neither": int(np.sum(~negative[a] & ~negative[b])),
-        }
-        for a, b in combinations(differentials, 2)
+        joined((a, b)): {name: float(matrix[i, j]) for name, matrix in matrices.items()}
+        for (i, a), (j, b) in combinations(enumerate(differentials), 2)
     }
+
+
+def quadrants(differentials: Mapping[str, Array]) -> dict[str, dict[str, int]]:
+    """Neurons by sign for every pair (a, b): negative for "both", "a only", "b only", "neither"."""
+    found = {}
+    for (a, one), (b, other) in combinations(differentials.items(), 2):
+        cells = {"both": (one < 0) & (other < 0), "neither": ~((one < 0) | (other < 0))}
+        cells |= {f"{a} only": (one < 0) & ~(other < 0), f"{b} only": ~(one < 0) & (other < 0)}
+        found[joined((a, b))] = {name: int(inside.sum()) for name, inside in cells.items()}
+    return found
 
 
 # Prompts: what the differentials would be on other prompts
@@ -90,36 +80,8 @@ def read_flat(prompt_set: str, score: str, neurons: Array | slice = slice(None))
     return Scores(values.reshape(len(ids), -1)[:, neurons], np.array(groups_of(prompt_set, ids)))
 
 
-def checked_scores(
-    scores: Mapping[str, Scores], behaviours: Behaviours, groups: int
-) -> dict[str, Scores]:
-    """The sets of the behaviours, in the order of `scores`, each with enough grouping keys."""
-    needed = {name for pair in behaviours.values() for name in pair}
-    if missing := sorted(needed - set(scores)):
-        raise InputError(f"prompt set {missing[0]!r}: no scores given; run attribute for it")
-    used = {name: given for name, given in scores.items() if name in needed}
-    neurons = {given.values.shape[1:] for given in used.values()}
-    for name, given in used.items():
-        keys = np.asarray(given.groups)
-        if given.values.ndim != 2 or keys.shape != given.values.shape[:1] or len(neurons) > 1:
-            raise InputError(
-                f"scores of {name!r}: expected (prompt, neuron) with a grouping key per prompt and "
-                f"equally many neurons in every set, found {given.values.shape}, {keys.shape} keys"
-            )
-        distinct = np.unique(keys).size
-        if distinct < groups:
-            raise InputError(
-                f"prompt set {name!r}: {distinct} groups of prompts; this needs at least {groups}"
-            )
-    return used
-
-
 def bootstrap_correlations(
-    scores: Mapping[str, Scores],
-    behaviours: Behaviours,
-    draws: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    scores: Mapping[str, Scores], behaviours: Behaviours, draws: int, seed: int = 0
 ) -> dict[str, dict]:
     """Pearson correlations of mean-difference differentials (paper, Eq. 7), with intervals.
 
@@ -132,24 +94,28 @@ def bootstrap_correlations(
     half. What the shared *mean* of a reference adds stays in: it is part of Eq. 7.
 
     Returns three mappings:
-    "correlations": (a, b) -> value, low, high and `observed`, the uncorrected correlation;
-    "differences": (pair, pair) -> value, low, high, p, for every two pairs, either way round: a
+    "correlations": "a.b" -> value, low, high and `observed`, the uncorrected correlation;
+    "differences": "a.b minus c.d" -> value, low, high, p, for every two pairs, either way round: a
     test of dependent correlations in which the prompts are the sample, since neurons are not
     independent;
     "reliability": behaviour -> the share of its differential's variance that is not noise, [0, 1].
     Where nothing but noise is left, value is 0, the interval as wide as can be, and p 1.
     """
-    used = checked_scores(scores, behaviours, groups=FEWEST_GROUPS)
-    observed, signal, drawn = drawn_covariances(used, behaviours, draws, seed)
+    for name, given in scores.items():
+        if (groups := np.unique(given.groups).size) < FEWEST_GROUPS:
+            raise InputError(
+                f"prompt set {name!r}: {groups} groups of prompts; this needs at least "
+                f"{FEWEST_GROUPS}; raise prompt_sets.{name}.count"
+            )
+    observed, signal, drawn = drawn_covariances(scores, behaviours, draws, seed)
     names = list(behaviours)
-    tails = [(1 - level) / 2, (1 + level) / 2]
     rows, curves = {}, {}
     for i, j in combinations(range(len(names)), 2):
-        pair = names[i], names[j]
+        pair = joined((names[i], names[j]))
         estimate, plain = (correlation(m[i, j], m[i, i], m[j, j]) for m in (signal, observed))
         if min(signal[i, i], signal[j, j]) > 0:
             curves[pair] = correlation(drawn[:, i, j], drawn[:, i, i], drawn[:, j, j])
-            low, high = np.quantile(curves[pair], tails)
+            low, high = np.quantile(curves[pair], TAILS)
         else:
             estimate, low, high = 0.0, -1.0, 1.0
         row = {"value": estimate, "low": low, "high": high, "observed": plain}
@@ -159,19 +125,19 @@ def bootstrap_correlations(
     return {
         "correlations": rows,
         "differences": {
-            (one, other): {"value": rows[one]["value"] - rows[other]["value"]}
-            | _difference(curves.get(one), curves.get(other), tails)
+            f"{one} minus {other}": {"value": rows[one]["value"] - rows[other]["value"]}
+            | _difference(curves.get(one), curves.get(other))
             for one, other in permutations(rows, 2)
         },
         "reliability": dict(zip(names, share.tolist(), strict=True)),
     }
 
 
-def _difference(one: Array | None, other: Array | None, tails: list[float]) -> dict[str, float]:
+def _difference(one: Array | None, other: Array | None) -> dict[str, float]:
     """Interval and two-sided p of the difference of two correlations, from their draws (draw,)."""
     if one is None or other is None:
         return {"low": -2.0, "high": 2.0, "p": 1.0}
-    low, high = np.quantile(one - other, tails).tolist()
+    low, high = np.quantile(one - other, TAILS).tolist()
     beyond = min(np.sum(one <= other), np.sum(one >= other))
     return {"low": low, "high": high, "p": min(1.0, float(2 * (beyond + 1) / (one.size + 1)))}
 
@@ -184,7 +150,7 @@ def correlation(covariance: Array, first: Array, second: Array) -> Array:
 
 
 def drawn_covariances(
-    used: Mapping[str, Scores], behaviours: Behaviours, draws: int, seed: int
+    scores: Mapping[str, Scores], behaviours: Behaviours, draws: int, seed: int
 ) -> tuple[Array, Array, Array]:
     """Covariances, over neurons, of the behaviours' differentials.
 
@@ -192,7 +158,7 @@ def drawn_covariances(
     same shape, and the unbiased ones of every bootstrap draw (draw, behaviour, behaviour). Mean
     scores enter only by their products, so one Gram matrix of the groups' scores serves all draws.
     """
-    keys, sizes, where, gram = group_products(used)
+    keys, sizes, where, gram = group_products(scores)
     apart = keys[:, None] != keys[None, :]
     label, position = np.unique(keys, return_inverse=True)
     uniform = np.random.default_rng(seed).random((draws, label.size))[:, position]
@@ -221,36 +187,27 @@ def drawn_covariances(
     return sign @ plain @ sign.T, unbiased[0], unbiased[1:]
 
 
-def group_products(
-    used: Mapping[str, Scores], block: int = 4096
-) -> tuple[Array, Array, dict[str, slice], Array]:
+def group_products(scores: Mapping[str, Scores]) -> tuple[Array, Array, dict[str, slice], Array]:
     """Grouping key and number of prompts of every group of every set, where each set's groups lie,
     and the covariances over neurons of the groups' summed scores, (group, group).
     """
     keys, sizes, where, members = [], [], {}, {}
     start = 0
-    for name, given in used.items():
-        label, position, count = np.unique(
-            np.asarray(given.groups).astype(str), return_inverse=True, return_counts=True
-        )
+    for name, given in scores.items():
+        label, position, count = np.unique(given.groups, return_inverse=True, return_counts=True)
         keys.append(label)
         sizes.append(count)
         where[name] = slice(start, start + label.size)
-        members[name] = (position == np.arange(label.size)[:, None]).astype(float)
+        members[name] = np.eye(label.size)[:, position]
         start += label.size
-    neurons = next(iter(used.values())).values.shape[1]
+    neurons = next(iter(scores.values())).values.shape[1]
     gram, total = np.zeros((start, start)), np.zeros(start)
-    for first in range(0, neurons, block):
-        columns = slice(first, first + block)
+    for first in range(0, neurons, BLOCK):
+        block = slice(first, first + BLOCK)
         sums = np.concatenate(
-            [
-                members[name] @ np.asarray(given.values[:, columns], float)
-                for name, given in used.items()
-            ]
+            [members[name] @ given.values[:, block].astype(float) for name, given in scores.items()]
         )
         gram += sums @ sums.T
         total += sums.sum(axis=1)
-    if not np.isfinite(gram).all():
-        raise InputError("scores: non-finite values; correlations need finite scores")
     gram = gram / neurons - np.outer(total, total) / neurons**2
     return np.concatenate(keys), np.concatenate(sizes), where, gram

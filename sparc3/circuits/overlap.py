@@ -2,21 +2,20 @@
 
 A neuron is named by its flat index `layer * width + neuron`. A circuit is a 1-D array of such ids,
 and circuits come as a mapping from name to ids. `total` is the number of neurons to choose from.
-Where a group of behaviours needs one key, in files and metrics, `joined` makes it.
+Where a group of behaviours needs one key, here, in files and in metrics, `joined` makes it.
 
 Defined edge cases: two empty circuits have Jaccard 0 (they share nothing); an overlap that can only
 be 0 has enrichment 1 and p 1; a constant differential correlates 0 with everything.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from math import log, prod
+from typing import Any
 
 import numpy as np
 from scipy.special import gammaln
 
-from sparc3.base.errors import InputError
 from sparc3.base.files import Array
 
 Names = tuple[str, ...]
@@ -31,45 +30,21 @@ def joined(names: Iterable[str]) -> str:
 # Regions and measures of overlap
 
 
-def checked(sets: Mapping[str, Array], total: int) -> dict[str, Array]:
-    """The same sets as int64 arrays; an id that is no neuron or that appears twice is refused."""
-    out = {}
-    for name, given in sets.items():
-        ids = np.asarray(given)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise InputError(f"circuit {name!r}: expected a 1-D array of integer neuron ids")
-        ids = ids.astype(np.int64)
-        if ids.size and not 0 <= ids.min() <= ids.max() < total:
-            raise InputError(f"circuit {name!r}: neuron ids must lie in [0, {total})")
-        if np.unique(ids).size != ids.size:
-            raise InputError(f"circuit {name!r}: a neuron is listed twice; list each one once")
-        out[name] = ids
-    return out
-
-
-def subsets(names: Sequence[str], smallest: int) -> Iterator[Names]:
+def subsets(names: Iterable[str], smallest: int) -> Iterator[Names]:
     """Every combination of at least `smallest` names: small ones first, in the order given."""
+    names = list(names)
     for size in range(smallest, len(names) + 1):
         yield from combinations(names, size)
 
 
-def regions(sets: Mapping[str, Array], total: int) -> dict[Names, Array]:
+def regions(sets: Mapping[str, Array]) -> dict[str, Array]:
     """All 2^n - 1 regions of a Venn diagram: the sorted ids that lie in exactly those sets."""
-    sets = checked(sets, total)
-    names = list(sets)
-    union = np.unique(np.concatenate([*sets.values(), np.empty(0, np.int64)]))
-    inside = {name: np.isin(union, ids) for name, ids in sets.items()}
-    out = {}
-    for group in subsets(names, 1):
-        exactly = [inside[name] == (name in group) for name in names]
-        out[group] = union[np.logical_and.reduce(exactly)]
-    return out
-
-
-def jaccard(*sets: Array) -> float:
-    """|intersection| / |union| of any number of sets of distinct ids, in [0, 1]."""
-    members, counts = np.unique(np.concatenate(sets), return_counts=True)
-    return float(np.sum(counts == len(sets)) / members.size) if members.size else 0.0
+    union = np.unique(np.concatenate(list(sets.values())))
+    inside = np.stack([np.isin(union, ids) for ids in sets.values()], axis=1)
+    return {
+        joined(group): union[(inside == [name in group for name in sets]).all(axis=1)]
+        for group in subsets(sets, 1)
+    }
 
 
 def common(*sets: Array) -> int:
@@ -78,24 +53,27 @@ def common(*sets: Array) -> int:
     return int(np.sum(counts == len(sets)))
 
 
+def jaccard(*sets: Array) -> float:
+    """|intersection| / |union| of any number of sets of distinct ids, in [0, 1]."""
+    union = np.unique(np.concatenate(sets)).size
+    return common(*sets) / union if union else 0.0
+
+
 # Chance
 
 
 def expected(sizes: Sequence[int], total: int) -> float:
     """Mean overlap of sets of these sizes drawn independently: product of sizes / total^(n-1)."""
-    check_sizes(sizes, total)
-    return prod(int(size) for size in sizes) / int(total) ** (len(sizes) - 1)
+    return prod(sizes) / total ** (len(sizes) - 1)
 
 
-def enrichment(observed: float, sizes: Sequence[int], total: int) -> float:
+def enrichment(observed: int, sizes: Sequence[int], total: int) -> float:
     """Observed overlap over the mean overlap of independent draws; 1 where only 0 is possible."""
-    mean = expected(sizes, total)
+    return _ratio(observed, expected(sizes, total))
+
+
+def _ratio(observed: int, mean: float) -> float:
     return observed / mean if mean else 1.0
-
-
-def check_sizes(sizes: Sequence[int], total: int) -> None:
-    if not sizes or min(sizes) < 0 or max(sizes) > total:
-        raise InputError(f"circuit sizes {list(sizes)}: expected each between 0 and {total}")
 
 
 def log_distribution(sizes: Sequence[int], total: int) -> Array:
@@ -107,8 +85,7 @@ def log_distribution(sizes: Sequence[int], total: int) -> Array:
 
     Returns shape (min(sizes) + 1,), index = size of the overlap; -inf where it is impossible.
     """
-    check_sizes(sizes, total)
-    ordered = sorted(int(size) for size in sizes)
+    ordered = sorted(sizes)
     factorial = gammaln(np.arange(total + 1) + 1.0)
 
     def ways(n: int, r: Array) -> Array:
@@ -149,8 +126,8 @@ def layered_log_distribution(counts: Array, width: int) -> Array:
     permutation of neurons within layers tends to with infinitely many draws.
     """
     law = np.zeros(1)
-    for sizes in np.asarray(counts):
-        layer = log_distribution([int(size) for size in sizes], width)
+    for sizes in counts.tolist():
+        layer = log_distribution(sizes, width)
         summed = np.full(law.size + layer.size - 1, -np.inf)
         for overlap, weight in enumerate(layer):
             part = slice(overlap, overlap + law.size)
@@ -159,100 +136,56 @@ def layered_log_distribution(counts: Array, width: int) -> Array:
     return law
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """The overlap of two or more circuits, against uniform draws and against draws within layers.
+def overlaps(sets: Mapping[str, Array], layers: int, width: int) -> dict[str, dict[str, Any]]:
+    """Every pair, triple, ... of the circuits of a model with `layers` x `width` neurons.
 
-    `layered_*` keep every circuit's number of neurons per layer, so they do not call it an overlap
-    when two circuits merely prefer the same layers. p is P(overlap >= observed); log10_p holds
-    where p underflows.
+    Each overlap stands against uniform draws and, as `layered_*`, against draws that keep every
+    circuit's number of neurons per layer, which do not call it an overlap when two circuits merely
+    prefer the same layers. p is P(overlap >= observed); log10_p holds where p underflows.
     """
-
-    names: Names
-    sizes: tuple[int, ...]
-    observed: int
-    jaccard: float
-    expected: float
-    enrichment: float
-    log10_p: float
-    layered_expected: float
-    layered_enrichment: float
-    layered_log10_p: float
-
-    @property
-    def p(self) -> float:
-        return 10.0**self.log10_p
-
-    @property
-    def layered_p(self) -> float:
-        return 10.0**self.layered_log10_p
-
-
-def overlaps(sets: Mapping[str, Array], layers: int, width: int) -> list[Overlap]:
-    """Every pair, triple, ... of the circuits of a model with `layers` x `width` neurons."""
     total = layers * width
-    sets = checked(sets, total)
     counts = {name: layer_counts(ids, layers, width) for name, ids in sets.items()}
-    out = []
-    for names in subsets(list(sets), 2):
+    out = {}
+    for names in subsets(sets, 2):
         members = [sets[name] for name in names]
-        sizes = tuple(ids.size for ids in members)
+        sizes = [ids.size for ids in members]
         observed = common(*members)
         by_layer = np.stack([counts[name] for name in names], axis=1)
         layered = sum(expected(row, width) for row in by_layer.tolist())
-        law = log_distribution(sizes, total)
-        layered_law = layered_log_distribution(by_layer, width)
-        out.append(
-            Overlap(
-                names=names,
-                sizes=sizes,
-                observed=observed,
-                jaccard=jaccard(*members),
-                expected=expected(sizes, total),
-                enrichment=enrichment(observed, sizes, total),
-                log10_p=log_upper_tail(law, observed) / log(10),
-                layered_expected=layered,
-                layered_enrichment=observed / layered if layered else 1.0,
-                layered_log10_p=log_upper_tail(layered_law, observed) / log(10),
-            )
-        )
+        row = {"names": names, "sizes": sizes, "observed": observed, "jaccard": jaccard(*members)}
+        for null, mean, law in (
+            ("", expected(sizes, total), log_distribution(sizes, total)),
+            ("layered_", layered, layered_log_distribution(by_layer, width)),
+        ):
+            log10_p = log_upper_tail(law, observed) / log(10)
+            row |= {
+                f"{null}expected": mean,
+                f"{null}enrichment": _ratio(observed, mean),
+                f"{null}log10_p": log10_p,
+                f"{null}p": 10.0**log10_p,
+            }
+        out[joined(names)] = row
     return out
-
-
-@dataclass(frozen=True)
-class GivenPairs:
-    """How surprising a triple overlap is once the pairwise overlaps are known.
-
-    `through[i]`: P(triple >= observed) if, inside set i, its overlaps with the two others are
-    independent uniform draws, i.e. the two others meet only through set i; `through_expected[i]`
-    its mean. `p` is the largest of the three (with its mean `expected`): small only if no single
-    set explains the triple, a valid level for that union of hypotheses.
-    `joint_p`, `joint_expected`: the exact law of the triple of three independent uniform draws
-    given all three pairwise overlaps at once (equally the law without three-way interaction).
-    The two answers can differ as far as possible: where pairwise overlaps are rare events, a shared
-    triple is the cheapest way to get all three of them, so the joint law expects a large triple.
-    """
-
-    p: float
-    expected: float
-    through: tuple[float, float, float]
-    through_expected: tuple[float, float, float]
-    joint_p: float
-    joint_expected: float
 
 
 def triple_given_pairs(
     triple: int, pairs: tuple[int, int, int], sizes: tuple[int, int, int], total: int
-) -> GivenPairs:
-    """P(|A & B & C| >= triple) given the pairwise overlaps `pairs` = (A&B, A&C, B&C).
+) -> dict[str, Any]:
+    """How surprising |A & B & C| >= triple is, given the pairwise overlaps (A&B, A&C, B&C).
 
-    Through A: within A's neurons, A&B and A&C are independent draws, hence hypergeometric. Jointly:
-    all assignments of neurons to the eight regions are equally likely that have the sizes and
-    pairwise overlaps observed, so P(t) is proportional to 1 / product of factorials of the regions.
+    `through[i]`: its P if, inside set i, its overlaps with the two others are independent uniform
+    draws, hence hypergeometric, i.e. the two others meet only through set i; `through_expected[i]`
+    its mean. `p` is the largest of the three (with its mean `expected`): small only if no single
+    set explains the triple, a valid level for that union of hypotheses.
+    `joint_p`, `joint_expected`: the exact law of the triple of three independent uniform draws
+    given all three pairwise overlaps at once (equally the law without three-way interaction): all
+    assignments of neurons to the eight regions with those overlaps are equally likely, so P(t) is
+    proportional to 1 / product of factorials of the regions.
+    The two answers can differ as far as possible: where pairwise overlaps are rare events, a shared
+    triple is the cheapest way to get all three of them, so the joint law expects a large triple.
     """
     ab, ac, bc = pairs
     a, b, c = sizes
-    check_sizes(sizes, total)
 
     def cells(t: Array) -> Array:
         alone = [a - ab - ac + t, b - ab - bc + t, c - ac - bc + t]
@@ -260,27 +193,21 @@ def triple_given_pairs(
 
     possible = np.arange(min(pairs) + 1)
     possible = possible[(cells(possible) >= 0).all(axis=0)]
-    if triple not in possible:
-        raise InputError(
-            f"overlap: a triple of {triple} cannot be with pairs {pairs} of sets of {sizes} "
-            f"among {total} neurons"
-        )
     law = -gammaln(cells(possible) + 1.0).sum(axis=0)
     law -= np.logaddexp.reduce(law)
     through = [
         (overlap_p(triple, two, size), expected(two, size) if size else 0.0)
         for two, size in (((ab, ac), a), ((ab, bc), b), ((ac, bc), c))
     ]
-    largest = max(through)
-    (p_a, p_b, p_c), (mean_a, mean_b, mean_c) = zip(*through, strict=True)
-    return GivenPairs(
-        p=largest[0],
-        expected=largest[1],
-        through=(p_a, p_b, p_c),
-        through_expected=(mean_a, mean_b, mean_c),
-        joint_p=min(1.0, float(np.exp(law[possible >= triple]).sum())),
-        joint_expected=float(np.exp(law) @ possible),
-    )
+    p, mean = max(through)
+    return {
+        "p": p,
+        "expected": mean,
+        "through": [p for p, _ in through],
+        "through_expected": [mean for _, mean in through],
+        "joint_p": min(1.0, float(np.exp(law[possible >= triple]).sum())),
+        "joint_expected": float(np.exp(law) @ possible),
+    }
 
 
 # Where circuits lie
@@ -288,7 +215,7 @@ def triple_given_pairs(
 
 def layer_counts(ids: Array, layers: int, width: int) -> Array:
     """Neurons per layer, shape (layers,)."""
-    return np.bincount(np.asarray(ids, np.int64) // width, minlength=layers)
+    return np.bincount(ids // width, minlength=layers)
 
 
 def late_layers(layers: int) -> int:

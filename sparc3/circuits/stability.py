@@ -4,13 +4,12 @@ Only neurons that could be chosen are resampled, the candidates: the `CANDIDATES
 ones of the full sample, most negative first. One from beyond them would have to overtake them all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from sparc3.base.files import Array
 from sparc3.circuits.correlation import Scores
-from sparc3.relevance.contrasts import CONTRASTS
 
 CANDIDATES = 20
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the prompts: where the curve of agreement is measured
@@ -19,7 +18,7 @@ SHARES = (0.125, 0.25, 0.5, 1.0)  # of the prompts: where the curve of agreement
 def resampled_circuits(
     reference: Scores,
     behaviour: Scores,
-    contrast: str,
+    contrast: Callable[[Array, Array], Array],
     k: int,
     sizes: Sequence[int],
     resamples: int,
@@ -32,29 +31,24 @@ def resampled_circuits(
     groups of either set, and at least two.
     """
     rng = np.random.default_rng(seed)
-    members = [
-        [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
-        for codes in (np.unique(c.groups, return_inverse=True)[1] for c in (reference, behaviour))
-    ]
+    sets = []
+    for given in (reference, behaviour):
+        codes = np.unique(given.groups, return_inverse=True)[1]
+        sets.append((given, [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]))
+
+    def drawn(given: Scores, groups: Sequence[Array], share: float) -> Array:
+        count = max(2, round(share * len(groups)))
+        rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), count)])
+        return given.values[rows][:, None]
+
     by_size = []
     for size in sizes:
         chosen = np.empty((resamples, k), dtype=np.int64)
-        share = size / len(behaviour.values)
         for draw in range(resamples):
-            one, two = (
-                candidates.values[_drawn(groups, share, rng)][:, None]
-                for candidates, groups in zip((reference, behaviour), members, strict=True)
-            )
-            values = CONTRASTS[contrast](one, two)[0]
+            values = contrast(*(drawn(*one, size / len(behaviour.values)) for one in sets))[0]
             chosen[draw] = np.argsort(values, kind="stable")[:k]
         by_size.append(chosen)
     return by_size
-
-
-def _drawn(groups: Sequence[Array], share: float, rng: np.random.Generator) -> Array:
-    """Rows of a share of the groups, drawn with replacement."""
-    count = max(2, round(share * len(groups)))
-    return np.concatenate([groups[i] for i in rng.integers(0, len(groups), count)])
 
 
 def selection_frequency(chosen: Array, count: int) -> Array:

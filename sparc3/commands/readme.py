@@ -1,6 +1,5 @@
 """README's blocks of numbers: result tables, costs of the stages and of the large profiles."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from sparc3.base.comparison import latest_metrics
@@ -41,20 +40,16 @@ def readme_with(readme: str, name: str, content: str) -> str:
     return f"{head}{start}\n\n{content}\n{end}{tail}"
 
 
-def write_readme(blocks: Mapping[str, str]) -> None:
-    """Put the result tables, and `blocks` by their names, into README.md, as `make readme` does."""
-    path = Path("README.md")
-    text = read_text(path)
-    tables = {name: read_text(table) for name, table in IN_README.items()}
-    for name, content in {**tables, **blocks}.items():
-        text = readme_with(text, name, content)
-    write_text(path, text)
-
-
 def run() -> None:
     """Renew README's blocks: the result tables, what the latest runs of the stages cost, and what
     the experiment on LLaMA-3-8B is expected to.
     """
     costs = latest_metrics(("seconds", "peak_megabytes"))
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
-    write_readme({"costs": cost_table(list(STAGES), costs), "plan": markdown(header, rows)})
+    blocks = {name: read_text(table) for name, table in IN_README.items()}
+    blocks |= {"costs": cost_table(list(STAGES), costs), "plan": markdown(header, rows)}
+    path = Path("README.md")
+    text = read_text(path)
+    for name, content in blocks.items():
+        text = readme_with(text, name, content)
+    write_text(path, text)

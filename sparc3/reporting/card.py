@@ -1,6 +1,6 @@
 """The model card of an exported model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ are in percent of the unpruned model; ss, lms, icat and toxic_probability in poi
 nll_shift in nats per token. `test` is held out; `in_sample` was measured on the prompts that the
 neurons were chosen on; `against_control` compares with as many random neurons. A second table sets
 the effect, larger is less of the behaviour, beside that of every draw of them."""
-
-
 AMONG = "among_controls"  # effects among draws: not differences with an interval
 
 
@@ -31,24 +29,26 @@ def differences(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def evaluation_table(tree: Mapping[str, Any]) -> str:
-    """Markdown: one row per difference, with its interval, p-value and number of clusters."""
+    """Markdown: a row per difference, with its interval, p-value and number of clusters; then,
+    where there are controls, a row per effect, beside those of the control's draws.
+    """
     header = ["measure", "change", "low", "high", "p", "clusters"]
-    return markdown(header, (_cells(*each, "value low high p n") for each in differences(tree)))
+    text = _table(header, "value low high p n", differences(tree))
+    if tree.get(AMONG):
+        header = ["effect", "of this model", "mean of the draws", "least", "largest", "rank p"]
+        among = tree[AMONG].items()
+        text += "\n" + _table([*header, "draws"], "value mean low high p n", among)
+    return text
 
 
-def control_table(among: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: one row per effect, beside those of the control's draws; nothing without any."""
-    header = ["effect", "of this model", "mean of the draws", "least", "largest", "rank p", "draws"]
-    rows = [_cells(*each, "value mean low high p n") for each in among.items()]
-    return f"\n{markdown(header, rows)}" if rows else ""
-
-
-def _cells(name: str, row: Mapping[str, float], keys: str) -> list[str]:
-    return [name, *(_number(row.get(key)) for key in keys.split())]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _table(header: list[str], keys: str, named: Iterable[tuple[str, Mapping[str, float]]]) -> str:
+    return markdown(
+        header,
+        (
+            [name, *(f"{row[key]:.4g}" if key in row else "" for key in keys.split())]
+            for name, row in named
+        ),
+    )
 
 
 def neuron_list(circuit: Circuit) -> str:
@@ -76,7 +76,7 @@ def card(
     measured = (
         f"`metrics/evaluate/{behaviour}.json` was not there when this model was written."
         if evaluation is None
-        else f"{LEGEND}\n\n{evaluation_table(evaluation)}{control_table(evaluation.get(AMONG, {}))}"
+        else f"{LEGEND}\n\n{evaluation_table(evaluation)}"
     )
     return f"""---
 library_name: transformers

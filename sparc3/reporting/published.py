@@ -11,12 +11,11 @@ printed value may be from the exact one), and either
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from sparc3.base.artifacts import evaluation_folder, metrics_path
-from sparc3.base.errors import InputError
 from sparc3.base.files import markdown, read_csv, read_json
 from sparc3.base.params import Params
 from sparc3.circuits.overlap import enrichment, joined, overlap_p
@@ -42,47 +41,30 @@ FORMULAS: dict[str, Callable[..., float]] = {
 
 @dataclass(frozen=True)
 class Claim:
-    """One published number and what became of it.
+    """One published number, a row of published.json, and what became of it.
 
-    `value`, `low`, `high` are what this run measured (None where it did not) in `unit`, or, where
-    `arithmetic`, the value computed from published inputs. `direction` compares the interval with
+    `value`, `low`, `high` are what this run measured (None where it did not) in the row's unit, or,
+    for a formula, the value computed from published inputs. `direction` compares the interval with
     the value that means no effect: "agrees" or "disagrees" if it lies wholly on one side, "open" if
     it holds that value, "" where there is none.
     """
 
-    id: str
-    what: str
-    published: float
-    unit: str
-    where: str
-    arithmetic: bool
+    row: Mapping[str, Any]
     value: float | None
     low: float | None
     high: float | None
     verdict: str
-    direction: str
     reason: str
+    direction: str = ""
 
 
 def claims(measured: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
     """A verdict for every published number, in the order of published.json.
 
     `measured`: name -> key -> a number, or a mapping with "value", "low" and "high" (other keys
-    are ignored, so a difference of the metrics files fits). A number alone has no interval: it can
-    agree with what was published, but not refute it. What is absent is not testable, never an
-    error; a name that no claim knows is an InputError, since it would go unread.
-
-    setup: layers, width, overlap_neurons, neurons_BEHAVIOUR, scorer_BEHAVIOUR, perplexity_text,
-        gpus
-    gap, reduction, ppl_delta, improved: behaviour, all in percent
-    baseline, pruned, baseline_sd, pruned_sd: behaviour, in the scorer's units
-    perplexity: "before" or the behaviour pruned for
-    overlap, enrichment: "a.b", "a.b.c", as `joined` names; region: "a", "a.b" (exclusive)
-    correlation: "a.b"; correlation_difference: "a.b minus c.d"
-    quadrant (toxicity x gender): both, toxicity only, gender only, neither, in percent
-    late_share: "all", in percent; triple_neurons, triple_layers: "found"
-    cost: gpu-hours, seed-hours, behaviour-minutes, score-file, memory
-    other_systems: what the claim's `measure` says
+    are ignored, so a difference of the metrics files fits), named as published.json's `measure`.
+    A number alone has no interval: it can agree with what was published, but not refute it. What is
+    absent is not testable, never an error. Under "setup" are the facts that `needs` may name.
 
     Verdicts: "reproduced" if the interval holds the published value and leaves out no effect;
     "not reproduced" if it does not hold the published value; "not testable on this model" if the
@@ -90,9 +72,6 @@ def claims(measured: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
     interval holds the published value and no effect alike, so that it tells nothing.
     """
     published = read_json(PUBLISHED)
-    known = {"setup"} | {row["measure"][0] for row in published if "measure" in row}
-    if unknown := sorted(set(measured) - known):
-        raise InputError(f"claims: no claim is about {unknown}; expected some of {sorted(known)}")
     return [computed(row) if "formula" in row else judged(row, measured) for row in published]
 
 
@@ -101,9 +80,9 @@ def computed(row: Mapping[str, Any]) -> Claim:
     value = float(FORMULAS[row["formula"]](*row["inputs"]))
     # A rounding of exactly half a digit is meant to pass whatever binary fractions make of it.
     if abs(value - row["value"]) <= row["rounding"] + 1e-9 * abs(row["value"]):
-        return claim(row, (value, None, None), REPRODUCED, "follows from published inputs")
+        return Claim(row, value, None, None, REPRODUCED, "follows from published inputs")
     reason = "does not follow from published inputs"
-    return claim(row, (value, None, None), NOT_REPRODUCED, reason)
+    return Claim(row, value, None, None, NOT_REPRODUCED, reason)
 
 
 def judged(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> Claim:
@@ -114,17 +93,17 @@ def judged(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) ->
     lacking = [fact for fact, wanted in needed.items() if setup.get(fact) != wanted]
     needs = "needs " + ", ".join(f"{fact} {needed[fact]}" for fact in lacking)
     leaf = measured.get(name, {}).get(key)
-    numbers = interval(leaf)
-    if numbers is None:
+    if leaf is None:
         reason = needs if lacking else f"not measured in this run: {name}, {key}"
-        return claim(row, (None, None, None), NOT_TESTABLE, reason)
-    value, low, high = numbers
+        return Claim(row, None, None, None, NOT_TESTABLE, reason)
+    exact = not isinstance(leaf, Mapping)
+    value, low, high = [leaf] * 3 if exact else (leaf[k] for k in ("value", "low", "high"))
     direction = side(low, high, published, null)
     verdict, reason = REPRODUCED, f"{published:g} lies in [{low:.4g}, {high:.4g}]"
     if lacking:
         have = ", ".join(f"{fact} {setup.get(fact, 'unknown')}" for fact in lacking)
         verdict, reason = NOT_TESTABLE, f"{needs}; this run has {have}"
-    elif not isinstance(leaf, Mapping) and abs(value - published) > rounding:
+    elif exact and abs(value - published) > rounding:
         verdict, reason = NOT_TESTABLE, "measured without an interval"
     elif not low - rounding <= published <= high + rounding:
         verdict = NOT_REPRODUCED
@@ -132,18 +111,7 @@ def judged(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) ->
     elif direction == "open":
         verdict = NOT_TESTABLE
         reason = f"too imprecise: [{low:.4g}, {high:.4g}] holds {published:g} and also {null:g}"
-    return claim(row, numbers, verdict, reason, direction)
-
-
-def interval(leaf: object) -> tuple[float, float, float] | None:
-    """(value, low, high) of a measured quantity; None where it is absent or not finite."""
-    numbers: list[Any] = [leaf] * 3
-    if isinstance(leaf, Mapping):
-        numbers = [leaf.get(key) for key in ("value", "low", "high")]
-    if not all(isinstance(n, (int, float)) and isfinite(n) for n in numbers):
-        return None
-    value, low, high = map(float, numbers)
-    return value, low, high
+    return Claim(row, value, low, high, verdict, reason, direction)
 
 
 def side(low: float, high: float, published: float, null: float | None) -> str:
@@ -153,18 +121,6 @@ def side(low: float, high: float, published: float, null: float | None) -> str:
     if low <= null <= high:
         return "open"
     return "agrees" if (low > null) == (published > null) else "disagrees"
-
-
-def claim(
-    row: Mapping[str, Any],
-    numbers: tuple[float | None, float | None, float | None],
-    verdict: str,
-    reason: str,
-    direction: str = "",
-) -> Claim:
-    name, what, said, unit, where = (row[key] for key in ("id", "what", "value", "unit", "where"))
-    computes = "formula" in row
-    return Claim(name, what, said, unit, where, computes, *numbers, verdict, direction, reason)
 
 
 def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -245,16 +201,10 @@ def claims_table(params: Params, table: list[dict[str, Any]]) -> str:
     """Every published number beside what this run measured, and the verdict."""
     rows = []
     for claim in claims(measured(params, table)):
-        here = number(claim.value)
-        if claim.low is not None and claim.high is not None and claim.low != claim.high:
+        here, row = number(claim.value), claim.row
+        if claim.low != claim.high:
             here += f" [{number(claim.low)}, {number(claim.high)}]"
-        rows.append(
-            [
-                claim.what,
-                f"{claim.published:g} {claim.unit}",
-                here,
-                claim.verdict + (f", direction {claim.direction}" if claim.direction else ""),
-                claim.reason,
-            ]
-        )
+        verdict = claim.verdict + (f", direction {claim.direction}" if claim.direction else "")
+        said = f"{row['value']:g} {row['unit']}"
+        rows.append([row["what"], said, here, verdict, claim.reason])
     return markdown(["published", "value", "here", "verdict", "because"], rows)

@@ -4,30 +4,37 @@ Cells are enumerated from params, never globbed, so that nothing left over from 
 slip into a table.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from sparc3.base.artifacts import (
-    METRICS,
-    OUTPUTS,
-    circuit_names,
-    circuit_path,
-    metrics_path,
-)
+from sparc3.base.artifacts import METRICS, OUTPUTS, circuit_names, circuit_path, metrics_path
 from sparc3.base.files import markdown, read_json
-from sparc3.base.params import Params
+from sparc3.base.params import Behaviour, Params
 from sparc3.measure import inference
+from sparc3.measure.instrument import Instrument
 from sparc3.measure.instruments import instruments_of
 
 FOLDER = OUTPUTS / "report"
 TABLE = METRICS / "table.md"
+PREFIXES = {  # of a circuit's differences, by where they were measured
+    "test": "",
+    "in_sample": "in_sample_",
+    "against_control": "against_control_",
+    "second": "second_",
+}
 BROKEN = 5.0  # points that the share of degenerate completions may rise by
 
 
 def first_split(params: Params) -> str:
     """Held-out prompts where there are any, else those that the circuit was chosen on."""
     return "test" if params.prepare.splits["test"] > 0 else "in_sample"
+
+
+def swept(spec: Behaviour) -> Instrument:
+    """The instrument that sweep and transfer read."""
+    return next(each for each in instruments_of(spec).values() if each.swept)
 
 
 def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -> dict[str, Any]:
@@ -38,32 +45,26 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
     """
     names, split = circuit_names(method, params.methods[method]), first_split(params)
     circuits, completions = [results["circuits"][name] for name in names], results["completions"]
-    sources = {
-        "": [c.get("test", {}) for c in circuits],
-        "in_sample_": [c.get("in_sample", {}) for c in circuits],
-        "against_control_": [c.get("against_control", {}) for c in circuits],
-        "second_": [c.get("second", {}) for c in circuits],
-    }
     broken = [
         completions[name][split]["degenerate_percent"]
-        for name in names
+        for name in ("none", *names)
         if split in completions.get(name, {})
     ]
     differences: dict[str, Any] = {"ppl_delta": summary([c["ppl_delta"] for c in circuits])}
-    for prefix, parts in sources.items():
-        for name in parts[0]:
+    for part, prefix in PREFIXES.items():
+        for name in circuits[0].get(part, {}):
             if name != "values":
-                differences[prefix + name] = summary([part[name] for part in parts])
+                differences[prefix + name] = summary([c[part][name] for c in circuits])
     before = {name: results["baseline"].get(f"{split}_{name}") for name in differences}
-    unpruned = completions.get("none", {}).get(split, {}).get("degenerate_percent")
+    degenerate = float(np.mean(broken[1:])) if broken[1:] else None
     return {
         "behaviour": behaviour,
         "method": method,
         "draws": len(circuits),
         "num_neurons": circuits[0]["num_neurons"],
         "differences": differences,
-        "degenerate": float(np.mean(broken)) if broken else None,
-        "broken": bool(broken) and float(np.mean(broken)) > unpruned + BROKEN,
+        "degenerate": degenerate,
+        "broken": degenerate is not None and degenerate > broken[0] + BROKEN,
         "overshot": any(
             overshot(value.even, before[value.name], differences[value.name]["value"])
             for instrument in instruments_of(params.behaviours[behaviour]).values()
@@ -140,12 +141,12 @@ def verdict(row: dict[str, Any]) -> str:
     return f"reduced, beyond each of {len(row['drawn'])} random draws"
 
 
-def interval(difference: dict[str, float] | None, digits: int = 1) -> str:
+def interval(difference: dict[str, float] | None, digits: int = 1, gap: str = " ") -> str:
     """`-3.2 [-5.0, -1.4]`, or a dash where nothing was measured."""
     if difference is None:
         return "-"
     value, low, high = (f"{difference[k]:+.{digits}f}" for k in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return f"{value}{gap}[{low}, {high}]"
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -170,41 +171,29 @@ def result_table(params: Params, table: list[dict[str, Any]]) -> str:
 def behaviour_table(params: Params, behaviour: str, rows: list[dict[str, Any]]) -> str:
     """A line per method; after the columns of all behaviours those of its instruments."""
     instruments = instruments_of(params.behaviours[behaviour]).values()
-    values = [value for each in instruments for value in each.values if value.title]
-    writes = any(each.writes for each in instruments)
-    held_out = first_split(params) == "test"
-    header = [
-        "method",
-        "neurons",
-        "perplexity %",
-        "reduction %",
-        "beyond control %" if held_out else "beyond control, in sample %",
-        "in sample %",
-        *(value.title for value in values),
-        *(["degenerate %"] if writes else []),
-        "p",
-        "verdict",
+    beyond = "beyond control" + (", in sample" if first_split(params) == "in_sample" else "")
+
+    def shown(name: str, digits: int = 1) -> Callable[[dict[str, Any]], str]:
+        return lambda row: interval(row["differences"].get(name), digits)
+
+    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("method", lambda r: r["method"] + (f" ({r['draws']} draws)" if r["draws"] > 1 else "")),
+        ("neurons", lambda row: str(row["num_neurons"])),
+        ("perplexity %", shown("ppl_delta")),
+        ("reduction %", shown("reduction")),
+        (f"{beyond} %", shown("against_control_reduction")),
+        ("in sample %", shown("in_sample_reduction")),
     ]
-    lines = []
-    for row in rows:
-        differences = row["differences"]
-        p = differences.get("reduction", {}).get("p_holm")
-        draws = f" ({row['draws']} draws)" if row["draws"] > 1 else ""
-        lines.append(
-            [
-                row["method"] + draws,
-                str(row["num_neurons"]),
-                interval(differences["ppl_delta"]),
-                interval(differences.get("reduction")),
-                interval(differences.get("against_control_reduction")),
-                interval(differences.get("in_sample_reduction")),
-                *(interval(differences.get(value.name), value.digits) for value in values),
-                *([number(row["degenerate"], 2)] if writes else []),
-                "-" if p is None else f"{p:.3g}",
-                verdict(row),
-            ]
-        )
-    return markdown(header, lines)
+    for each in instruments:
+        columns += [(v.title, shown(v.name, v.digits)) for v in each.values if v.title]
+    if any(each.writes for each in instruments):
+        columns.append(("degenerate %", lambda row: number(row["degenerate"], 2)))
+    columns.append(
+        ("p", lambda row: number(row["differences"].get("reduction", {}).get("p_holm"), 3))
+    )
+    columns.append(("verdict", verdict))
+    cells = ([write(row) for _, write in columns] for row in rows)
+    return markdown([title for title, _ in columns], cells)
 
 
 def headline(params: Params, behaviour: str, row: dict[str, Any]) -> str:
@@ -233,23 +222,23 @@ def transfer_matrix(params: Params) -> tuple[list[str], np.ndarray, list[list[st
     Larger is less of the behaviour, and for general text more perplexity.
     """
     transfer = read_json(metrics_path("transfer"))
-    shown: list[tuple[str, str, str, int, int]] = []  # measured, quantity, title, digits, sign
+    columns: list[tuple[str, str, str, int, int]] = []  # title, measured, quantity, digits, sign
     for name, spec in params.behaviours.items():
-        instrument = next(each for each in instruments_of(spec).values() if each.swept)
+        instrument = swept(spec)
         value = next(value for value in instrument.values if value.name == instrument.cell)
         title = value.title if value.less > 0 else f"fall of {value.title}"
-        shown.append((name, value.name, f"{name}\n{title}", value.digits, value.less))
+        columns.append((f"{name}\n{title}", name, value.name, value.digits, value.less))
     for name in params.transfer.texts:
-        shown.append((name, "ppl_delta", f"{name}\nperplexity %", 2, 1))
-    values = np.zeros((len(params.behaviours), len(shown)))
+        columns.append((f"{name}\nperplexity %", name, "ppl_delta", 2, 1))
+    values = np.zeros((len(params.behaviours), len(columns)))
     labels = []
     for i, pruned_for in enumerate(params.behaviours):
-        line = []
-        for j, (name, quantity, _, digits, sign) in enumerate(shown):
+        labels.append([])
+        for j, (_, name, quantity, digits, sign) in enumerate(columns):
             change = transfer[pruned_for][name][quantity]
             low, high = sorted(0 + sign * change[key] for key in ("low", "high"))  # no -0.0
             values[i, j] = 0 + sign * change["value"]
-            line.append(f"{values[i, j]:+.{digits}f}\n[{low:+.{digits}f}, {high:+.{digits}f}]")
-        labels.append(line)
+            effect = {"value": values[i, j], "low": low, "high": high}
+            labels[i].append(interval(effect, digits, "\n"))
     scale = np.abs(values).max(axis=0)
-    return [title for _, _, title, *_ in shown], values / np.where(scale > 0, scale, 1), labels
+    return [title for title, *_ in columns], values / np.where(scale > 0, scale, 1), labels

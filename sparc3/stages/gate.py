@@ -28,41 +28,27 @@ class Totals(NamedTuple):
     groups: list[str]
 
 
-def relevance_gap(reference: Array, behaviour: Array) -> float:
-    """100 * (R_reference - R_behaviour) / R_reference, in percent.
-
-    `reference` and `behaviour` hold each prompt's total absolute relevance, shape (prompt,); the R
-    are their means. Raises InputError if the reference has no relevance at all.
-    """
-    total = float(np.mean(reference, dtype=np.float64))
-    if total == 0:
-        raise InputError("gate: the reference prompts have no relevance; check attribute's scores")
-    return 100 * (total - float(np.mean(behaviour, dtype=np.float64))) / total
-
-
 def gap_interval(reference: Totals, behaviour: Totals) -> inference.Estimate:
-    """`relevance_gap` with its interval: groups of both sets resampled, each set apart.
+    """100 * (R_reference - R_behaviour) / R_reference, in percent; the R are means over prompts.
 
-    Raises InputError as `relevance_gap`, and for fewer than 6 groups in a set.
+    Its interval resamples the groups of both sets, each set apart. Raises InputError if the
+    reference has no relevance at all, and for fewer than 6 groups in a set.
     """
-    relevance_gap(reference.relevance, behaviour.relevance)
-    parts = [by_group(totals) for totals in (reference, behaviour)]
-    count = len(parts[0])
+    if not reference.relevance.any():
+        raise InputError("gate: the reference prompts have no relevance; check attribute's scores")
+    parts = [
+        inference.cluster_sums(np.column_stack([t.relevance, np.ones(len(t.groups))]), t.groups)
+        for t in (reference, behaviour)
+    ]
 
     def percent(weights: Array) -> Array:
         means = [
             (weights @ part)[:, 0] / (weights @ part)[:, 1]
-            for weights, part in zip(np.split(weights, [count], axis=1), parts, strict=True)
+            for weights, part in zip(np.split(weights, [len(parts[0])], 1), parts, strict=True)
         ]
         return 100 * (1 - means[1] / means[0])
 
     return inference.bootstrap(percent, [len(part) for part in parts])
-
-
-def by_group(totals: Totals) -> Array:
-    """Summed relevance and number of prompts of every group, shape (group, 2)."""
-    _, code = np.unique(totals.groups, return_inverse=True)
-    return np.stack([np.bincount(code, totals.relevance), np.bincount(code)], axis=1)
 
 
 def totals(prompt_set: str, score: str, prompts: int) -> Totals:

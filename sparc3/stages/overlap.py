@@ -10,7 +10,6 @@ number depends on the order of params.behaviours.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
@@ -19,36 +18,19 @@ import numpy as np
 from sparc3.base.artifacts import OUTPUTS, metrics_path, read_prompts
 from sparc3.base.files import Array, write_csv, write_json
 from sparc3.base.params import Params
-from sparc3.circuits import nulls, overlap
+from sparc3.circuits import correlation, nulls, overlap
 from sparc3.circuits.choose import choose, protected, ranked, read_differential
-from sparc3.circuits.correlation import (
-    Behaviours,
-    bootstrap_correlations,
-    correlations,
-    quadrants,
-    read_flat,
-)
-from sparc3.circuits.overlap import Names, joined
+from sparc3.circuits.overlap import joined
 from sparc3.relevance.contrasts import CONTRASTS
-
-REGION_COLUMNS = ("behaviours", "layer", "neuron")
-
-
-def keyed(table: Mapping[Names, Any]) -> dict[str, Any]:
-    """The same mapping with keys for JSON."""
-    return {joined(names): value for names, value in table.items()}
 
 
 def compare_sets(sets: Mapping[str, Array], layers: int, width: int) -> dict[str, Any]:
     """Everything that needs only the sets of neurons: behaviour -> flat ids."""
-    total, last = layers * width, overlap.late_layers(layers)
+    last = overlap.late_layers(layers)
     counts = {name: overlap.layer_counts(ids, layers, width) for name, ids in sets.items()}
     found = {
-        "regions": keyed({n: int(ids.size) for n, ids in overlap.regions(sets, total).items()}),
-        "overlaps": {
-            joined(o.names): asdict(o) | {"p": o.p, "layered_p": o.layered_p}
-            for o in overlap.overlaps(sets, layers, width)
-        },
+        "regions": {names: ids.size for names, ids in overlap.regions(sets).items()},
+        "overlaps": overlap.overlaps(sets, layers, width),
         "layers": {name: row.tolist() for name, row in counts.items()},
         "late_share": {name: overlap.late_share(row, last) for name, row in counts.items()},
         "late_layers": last,
@@ -58,21 +40,9 @@ def compare_sets(sets: Mapping[str, Array], layers: int, width: int) -> dict[str
         a, b, c = (sets[name] for name in names)
         pairs = overlap.common(a, b), overlap.common(a, c), overlap.common(b, c)
         sizes = a.size, b.size, c.size
-        given = overlap.triple_given_pairs(overlap.common(a, b, c), pairs, sizes, total)
-        triples[names] = asdict(given)
-    return found | ({"triple_given_pairs": keyed(triples)} if triples else {})
-
-
-def compare_differentials(differentials: Mapping[str, Array]) -> dict[str, Any]:
-    """Correlations and signs of the differentials, (neuron,) of every behaviour."""
-    pearson, spearman = correlations(differentials)
-    return {
-        "correlations": {
-            joined((a, b)): {"pearson": float(pearson[i, j]), "spearman": float(spearman[i, j])}
-            for (i, a), (j, b) in combinations(enumerate(differentials), 2)
-        },
-        "quadrants": keyed(quadrants(differentials)),
-    }
+        triple = overlap.common(a, b, c)
+        triples[joined(names)] = overlap.triple_given_pairs(triple, pairs, sizes, layers * width)
+    return found | ({"triple_given_pairs": triples} if triples else {})
 
 
 def one_of_each(prompt_set: str, seed: int) -> Array:
@@ -87,24 +57,24 @@ def one_of_each(prompt_set: str, seed: int) -> Array:
     return np.sort(order[first])
 
 
-def compare_prompts(params: Params, behaviours: Behaviours, barred: Array) -> dict[str, Any]:
+def compare_prompts(
+    params: Params, behaviours: correlation.Behaviours, barred: Array
+) -> dict[str, Any]:
     """What other prompts would give: corrected correlations and nulls. `barred`: (neuron,)."""
     settings, method = params.overlap, params.methods[params.overlap.method]
     assert method.contrast is not None  # stages.checks
     contrast, seed = CONTRASTS[method.contrast], settings.seed
     needed = {name for pair in behaviours.values() for name in pair}
-    scores = {name: read_flat(name, method.score) for name in params.prompt_sets if name in needed}
+    scores = {
+        name: correlation.read_flat(name, method.score)
+        for name in params.prompt_sets
+        if name in needed
+    }
     found = {}
     if method.contrast == "mean-difference":  # what the estimator is for
-        estimated = bootstrap_correlations(scores, behaviours, settings.resamples, seed)
-        found["corrected"] = {
-            "correlations": keyed(estimated["correlations"]),
-            "differences": {
-                f"{joined(one)} minus {joined(other)}": row
-                for (one, other), row in estimated["differences"].items()
-            },
-            "reliability": estimated["reliability"],
-        }
+        found["corrected"] = correlation.bootstrap_correlations(
+            scores, behaviours, settings.resamples, seed
+        )
 
     def derive(reference: Array, prompts: Array) -> nulls.Derived:
         differential = contrast(reference[:, None], prompts[:, None])[0]
@@ -113,11 +83,10 @@ def compare_prompts(params: Params, behaviours: Behaviours, barred: Array) -> di
     for reference in {reference for reference, _ in behaviours.values()}:
         scores[reference] = scores[reference].at(one_of_each(reference, seed))
     drawn = scores, behaviours, derive, settings.repeats, seed
-    apart = nulls.disjoint_references(*drawn)
     found["nulls"] = {
-        "split_halves": keyed(nulls.split_halves(*drawn)),
-        "disjoint_references": {kind: keyed(table) for kind, table in apart.items()},
-        "pseudo_behaviour": nulls.pseudo_behaviour(*drawn),
+        "split_halves": nulls.repeated(nulls.split_halves, *drawn)["halves"],
+        "disjoint_references": nulls.repeated(nulls.disjoint_references, *drawn),
+        "pseudo_behaviour": nulls.repeated(nulls.pseudo_behaviour, *drawn),
     }
     return found
 
@@ -128,24 +97,25 @@ def run(params: Params) -> dict[str, float]:
     tensors = {behaviour: read_differential(behaviour, name) for behaviour in behaviours}
     _, importance = tensors[behaviours[0]]  # general text's: the same for all
     (layers, width), barred = importance.shape, protected(importance, params.overlap.protect)
-    differentials = {behaviour: values for behaviour, (values, _) in tensors.items()}
+    differentials = {behaviour: values.ravel() for behaviour, (values, _) in tensors.items()}
     sets = {
         behaviour: choose(values, k, barred, "overlap.num_neurons")
-        for behaviour, values in differentials.items()
+        for behaviour, (values, _) in tensors.items()
     }
-    found = compare_sets(sets, layers, width) | compare_differentials(
-        {behaviour: values.ravel() for behaviour, values in differentials.items()}
-    )
+    found = compare_sets(sets, layers, width) | {
+        "correlations": correlation.correlations(differentials),
+        "quadrants": correlation.quadrants(differentials),
+    }
     if len(behaviours) > 1:
         specs = {behaviour: params.behaviours[behaviour] for behaviour in behaviours}
         prompt_sets = {behaviour: (s.reference, s.prompts) for behaviour, s in specs.items()}
         found |= compare_prompts(params, prompt_sets, barred.ravel())
     rows = [
-        {"behaviours": joined(names), "layer": int(i) // width, "neuron": int(i) % width}
-        for names, ids in overlap.regions(sets, layers * width).items()
+        {"behaviours": names, "layer": int(i) // width, "neuron": int(i) % width}
+        for names, ids in overlap.regions(sets).items()
         for i in ids
     ]
-    write_csv(OUTPUTS / "overlap" / "regions.csv", rows, REGION_COLUMNS)
+    write_csv(OUTPUTS / "overlap" / "regions.csv", rows, ("behaviours", "layer", "neuron"))
     write_json(metrics_path("overlap"), found)
     return {
         f"{key}.{names}": float(row[key])

@@ -7,15 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from sparc3.base.artifacts import (
-    metrics_path,
-    stability_path,
-    sweep_path,
-)
+from sparc3.base.artifacts import metrics_path, stability_path, sweep_path
 from sparc3.base.files import read_csv, read_json, write_text
 from sparc3.base.params import Params
 from sparc3.circuits.overlap import joined
-from sparc3.measure.instruments import instruments_of
 from sparc3.reporting.published import claims_table
 from sparc3.reporting.tables import (
     FOLDER,
@@ -23,8 +18,15 @@ from sparc3.reporting.tables import (
     cells,
     first_split,
     result_table,
+    swept,
     transfer_matrix,
 )
+
+BARS = {  # a difference of the table -> its panel's title
+    "reduction": "reduction on held-out prompts, %",
+    "in_sample_reduction": "reduction in sample, %",
+    "ppl_delta": "perplexity change, %",
+}
 
 
 def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
@@ -39,17 +41,10 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
         drawn.append(FOLDER / f"{name}.png")
         return drawn[-1]
 
-    figures.bars(
-        at("bars"),
-        table,
-        {
-            "reduction": "reduction on held-out prompts, %",
-            "in_sample_reduction": "reduction in sample, %",
-            "ppl_delta": "perplexity change, %",
-        },
-    )
+    figures.bars(at("bars"), table, BARS)
     sweeps = {name: read_csv(sweep_path(name)) for name in behaviours}
-    figures.pareto(at("pareto"), sweeps, objectives(params), methods)
+    objectives = {name: swept(spec).axis for name, spec in params.behaviours.items()}
+    figures.pareto(at("pareto"), sweeps, objectives, methods)
     if first_split(params) == "test":
         columns, values, labels = transfer_matrix(params)
         title = "Pruned for (row), measured on (column)"
@@ -64,32 +59,9 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
         title = "Correlation of differentials"
         figures.heat_map(at("correlations"), matrix, behaviours, behaviours, title, limit=1)
     figures.layer_distribution(at("layers"), overlap["layers"])
-    figures.rank_stability(at("stability"), stability_curves(params), methods)
+    curves = {name: read_csv(stability_path(name)) for name in behaviours}
+    figures.rank_stability(at("stability"), curves, methods)
     return drawn
-
-
-def objectives(params: Params) -> dict[str, str]:
-    """Behaviour -> title of what its sweep maximises."""
-    return {
-        name: next(each.axis for each in instruments_of(spec).values() if each.swept)
-        for name, spec in params.behaviours.items()
-    }
-
-
-def stability_curves(params: Params) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Behaviour -> method -> points (prompts, overlap) of its curve of agreement."""
-    return {
-        behaviour: {
-            method: [
-                {key: float(row[key]) for key in ("prompts", "overlap")}
-                for row in read_csv(stability_path(behaviour))
-                if row["method"] == method
-            ]
-            for method, spec in params.methods.items()
-            if spec.score != "random"
-        }
-        for behaviour in params.behaviours
-    }
 
 
 def run(params: Params) -> dict[str, float]:

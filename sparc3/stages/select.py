@@ -10,36 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from sparc3.base.artifacts import (
-    circuit_names,
-    circuit_path,
-    metrics_path,
-    read_prompts,
-    stability_path,
-    sweep_path,
-)
+from sparc3.base import artifacts
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_csv, write_csv, write_json
 from sparc3.base.params import Behaviour, Params
-from sparc3.circuits.choose import (
-    choose,
-    choose_per_layer,
-    circuit_of,
-    protected,
-    ranked,
-    read_differential,
-)
+from sparc3.circuits import choose, stability
 from sparc3.circuits.circuit import write_circuit
 from sparc3.circuits.correlation import read_flat
 from sparc3.circuits.methods import leader, noise
 from sparc3.circuits.overlap import layer_counts
-from sparc3.circuits.stability import (
-    CANDIDATES,
-    SHARES,
-    mean_overlap,
-    resampled_circuits,
-    selection_frequency,
-)
+from sparc3.relevance.contrasts import CONTRASTS
 
 
 class Choice(NamedTuple):
@@ -61,12 +41,7 @@ def best_point(
     budget is shown at its best, and its cost with it.
     """
     points = [
-        (
-            float(row["objective"]),
-            float(row["ppl_delta"]) + float(row["ppl_error"]),
-            int(row["num_neurons"]),
-            row["protect"],
-        )
+        row
         for row in rows
         if row["method"] == method
         and k in (None, int(row["num_neurons"]))
@@ -78,9 +53,13 @@ def best_point(
             f"protect={protect}; add it to sweep, or give both select.num_neurons and "
             "select.protect"
         )
-    within = [p for p in points if p[1] <= budget]
-    best = max(within, key=lambda p: p[0]) if within else min(points, key=lambda p: p[1])
-    return best[2], float(best[3])
+
+    def cost(row: dict[str, str]) -> float:
+        return float(row["ppl_delta"]) + float(row["ppl_error"])
+
+    within = [row for row in points if cost(row) <= budget]
+    best = max(within, key=lambda r: float(r["objective"])) if within else min(points, key=cost)
+    return int(best["num_neurons"]), float(best["protect"])
 
 
 def choice(
@@ -112,13 +91,13 @@ def chosen_on(params: Params, spec: Behaviour) -> dict[str, Any]:
     """Prompts and groups that the circuits depend on, none of which may test them."""
     general = params.differential.general
     seen = {
-        prompt_set: read_prompts(prompt_set, "attribute")
+        prompt_set: artifacts.read_prompts(prompt_set, "attribute")
         for prompt_set in dict.fromkeys((spec.prompts, spec.reference, general))
     }
     sizes, shares = strengths(params)
     if len(sizes) * len(shares) > 1:  # chosen by what the sweep measured
         for prompt_set in (spec.prompts, general):
-            seen[prompt_set] = [*seen[prompt_set], *read_prompts(prompt_set, "tune")]
+            seen[prompt_set] = [*seen[prompt_set], *artifacts.read_prompts(prompt_set, "tune")]
     return {
         "chosen_on": {name: [row["id"] for row in rows] for name, rows in seen.items()},
         "groups": sorted({row["group"] for rows in seen.values() for row in rows}),
@@ -127,7 +106,7 @@ def chosen_on(params: Params, spec: Behaviour) -> dict[str, Any]:
 
 def measure_stability(
     params: Params, behaviour: str, name: str, ids: Array, differential: Array, barred: Array
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Write each chosen neuron's selection frequency; return the method's curve of agreement.
 
     `ids`: the circuit. The curve has a row per share of the prompts: how many of the behaviour's
@@ -135,58 +114,51 @@ def measure_stability(
     """
     spec, method = params.behaviours[behaviour], params.methods[name]
     assert method.contrast is not None  # only methods that score are measured
-    among = ranked(differential, barred)[: CANDIDATES * ids.size]
+    among = choose.ranked(differential, barred)[: stability.CANDIDATES * ids.size]
     reference, prompts = (
         read_flat(prompt_set, method.score, among) for prompt_set in (spec.reference, spec.prompts)
     )
-    sizes = [max(2, round(share * len(prompts.values))) for share in SHARES]
-    chosen = resampled_circuits(
-        reference,
-        prompts,
-        method.contrast,
-        ids.size,
-        sizes,
-        params.select.resamples,
-        params.select.seed,
+    sizes = [max(2, round(share * len(prompts.values))) for share in stability.SHARES]
+    contrast, settings = CONTRASTS[method.contrast], params.select
+    chosen = stability.resampled_circuits(
+        reference, prompts, contrast, ids.size, sizes, settings.resamples, settings.seed
     )
-    frequency = selection_frequency(chosen[-1], among.size)[: ids.size]
-    width = differential.shape[1]
-    rows = [
-        {"layer": i // width, "neuron": i % width, "frequency": f}
-        for i, f in zip(ids.tolist(), frequency.tolist(), strict=True)
-    ]
-    write_csv(stability_path(behaviour, name), rows, ("layer", "neuron", "frequency"))
+    frequency = stability.selection_frequency(chosen[-1], among.size)[: ids.size]
+    columns = "layer", "neuron", "frequency"
+    values = *np.divmod(ids, differential.shape[1]), frequency
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+    write_csv(artifacts.stability_path(behaviour, name), rows, columns)
     return [
-        {"method": name, "prompts": size, "overlap": mean_overlap(drawn, ids.size)}
+        {"method": name, "prompts": size, "overlap": stability.mean_overlap(drawn, ids.size)}
         for size, drawn in zip(sizes, chosen, strict=True)
     ]
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, seed = params.behaviours[behaviour], params.select.seed
-    rows, about = read_csv(sweep_path(behaviour)), chosen_on(params, spec)
+    rows, about = read_csv(artifacts.sweep_path(behaviour)), chosen_on(params, spec)
     chosen: dict[str, tuple[Choice, Array]] = {}  # with the flat ids of the neurons taken
     scalars: dict[str, float] = {}
-    curves: list[dict[str, object]] = []
+    curves: list[dict[str, Any]] = []
     # A method that takes its number of neurons from another comes after it.
     order = sorted(params.methods.items(), key=lambda item: bool(item[1].match or item[1].layers))
     for name, method in tqdm(order, desc=f"select {behaviour}", unit="method"):
-        values, importance = read_differential(behaviour, name)
+        values, importance = choose.read_differential(behaviour, name)
         leads = leader(method, spec.method)
         followed, theirs = (None, None) if leads is None else chosen[leads]
         k, share, key = taken = choice(params, name, followed, rows)
-        barred = protected(importance, share)
+        barred = choose.protected(importance, share)
         ids = np.empty(0, dtype=np.int64)
-        for draw, circuit in enumerate(circuit_names(name, method)):
+        for draw, circuit in enumerate(artifacts.circuit_names(name, method)):
             if method.score == "random":
                 values = noise(seed, f"{behaviour}/{name}/{draw}", importance.shape)
             if method.layers is not None and theirs is not None:
                 counts = layer_counts(theirs, *values.shape)
-                ids = choose_per_layer(values, counts, barred, key)
+                ids = choose.choose_per_layer(values, counts, barred, key)
             else:
-                ids = choose(values, k, barred, key)
-            path = circuit_path(behaviour, circuit)
-            write_circuit(path, circuit_of(method, values, ids))
+                ids = choose.choose(values, k, barred, key)
+            path = artifacts.circuit_path(behaviour, circuit)
+            write_circuit(path, choose.circuit_of(method, values, ids))
             facts = {
                 "behaviour": behaviour,
                 "method": name,
@@ -203,7 +175,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         if method.score != "random":
             curve = measure_stability(params, behaviour, name, ids, values, barred)
             curves += curve
-            scalars[f"{name}.stability"] = float(str(curve[-1]["overlap"]))
-    write_csv(stability_path(behaviour), curves, ("method", "prompts", "overlap"))
-    write_json(metrics_path("select", behaviour), scalars)
+            scalars[f"{name}.stability"] = curve[-1]["overlap"]
+    write_csv(artifacts.stability_path(behaviour), curves, ("method", "prompts", "overlap"))
+    write_json(artifacts.metrics_path("select", behaviour), scalars)
     return scalars
