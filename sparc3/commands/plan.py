@@ -123,14 +123,29 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A profile, the shape of its model, and whether its prompts lie in outputs/prompts."""
+    """A profile, the shape of its model, and whether its prompts lie in outputs/prompts. With a
+    `job` (attribute@general, prepare, ...) it is of that alone.
+    """
 
     params: Params
     model: Shape
     exact: bool
+    job: str | None = None
 
     @cached_property
     def works(self) -> dict[str, Work]:
+        """Of what is planned, by stage."""
+        if self.job is None:
+            return self._every
+        kind, _, axis = self.job.partition("@")
+        return {
+            stage: work
+            for stage, work in self._every.items()
+            if stage in (self.job, kind) or (not axis and stage.startswith(f"{kind}@"))
+        } or {self.job: Work()}
+
+    @property
+    def _every(self) -> dict[str, Work]:
         """Of every stage that runs the model, in order, and of those that hold scores."""
         sets, behaviours = self.params.prompt_sets, self.params.behaviours
         elicited = [name for name, spec in sets.items() if spec.keep]
@@ -296,17 +311,13 @@ class Plan:
         return Needs(card, machine, seconds)
 
     def in_all(self, device: Device) -> Needs:
-        """What all stages need, one after the other."""
-        return together([self.needs(*work, device) for work in self.works.items()])
+        """What the stages need, one after the other."""
+        each = [self.needs(stage, work, device) for stage, work in self.works.items()]
+        devices, machines, durations = zip(*each, strict=True)
+        return Needs(max(devices), max(machines), sum(durations))
 
     def fits(self, device: Device) -> bool:
         return self.in_all(device).device <= device.memory
-
-
-def together(needs: Sequence[Needs]) -> Needs:
-    """What stages that run one after the other need."""
-    devices, machines, durations = zip(*needs, strict=True)
-    return Needs(max(devices), max(machines), sum(durations))
 
 
 def plan(params: Params, project: Params | None = None) -> Plan:
@@ -345,9 +356,9 @@ def configuration(params: Params) -> PretrainedConfig:
         ) from None
 
 
-def refuse(planned: Plan, works: dict[str, Work], device: Device) -> None:
+def refuse(planned: Plan, device: Device) -> None:
     """InputError if one of the stages does not fit, with what would."""
-    for stage, work in works.items():
+    for stage, work in planned.works.items():
         needed = planned.needs(stage, work, device).device
         if needed > device.memory:
             advice = "; or ".join(remedies(planned, device))
@@ -364,16 +375,13 @@ def remedies(planned: Plan, device: Device) -> list[str]:
     half = replace(model, dtype="bfloat16" if device.bfloat16 else "float16")
     auto = planned.changed(model=replace(model, device="auto"))
 
-    def batches(tokens: int) -> Plan:
-        return planned.changed(
-            **{
-                stage: replace(section, batch_tokens=min(tokens, section.batch_tokens))
-                for stage, section in ((name, getattr(params, name)) for name in BATCHED)
-            }
-        )
-
-    sizes = [2**n for n in reversed(range(6, params.attribute.batch_tokens.bit_length()))]
-    smaller = [(f"batch_tokens: {n} in {', '.join(BATCHED)}", batches(n), device) for n in sizes]
+    smaller = []
+    for tokens in (2**n for n in reversed(range(6, params.attribute.batch_tokens.bit_length()))):
+        sections = {name: getattr(params, name) for name in BATCHED}
+        for name, section in sections.items():
+            sections[name] = replace(section, batch_tokens=min(tokens, section.batch_tokens))
+        advice = f"batch_tokens: {tokens} in {', '.join(BATCHED)}"
+        smaller.append((advice, planned.changed(**sections), device))
     kinds: list[list[tuple[str, Plan, Device]]] = [smaller]
     if model.dtype == "float32":
         kinds.append([(f"model.dtype: {half.dtype}", planned.changed(model=half), device)])
@@ -457,15 +465,9 @@ def of_stage(params: Params, job: str, name: str, cards: int) -> Needs:
     InputError: an unknown device, a model without config.json, or a stage that does not fit.
     """
     device = named("params: cluster.device", name, cards)
-    planned = plan(params, project=params)
-    stage = job.partition("@")[0]
-    works = {
-        part: work
-        for part, work in planned.works.items()
-        if part in (job, stage) or part.partition("@")[0] == job
-    } or {job: Work()}
-    refuse(planned, works, device)
-    return together([planned.needs(*work, device) for work in works.items()])
+    planned = replace(plan(params, project=params), job=job)
+    refuse(planned, device)
+    return planned.in_all(device)
 
 
 def run(project: Params, profile: Path | None, device: str | None, cards: int) -> None:
@@ -484,4 +486,4 @@ def run(project: Params, profile: Path | None, device: str | None, cards: int) -
     assumption = f"taken to have the lengths that the profile gives, else {ASSUMED_TOKENS} tokens"
     print("prompts: as prepared" if planned.exact else f"prompts: not prepared; {assumption}")
     if not any(planned.fits(each) for each in devices):
-        refuse(planned, planned.works, devices[-1])
+        refuse(planned, devices[-1])
