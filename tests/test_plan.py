@@ -1,7 +1,6 @@
 """The plan's numbers against what really is computed, kept and written."""
 
 import inspect
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,13 +40,13 @@ LLAMA_3_8B: dict[str, Any] = {
 }
 
 
-def of_llama(params: parameters.Params) -> plan.Setup:
+def of_llama(params: parameters.Params) -> plan.Plan:
     shape = cost.shape(LlamaConfig(**LLAMA_3_8B), params.model.dtype)
-    return plan.Setup(params, shape, plan.assumed(params))
+    return plan.Plan(params, shape, exact=False)
 
 
-def fits(setup: plan.Setup, name: str, cards: int = 1) -> bool:
-    return plan.fits(setup, setup.works, plan.Place(name, cards))
+def fits(planned: plan.Plan, name: str, cards: int = 1) -> bool:
+    return planned.fits(plan.named("--device", name, cards))
 
 
 class Products(TorchDispatchMode):
@@ -90,14 +89,14 @@ def test_shape_is_that_of_the_real_model(family: str) -> None:
     shape = cost.shape(model.config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert (shape.layers, shape.width) == (families.num_layers(model), families.width(model))
-    assert shape.neurons == tiny.LAYERS * tiny.WIDTH
+    assert shape.scores(prompts=5, names=2) == 4 * 5 * 2 * tiny.LAYERS * tiny.WIDTH
 
 
 def test_shape_of_llama_3_8b_without_its_weights() -> None:
     shape = cost.shape(LlamaConfig(**LLAMA_3_8B))
     embedding, layer = 128256 * 4096, 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336 + 2 * 4096
     assert shape.parameters == 8_030_261_248 == 2 * embedding + 32 * layer + 4096
-    assert shape.neurons == 458_752
+    assert shape.scores(prompts=1) == 4 * 458_752
     assert shape.weights == 4 * 8_030_261_248
     assert cost.shape(LlamaConfig(**LLAMA_3_8B), "bfloat16").weights == 2 * 8_030_261_248
 
@@ -203,11 +202,10 @@ def test_disk_is_what_attribution_writes(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(small.write_project(tmp_path))
     params = checks.load()
     attribute.run(params, "general")
-    works = plan.setup(params, exact=True).works
-    work = next(work for work in works if work.stage == "attribute@general")
+    work = plan.plan(params, project=params).works["attribute@general"]
     written = [small.scores(tmp_path, "general", name).nbytes for name in params.attribute.scores]
     assert work.disk == sum(written)
-    assert (work.prompts, work.tokens) == (7, sum(range(4, 11)))
+    assert work.tokens == sum(range(4, 11))
     assert work.held == 2 * (2 * tiny.LAYERS * tiny.WIDTH) * 4  # two scores of a shard of two
 
 
@@ -216,29 +214,32 @@ def test_disk_is_what_attribution_writes(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_lengths_of_prepared_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(small.write_project(tmp_path))
-    row = {"id": "a", "group": "a", "split": "attribute", "seed": 0, "text": "w3 w4 w5"}
-    pair = {"pair": ["w3 w4 w5 w6", "w3 w4 w7"], "unrelated": "w3 w4 w8 w9 w9"}
-    Path("outputs/prompts/talk.jsonl").write_text(json.dumps(row | pair) + "\n")
-    sample = plan.prepared(loading.tokenizer(parameters.Model(path="model")))
-    assert sample("talk", "attribute", "text") == [[3]]
-    assert sample("talk", "attribute", "pair") == [[4, 3]]
-    assert sample("talk", None, "packed") == [[2 + 2 + 1 + 3]]  # w3 w4 once, and three tails
+    params = checks.load()
+    planned = plan.plan(params, project=params)
+    assert planned.exact
+    assert planned.tokens("general", "attribute") == list(range(4, 11))
+    assert planned.tokens("general", None, most=2) == [4, 5]
+    assert planned.works["attribute@general"].tokens == sum(range(4, 11))
+    other = replace(params, prompt_sets={**params.prompt_sets, "more": params.prompt_sets["talk"]})
+    assert not plan.plan(other, project=params).exact
+    Path("outputs/prompts/talk.jsonl").unlink()
+    assert not plan.plan(params, project=params).exact
 
 
 def test_lengths_of_prompts_that_are_not_prepared() -> None:
     params = checks.load()
-    sample = plan.assumed(params)
+    planned = of_llama(params)
     general, matched = params.prompt_sets["general"], params.prompt_sets["general-toxicity"]
     share = params.prepare.splits["attribute"] / sum(params.prepare.splits.values())
     assert general.count is not None
     count = round(general.count * len(general.seeds) * share)
-    assert sample("general", "attribute", "text") == [[general.max_tokens]] * count
+    assert planned.tokens("general", "attribute") == [general.max_tokens] * count
     wikitext = replace(general, source="hub/wikitext-2", count=None, seeds=(0,), max_tokens=None)
-    whole = plan.assumed(replace(params, test_sets={"text": replace(wikitext, min_tokens=None)}))
-    assert whole("text", None, "text") == [[4800]] * 60  # 288,000 tokens
+    whole = planned.changed(test_sets={"text": replace(wikitext, min_tokens=None)})
+    assert whole.tokens("text", None) == [4800] * 60  # 288,000 tokens
     assert matched.match_length == "toxicity"
-    assert sample("general-toxicity", None, "text")[0] == sample("toxicity", None, "text")[0]
-    assert sample("race", None, "pair")[0] == [plan.ASSUMED_TOKENS] * 2
+    assert planned.tokens("general-toxicity", None)[0] == planned.tokens("toxicity", None)[0]
+    assert planned.tokens("race", None)[0] == plan.ASSUMED_TOKENS
 
 
 def test_stages_do_what_params_say() -> None:
@@ -246,7 +247,7 @@ def test_stages_do_what_params_say() -> None:
     params = checks.load()
 
     def works(changed: parameters.Params) -> dict[str, cost.Work]:
-        return {work.stage: work for work in of_llama(changed).works}
+        return of_llama(changed).works
 
     first = works(params)
     count = params.evaluate.completions
@@ -274,14 +275,14 @@ def test_a_set_that_is_there_for_tests_is_read_whole() -> None:
     (name,) = set(params.transfer.texts) & set(params.test_sets)
     count = params.test_sets[name].count
     assert count is not None
-    setup = of_llama(params)
-    assert len(setup.held_out(name, most=1000)) == count
-    assert len(setup.held_out(name, most=count - 1)) == count - 1
+    planned = of_llama(params)
+    assert len(planned.held_out(name, most=1000)) == count
+    assert len(planned.held_out(name, most=count - 1)) == count - 1
     shares = params.prepare.splits
     general = params.prompt_sets[params.differential.general]
     assert general.count is not None
     expected = general.count * len(general.seeds) * shares["test"] / sum(shares.values())
-    assert len(setup.held_out(params.differential.general, most=1000)) == round(expected)
+    assert len(planned.held_out(params.differential.general, most=1000)) == round(expected)
 
 
 # --- devices ---------------------------------------------------------------------------------
@@ -331,39 +332,38 @@ def test_a_smaller_batch_is_named_where_it_helps(big: Path) -> None:
         model=replace(params.model, dtype="bfloat16"),
         attribute=replace(params.attribute, batch_tokens=2**15),
     )
-    setup = of_llama(params)
-    assert not fits(setup, "A100-40")
-    (advice, *_) = plan.remedies(setup, plan.Place("A100-40"))
+    planned = of_llama(params)
+    assert not fits(planned, "A100-40")
+    (advice, *_) = plan.remedies(planned, plan.named("--device", "A100-40", 1))
     tokens = int(advice.split()[1])
     smaller = replace(params.attribute, batch_tokens=tokens)
-    assert fits(setup.changed(attribute=smaller), "A100-40")
+    assert fits(planned.changed(attribute=smaller), "A100-40")
     larger = replace(params.attribute, batch_tokens=2 * tokens)
-    assert not fits(setup.changed(attribute=larger), "A100-40")
+    assert not fits(planned.changed(attribute=larger), "A100-40")
 
 
 def test_time_is_operations_over_what_is_reached() -> None:
     params = checks.load()
     half = replace(params, model=replace(params.model, dtype="bfloat16", device="cuda"))
-    setup = of_llama(half)
+    planned = of_llama(half)
 
-    def seconds(work: cost.Work, cards: int = 1) -> float:
-        return plan.needs(setup, work, plan.Place("A100-80", cards)).seconds
+    def seconds(stage: str, work: cost.Work, cards: int = 1) -> float:
+        return planned.needs(stage, work, plan.named("--device", "A100-80", cards)).seconds
 
-    passes = cost.Work("evaluate@x", passes=312e12 * 0.35 * 60)
+    passes = cost.Work(passes=312e12 * 0.35 * 60)
     loaded = plan.START + 16.060522496  # 8 billion weights of 2 bytes, at 1 GB/s
-    assert seconds(passes) == pytest.approx(loaded + 60)
-    assert seconds(passes, cards=4) == pytest.approx(loaded + 60)
-    shared = replace(passes, stage="attribute@x")
-    assert seconds(shared, cards=4) == pytest.approx(loaded + 15)
+    assert seconds("evaluate@x", passes) == pytest.approx(loaded + 60)
+    assert seconds("evaluate@x", passes, cards=4) == pytest.approx(loaded + 60)
+    assert seconds("attribute@x", passes, cards=4) == pytest.approx(loaded + 15)
     # Drawing one completion at a time is a matter of reading 16 GB of weights for each token.
-    drawn = cost.Work("evaluate@x", drawn=1e9, steps=1000)
-    assert seconds(drawn) == pytest.approx(loaded + 1000 * 2 * 8_030_261_248 / 2039e9)
+    drawn = cost.Work(drawn=1e9, steps=1000)
+    assert seconds("evaluate@x", drawn) == pytest.approx(loaded + 1000 * 2 * 8_030_261_248 / 2039e9)
 
 
 def test_this_machines_time_is_of_its_own_measured_rate() -> None:
-    work = cost.Work("sweep@x", passes=0.8 * plan.product_rate("float32") * 60)
+    work = cost.Work(passes=0.8 * plan.product_rate("float32") * 60)
     loaded = plan.START + 32.121044992
-    needs = plan.needs(of_llama(checks.load()), work, plan.Place("CPU"))
+    needs = of_llama(checks.load()).needs("sweep@x", work, plan.CPU)
     assert needs.seconds == pytest.approx(loaded + 60)
 
 
@@ -378,10 +378,8 @@ def test_the_stage_that_elicits_is_planned_by_its_own_name() -> None:
 def test_the_formula_in_readme_has_the_constants_of_the_code() -> None:
     readme = Path("README.md").read_text()
     formula = readme[readme.index("The formula, for each stage") :].partition("\n")[0]
-    reached = {device.reached for name, device in plan.DEVICES.items() if name != "CPU"}
     assert f"time = {plan.START:g} s + weights / ({plan.LOADING / 1e9:g} GB/s)" in formula
-    assert f"the rate is {reached.pop():g} of the card's peak, and {plan.DRAWING:g} of" in formula
-    assert not reached
+    assert f"the rate is {plan.REACHED:g} of the card's peak, and {plan.DRAWING:g} of" in formula
     assert f"Memory = {plan.CARD / 1e9:g} GB + weights" in formula
 
 
@@ -389,8 +387,8 @@ def test_all_cards_are_shown(big: Path, capsys: Any) -> None:
     assert main(["plan"]) == 0
     shown = capsys.readouterr().out
     assert "8,030,261,248 parameters, 32 layers x 14,336 neurons" in shown
-    for name in plan.DEVICES:
-        assert (f"\n{name} " in shown) == (name != "CPU")
+    for device in (plan.CPU, *plan.CARDS):
+        assert (f"\n{device} " in shown) == (device != plan.CPU)
     assert "does not fit" in shown
     assert "prompts: as prepared" in shown
 

@@ -360,12 +360,6 @@ def test_a_score_that_is_not_finite_names_the_prompt_and_is_never_replaced(name)
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        (
-            Prompt("a", ([5, 6],)),
-            {"names": ["lpr"]},
-            "score: 'lpr' is not known; choose one of lrp",
-        ),
-        (Prompt("a", ([5, 6],)), {"target": "loss"}, "target: 'loss' is not known"),
         (Prompt("a", ([5, 6],)), {"target": "pair"}, "prompt a: target pair takes 2 sequence"),
         (Prompt("a", ([5], [6])), {}, "prompt a: target max-logit takes 1 sequence"),
         (Prompt("a", ([],)), {}, "prompt a: 0 tokens; .* take 1 to 64"),
@@ -377,6 +371,5 @@ def test_a_score_that_is_not_finite_names_the_prompt_and_is_never_replaced(name)
 def test_bad_input_is_refused_before_anything_runs(given, options, message):
     model = tiny.model("llama")
     families.body(model).register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    arguments = {"names": ["lrp"], **options}
     with pytest.raises(InputError, match=message):
-        next(score(model, [[given]], **arguments))
+        next(score(model, [[given]], ["lrp"], **options))

@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from sparc3.measure.likelihood import CHUNK
 from sparc3.model import families
+from sparc3.model.loading import DTYPES
 from sparc3.relevance.attribution import POSITIONS_AT_ONCE
 from sparc3.relevance.scores import PRODUCTS_AT_ONCE, SCORES
 
 COMPLETIONS_AT_ONCE = 200  # of generate.complete
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Lengths = Sequence[int]  # in tokens: of texts, of the two sequences of a pair, ...
 
@@ -42,10 +42,6 @@ class Shape:
     normalised: int  # width of all that one layer's norms read
 
     @property
-    def neurons(self) -> int:
-        return self.layers * self.width
-
-    @property
     def head(self) -> int:
         """Weights of the language-modelling head's product."""
         return self.vocabulary * self.hidden
@@ -54,6 +50,10 @@ class Shape:
     def weights(self) -> int:
         """Bytes of all parameters."""
         return self.parameters * self.size
+
+    def scores(self, prompts: int, names: int = 1) -> int:
+        """Bytes of attribution scores, in memory and on disk."""
+        return 4 * prompts * names * self.layers * self.width
 
 
 def shape(config: PretrainedConfig, dtype: str = "float32") -> Shape:
@@ -68,7 +68,7 @@ def shape(config: PretrainedConfig, dtype: str = "float32") -> Shape:
     read = {"q_norm": heads * dimension, "k_norm": keys}  # all others read the hidden state
     products = _products(model.get_submodule(family.body))
     return Shape(
-        size=BYTES[dtype],
+        size=DTYPES[dtype].itemsize,
         parameters=sum(p.numel() for p in model.parameters()),
         layers=families.num_layers(model),
         width=families.width(model),
@@ -99,8 +99,6 @@ class Work:
     beyond the weights on the device; `held`: bytes of scores in the process; `disk`: bytes written.
     """
 
-    stage: str = ""
-    prompts: int = 0
     tokens: int = 0
     passes: float = 0
     drawn: float = 0
@@ -114,17 +112,15 @@ class Work:
         return self.passes + self.drawn
 
 
-def together(stage: str, parts: Sequence[Work]) -> Work:
-    """One stage of several parts, one after the other."""
-    most, sums = ("prompts", "memory"), ("tokens", "passes", "drawn", "steps")
+def together(parts: Sequence[Work]) -> Work:
+    """Parts of a stage that run one after the other."""
     return Work(
-        stage,
-        **{name: max((getattr(part, name) for part in parts), default=0) for name in most},
-        **{name: sum(getattr(part, name) for part in parts) for name in sums},
+        tokens=sum(part.tokens for part in parts),
+        passes=sum(part.passes for part in parts),
+        drawn=sum(part.drawn for part in parts),
+        steps=sum(part.steps for part in parts),
+        memory=max((part.memory for part in parts), default=0),
     )
-
-
-# --- operations, and what they keep ----------------------------------------------------------
 
 
 def forward(model: Shape, lengths: Lengths) -> float:
@@ -152,23 +148,22 @@ def attribution(
     tokens, longest = sum(lengths), max(map(sum, prompts))
     batch = max(batch_tokens, longest)
     at_once = min(len(prompts), max(1, batch * len(prompts) // tokens))
-    kept = scores_size(model, at_once, len(names))
     rows = [SCORES[name] for name in names if SCORES[name].gradient is not None]
-    if not rows:
-        operations, memory = forward(model, lengths), kept + passing(model, batch)
-        return Work("", len(prompts), tokens, passes=operations, memory=memory)
-    explained = len(prompts) if target == "max-logit" else tokens - len(lengths)
-    of_weights = [row for row in rows if row.at == "weights"]
-    operations = (
-        len({row.gradient for row in rows}) * (forward(model, lengths) + backward(model, lengths))
-        + 4 * model.head * explained
-        + len(of_weights) * 2 * model.neurons * model.hidden * tokens
-    )
-    memory = kept + saved(model, batch, longest, {row.at for row in rows})
-    memory += 4 * 4 * POSITIONS_AT_ONCE * model.vocabulary
-    if of_weights:
+    gradients, at = {row.gradient for row in rows}, [row.at for row in rows]
+    operations = max(1, len(gradients)) * forward(model, lengths)
+    memory: float = model.scores(at_once, len(names))
+    if rows:
+        explained = len(prompts) if target == "max-logit" else tokens - len(lengths)
+        operations += len(gradients) * backward(model, lengths) + 4 * model.head * explained
+        memory += saved(model, batch, longest, set(at))
+        memory += 4 * 4 * POSITIONS_AT_ONCE * model.vocabulary
+    else:
+        memory += passing(model, batch)
+    if "weights" in at:
+        per_token = 2 * model.layers * model.width * model.hidden
+        operations += at.count("weights") * per_token * tokens
         memory += 4 * PRODUCTS_AT_ONCE + model.size * model.width * model.hidden
-    return Work("", len(prompts), tokens, passes=operations, memory=memory)
+    return Work(tokens, passes=operations, memory=memory)
 
 
 def saved(model: Shape, tokens: int, length: int, at: set[str]) -> float:
@@ -200,7 +195,6 @@ def likelihood(
     batch = max([batch_tokens, *lengths])
     entering = min(times - 1, model.layers - 1) * batch * model.hidden * model.size
     return Work(
-        prompts=len(lengths),
         tokens=times * sum(lengths),
         passes=times * (forward(model, lengths) + 2 * model.head * scored),
         memory=passing(model, batch) + entering + 2 * 4 * CHUNK * model.vocabulary,
@@ -220,14 +214,8 @@ def generation(
     count = times * completions * len(lengths)
     cache = 2 * model.layers * model.keys * (max(lengths) + new_tokens) * model.size
     return Work(
-        prompts=len(lengths),
         tokens=times * sum(lengths) + count * new_tokens,
         drawn=times * (forward(model, lengths) + completions * drawn),
         steps=-(-count // COMPLETIONS_AT_ONCE) * new_tokens,
         memory=min(COMPLETIONS_AT_ONCE, count) * (cache + 3 * 4 * model.vocabulary),
     )
-
-
-def scores_size(model: Shape, prompts: int, names: int) -> int:
-    """Bytes of attribution scores, in memory and on disk."""
-    return 4 * prompts * names * model.neurons

@@ -6,7 +6,8 @@ one tensor in float32. The same bytes on every run and machine.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,46 +69,39 @@ def _drop_front(folder: Path) -> None:
 
 
 def _write_weights(gguf: Path, reader: Any, model: Any, folder: Path, shard: int) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    expected = {name: tensor for name, tensor in model.state_dict().items()}
+    expected = dict(model.state_dict())
     for name in model._tied_weights_keys or [] if model.config.tie_word_embeddings else []:
         del expected[name]
-    sizes, tensors = _tensors(gguf, reader, model)
-    if set(sizes) != set(expected):
-        odd = sorted(set(sizes) ^ set(expected))[0]
+    tensors = _tensors(gguf, reader, model)
+    if odd := sorted(set(tensors) ^ set(expected)):
         raise InputError(
-            f"{gguf}: tensor {odd} is {'missing' if odd in expected else 'none of the model'}; "
-            "the file is incomplete, or of an architecture that is not known"
+            f"{gguf}: tensor {odd[0]} is {'missing' if odd[0] in expected else 'none of its model'}"
+            "; the file is incomplete, or of an architecture that is not known"
         )
-    plan = _shards({name: expected[name].nbytes for name in sizes}, shard)
-    files = [
-        "model.safetensors" if len(plan) == 1 else f"model-{n:05}-of-{len(plan):05}.safetensors"
-        for n in range(1, len(plan) + 1)
-    ]
-    for file, names in zip(files, plan, strict=True):
+    split = split_torch_state_dict_into_shards(
+        {name: expected[name] for name in tensors}, max_shard_size=shard
+    )
+    for file, names in split.filename_to_tensors.items():
         held = {}
         for name in names:
-            found, values = next(tensors)
-            assert found == name  # both in the order of the file
-            if values.shape != expected[name].shape:
+            values, shape = tensors[name](), expected[name].shape
+            if values.shape != shape:
                 raise InputError(
                     f"{gguf}: tensor {name} has shape {tuple(values.shape)}; its header says "
-                    f"{tuple(expected[name].shape)}"
+                    f"{tuple(shape)}"
                 )
             held[name] = values.to(expected[name].dtype).contiguous()
         save_file(held, folder / file, metadata={"format": "pt"})
-    if len(plan) > 1:
-        index = {name: file for file, names in zip(files, plan, strict=True) for name in names}
-        total = sum(expected[name].nbytes for name in sizes)
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": index},
-        )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
-def _tensors(gguf: Path, reader: Any, model: Any) -> tuple[list[str], Iterator[tuple[str, Any]]]:
-    """Names in the model of the file's tensors, in its order; and each with its float32 values."""
+def _tensors(gguf: Path, reader: Any, model: Any) -> dict[str, Callable[[], Any]]:
+    """By their names in the model, in the file's order, what gives a tensor's float32 values."""
     import torch
     from gguf import dequantize
     from transformers.modeling_gguf_pytorch_utils import (
@@ -121,32 +115,18 @@ def _tensors(gguf: Path, reader: Any, model: Any) -> tuple[list[str], Iterator[t
     architecture = str(reader.fields["general.architecture"].contents())
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=header["config"])
     names: Mapping[str, str] = get_gguf_hf_weights_map(model)
+
+    def values(tensor: Any) -> Any:
+        done = processor.process(
+            weights=dequantize(tensor.data, tensor.tensor_type),
+            name=tensor.name,
+            tensor_key_mapping=names,
+            parsed_parameters=header,
+        )
+        return torch.from_numpy(done.weights.copy())
+
     known = [tensor for tensor in reader.tensors if tensor.name in names]
-
-    def values() -> Iterator[tuple[str, Any]]:
-        for tensor in known:
-            done = processor.process(
-                weights=dequantize(tensor.data, tensor.tensor_type),
-                name=tensor.name,
-                tensor_key_mapping=names,
-                parsed_parameters=header,
-            )
-            yield names[tensor.name], torch.from_numpy(done.weights.copy())
-
-    return [names[tensor.name] for tensor in known], values()
-
-
-def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """The names in their order, in groups of at most `most` bytes or of one."""
-    groups: list[list[str]] = []
-    room = 0
-    for name, size in sizes.items():
-        if size > room or not groups:
-            groups.append([])
-            room = most
-        groups[-1].append(name)
-        room -= size
-    return groups
+    return {names[tensor.name]: partial(values, tensor) for tensor in known}
 
 
 def use_bpe_by_score(folder: Path) -> None:

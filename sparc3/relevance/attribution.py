@@ -6,6 +6,7 @@ No weight gradient is ever asked of autograd: what is kept per prompt is one num
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,9 @@ from sparc3.base.files import Array
 from sparc3.model import families, loading
 from sparc3.model.families import MLP
 from sparc3.relevance.lrp import attnlrp
-from sparc3.relevance.scores import SCORES, TARGETS, Target
+from sparc3.relevance.scores import SCORES, Target
 
 log = logging.getLogger(__name__)
-
 
 Progress = Callable[[int], object]  # called with the number of prompts just finished
 POSITIONS_AT_ONCE = 128  # of the language-modelling head, whose logits are vocabulary-wide
@@ -61,10 +61,10 @@ def score(
     from there. Out of memory batches the rest of the shard anew, with half of the tokens that were
     too many; the scores stay the same up to rounding.
 
-    InputError: unknown score, a prompt that the target or the model cannot take (before anything
-    runs), a score that is not finite (it names the prompt), out of memory with a single prompt.
+    InputError, which names the prompt: one that the target or the model cannot take (before
+    anything runs), a score that is not finite, out of memory with a single prompt.
     """
-    _check(model, [prompt for shard in shards for prompt in shard], names, target)
+    _check(model, [prompt for shard in shards for prompt in shard], target)
     passes = _passes(names)
     smallest = batch_tokens
     for prompts in shards:
@@ -140,14 +140,7 @@ def batches(
     return grouped
 
 
-def _check(
-    model: PreTrainedModel, prompts: Sequence[Prompt], names: Sequence[str], target: Target
-) -> None:
-    for name in names:
-        if name not in SCORES:
-            raise InputError(f"score: {name!r} is not known; choose one of {', '.join(SCORES)}")
-    if target not in TARGETS:
-        raise InputError(f"target: {target!r} is not known; choose one of {', '.join(TARGETS)}")
+def _check(model: PreTrainedModel, prompts: Sequence[Prompt], target: Target) -> None:
     expected = 2 if target == "pair" else 1
     shortest = 1 if target == "max-logit" else 2
     longest = families.context(model.config.to_dict())
@@ -278,22 +271,14 @@ def _max_logit(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Ten
     return gradient
 
 
-def _likelihood(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-    """d/d hidden of the sum of the sequences' mean log p."""
-    return _log_p(model, hidden, ids, torch.ones_like(lengths) / (lengths - 1), lengths)
-
-
-def _pair(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-    """d/d hidden of sum of mean log p of even rows (preferred) - that of odd rows (other)."""
-    sign = 1 - 2 * (torch.arange(len(ids), device=lengths.device) % 2)
-    return _log_p(model, hidden, ids, sign / (lengths - 1), lengths)
-
-
 def _log_p(
-    model: PreTrainedModel, hidden: Tensor, ids: Tensor, share: Tensor, lengths: Tensor
+    model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Tensor, odd: int = 1
 ) -> Tensor:
-    """d/d hidden of the sum over sequences of `share` (sequence,) times their summed log p."""
-    ids, lengths, share = (t.to(hidden.device) for t in (ids, lengths, share))
+    """d/d hidden of the sum of the sequences' mean log p, that of odd rows times `odd`."""
+    ids, lengths = ids.to(hidden.device), lengths.to(hidden.device)
+    sign = torch.ones_like(lengths)
+    sign[1::2] = odd
+    share = sign / (lengths - 1)
     rows, positions = torch.nonzero(
         torch.arange(ids.shape[1] - 1, device=hidden.device) < lengths[:, None] - 1, as_tuple=True
     )
@@ -307,7 +292,11 @@ def _log_p(
     return gradient
 
 
-GRADIENTS = {"max-logit": _max_logit, "likelihood": _likelihood, "pair": _pair}
+GRADIENTS: dict[Target, Callable[[PreTrainedModel, Tensor, Tensor, Tensor], Tensor]] = {
+    "max-logit": _max_logit,
+    "likelihood": _log_p,
+    "pair": partial(_log_p, odd=-1),  # of (preferred, other), row by row
+}
 
 
 def _check_finite(
@@ -315,9 +304,9 @@ def _check_finite(
 ) -> None:
     bad = ~np.isfinite(scores).all(axis=(1, 2))
     if bad.any():
-        prompt = prompts[int(bad.argmax())]
-        layer = int((~np.isfinite(scores[bad.argmax()])).any(axis=1).argmax())
+        first = int(bad.argmax())
+        layer = int((~np.isfinite(scores[first])).any(axis=1).argmax())
         raise InputError(
-            f"prompt {prompt.id}: score {name} is not finite in layer {layer}; "
+            f"prompt {prompts[first].id}: score {name} is not finite in layer {layer}; "
             f"{loading.not_finite(model)}"
         )

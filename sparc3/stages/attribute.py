@@ -61,17 +61,11 @@ def by_target(names: Sequence[str], default: Target) -> dict[Target, dict[str, s
 
 def encode(rows: list[dict[str, Any]], tokenizer: Any, target: str) -> list[Prompt]:
     """Rows of a prompt set as token ids: the text, or for `pair` the row's two texts."""
-    prompts = []
-    for row in rows:
-        texts = row.get("pair") if target == "pair" else [row["text"]]
-        if texts is None:
-            raise InputError(
-                f"prompt {row['id']} has no pair, which target pair needs; use another target, or "
-                "a source of pairs"
-            )
-        encoded = loading.encode(tokenizer, texts)
-        prompts.append(Prompt(row["id"], tuple(encoded)))
-    return prompts
+    texts = [row["pair"] if target == "pair" else [row["text"]] for row in rows]
+    return [
+        Prompt(row["id"], tuple(loading.encode(tokenizer, each)))
+        for row, each in zip(rows, texts, strict=True)
+    ]
 
 
 def partial_folder(
