@@ -9,7 +9,6 @@ and without another may also share a batch.
 
 import hashlib
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +21,8 @@ from transformers.cache_utils import DynamicLayer
 from sparc3.base.errors import InputError
 from sparc3.circuits.ablate import pruned_rows
 from sparc3.circuits.circuit import Circuit
-from sparc3.measure.likelihood import Progress, Tokens
+from sparc3.measure.instrument import Progress
+from sparc3.measure.likelihood import Tokens
 from sparc3.model import families, loading
 
 NUCLEUS = 256  # so many entries are searched for the nucleus first,
@@ -62,9 +62,13 @@ def complete(
     circuits. `batch` completions run together, of whatever circuits: more are faster and take
     more memory. `progress` is told how many more prompts of circuits are finished.
     Raises InputError for an empty prompt, for a prompt that leaves no room for `new_tokens` in
-    the model's context, for settings out of range, and for logits that are not finite.
+    the model's context, and for logits that are not finite.
     """
-    _check(prompts, keys, families.context(model.config.to_dict()), sampling, batch)
+    limit = families.context(model.config.to_dict()) - sampling.new_tokens
+    for key, prompt in zip(keys, prompts, strict=True):
+        if not 1 <= len(prompt) <= limit:
+            problem = f"has {len(prompt)} tokens, expected 1 to {limit}: the model's context"
+            raise InputError(f"prompt {key} {problem} less new_tokens; cut it, or lower new_tokens")
     ends = model.generation_config.eos_token_id if model.generation_config else None
     stops = set(ends if isinstance(ends, list) else [ends])
     drawn = [
@@ -301,28 +305,3 @@ def _shift(bits: Tensor, by: int) -> Tensor:
 def _stream(seed: int, key: str, number: int) -> int:
     digest = hashlib.blake2b(f"{seed} {number} {key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _check(
-    prompts: Sequence[Tokens], keys: Sequence[str], limit: float, sampling: Sampling, batch: int
-) -> None:
-    for name, value in (
-        ("completions", sampling.completions),
-        ("new_tokens", sampling.new_tokens),
-        ("batch", batch),
-    ):
-        if value < 1:
-            raise InputError(f"{name}: {value} given, expected at least 1")
-    if not 0 < sampling.temperature < math.inf:
-        raise InputError(f"temperature: {sampling.temperature} given, expected more than 0")
-    if not 0 < sampling.top_p <= 1:
-        raise InputError(f"top_p: {sampling.top_p} given, expected more than 0 and at most 1")
-    for key, prompt in zip(keys, prompts, strict=True):
-        if not prompt:
-            raise InputError(f"prompt {key} is empty; expected at least one token")
-        if len(prompt) + sampling.new_tokens > limit:
-            raise InputError(
-                f"prompt {key} has {len(prompt)} tokens and new_tokens is {sampling.new_tokens}: "
-                f"together more than the model's context of {limit}; cut the prompt or lower "
-                "new_tokens"
-            )

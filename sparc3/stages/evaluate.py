@@ -147,7 +147,7 @@ def outcomes(
         total = len(names) * len(sample.ids)
         with tqdm(total=total, desc=f"evaluate {title}", unit="prompt") as bar:
             chosen = [circuits[name] for name in names]
-            readings = instrument(model, chosen, sample, how, bar.update)
+            readings = instrument(model, chosen, sample, how._replace(progress=bar.update))
         return dict(zip(names, readings, strict=True))
 
     samples: dict[str, dict[str, dict[str, Reading]]] = {
@@ -184,7 +184,7 @@ def result(
 ) -> dict[str, Any]:
     """All differences of one circuit; `control`: outcomes of the draws of a control of its size."""
     found: dict[str, Any] = {
-        "ppl_delta": perplexity.change(before.general, after.general, resamples).as_dict()
+        "ppl_delta": perplexity.change(before.general, after.general, resamples)._asdict()
     }
     for split, readings in after.samples.items():
         changes: Differences = {}
@@ -238,7 +238,7 @@ def among(
         drawn = [effects(instrument, start, draw.measured(split, key)) for draw in control]
         for name, value in effect.items():
             ranked = inference.against_draws(value, [draw[name] for draw in drawn])
-            found[name] = ranked.as_dict()
+            found[name] = ranked._asdict()
     return found
 
 

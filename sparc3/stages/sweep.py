@@ -52,12 +52,12 @@ def measure(
     texts = read_prompts(params.differential.general, "tune")[: sweep.texts]
     general = perplexity.encode(texts, tokenizer)
     model = loading.load(params.model)
-    how = How(params.evaluate, sweep.batch_tokens, tokenizer)
     total = len(circuits) * (len(texts) + len(instruments) * len(rows))
     with tqdm(total=total, desc=f"sweep {behaviour}", unit="text") as bar:
-        general_text = perplexity.read(model, circuits, general, how, bar.update)
+        how = How(params.evaluate, sweep.batch_tokens, tokenizer, progress=bar.update)
+        general_text = perplexity.read(model, circuits, general, how)
         found = {
-            name: each.read(model, circuits, each.encode(rows, tokenizer), how, bar.update)
+            name: each.read(model, circuits, each.encode(rows, tokenizer), how)
             for name, each in instruments.items()
         }
     by_circuit = [

@@ -55,7 +55,7 @@ def compare(params: Params, read: dict[tuple[str, str], list[Reading]]) -> dict[
         for text in params.transfer.texts:
             readings = read[text, "perplexity"]
             change = perplexity.change(readings[0], readings[place], resamples)
-            found[text] = {"ppl_delta": change.as_dict()}
+            found[text] = {"ppl_delta": change._asdict()}
         for name, spec in params.behaviours.items():
             found[name] = {}
             for key, instrument in instruments_of(spec).items():
@@ -89,12 +89,11 @@ def run(params: Params) -> dict[str, float]:
         if instrument.swept
     }
     model = loading.load(params.model)
-    how = How(params.evaluate, transfer.batch_tokens, tokenizer)
     total = len(circuits) * sum(len(sample.ids) for _, sample in encoded.values())
     with tqdm(total=total, desc="transfer", unit="text") as bar:
+        how = How(params.evaluate, transfer.batch_tokens, tokenizer, progress=bar.update)
         readings = {
-            key: read(model, circuits, sample, how, bar.update)
-            for key, (read, sample) in encoded.items()
+            key: read(model, circuits, sample, how) for key, (read, sample) in encoded.items()
         }
     results = compare(params, readings)
     table = [
