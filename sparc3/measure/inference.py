@@ -309,11 +309,11 @@ def paired_difference(
     Raises InputError for shapes that differ, values not finite, or fewer than 6 clusters.
     """
 
-    def change(b: Array, a: Array) -> Array:
-        return statistic(a) - statistic(b)
+    def change(before: Array, after: Array) -> Array:
+        return statistic(after) - statistic(before)
 
-    tables = _tables(before=before, after=after)
-    return _paired(*tables, clusters, change, change, resamples)
+    b, a = _tables(before=before, after=after)
+    return _paired(b, a, clusters, change, change, resamples)
 
 
 def _fall(before: Array, after: Array) -> Array:
@@ -361,15 +361,15 @@ def perplexity_change(
     tokens, in nats; `tokens`: (text,) how many those are. Texts are resampled with their tokens;
     p tests the difference of the summed nll.
     """
-    before, after, count = _tables(nll_before=nll_before, nll_after=nll_after, tokens=tokens)
+    b, a, count = _tables(nll_before=nll_before, nll_after=nll_after, tokens=tokens)
     if (count <= 0).any():
         raise InputError("tokens: every text needs at least one predicted token; drop empty texts")
 
-    def percent(b: Array, a: Array) -> Array:
-        return 100 * np.expm1((a[:, 0] - b[:, 0]) / b[:, 1])
+    def percent(before: Array, after: Array) -> Array:
+        return 100 * np.expm1((after[:, 0] - before[:, 0]) / before[:, 1])
 
-    tables = (np.column_stack([table, count]) for table in (before, after))
-    return _paired(*tables, None, percent, _fall, resamples)
+    before, after = np.column_stack([b, count]), np.column_stack([a, count])
+    return _paired(before, after, None, percent, _fall, resamples)
 
 
 # --- controls and families -------------------------------------------------------------------

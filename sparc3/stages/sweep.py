@@ -16,7 +16,7 @@ from sparc3.base.params import Method, Params
 from sparc3.circuits.choose import circuit_at, read_differential
 from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.measure.instrument import How, Instrument, Measured, Reading
-from sparc3.measure.instruments import instruments_of, perplexity
+from sparc3.measure.instruments import perplexity, swept_of
 from sparc3.model import loading
 
 COLUMNS = ("method", "protect", "num_neurons", "ppl_delta", "ppl_error", "objective")
@@ -67,9 +67,7 @@ def measure(
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    swept = {
-        n: each for n, each in instruments_of(params.behaviours[behaviour]).items() if each.swept
-    }
+    swept = swept_of(params.behaviours[behaviour])
     methods = {
         name: method
         for name, method in params.methods.items()

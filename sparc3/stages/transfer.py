@@ -14,7 +14,7 @@ from sparc3.base.files import read_json, write_csv, write_json
 from sparc3.base.params import Params
 from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, refuse_leak
 from sparc3.measure.instrument import Differences, How, Measured, Reading, differences
-from sparc3.measure.instruments import instruments_of, perplexity
+from sparc3.measure.instruments import perplexity, swept_of
 from sparc3.model import loading
 
 log = logging.getLogger(__name__)
@@ -58,13 +58,12 @@ def compare(params: Params, read: dict[tuple[str, str], list[Reading]]) -> dict[
             found[text] = {"ppl_delta": change._asdict()}
         for name, spec in params.behaviours.items():
             found[name] = {}
-            for key, instrument in instruments_of(spec).items():
-                if instrument.swept:
-                    before, after = (
-                        Measured(read[name, key][at], read[first, "perplexity"][at])
-                        for at in (0, place)
-                    )
-                    found[name] |= differences(instrument.values, before, after, resamples)
+            for key, instrument in swept_of(spec).items():
+                before, after = (
+                    Measured(read[name, key][at], read[first, "perplexity"][at])
+                    for at in (0, place)
+                )
+                found[name] |= differences(instrument.values, before, after, resamples)
         results[pruned_for] = found
     return results
 
@@ -85,8 +84,7 @@ def run(params: Params) -> dict[str, float]:
     } | {
         (name, key): (instrument.read, instrument.encode(behaviours[name], tokenizer))
         for name, spec in params.behaviours.items()
-        for key, instrument in instruments_of(spec).items()
-        if instrument.swept
+        for key, instrument in swept_of(spec).items()
     }
     model = loading.load(params.model)
     total = len(circuits) * sum(len(sample.ids) for _, sample in encoded.values())
