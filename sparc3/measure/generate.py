@@ -71,25 +71,22 @@ def complete(
             raise InputError(f"prompt {key} {problem} less new_tokens; cut it, or lower new_tokens")
     ends = model.generation_config.eos_token_id if model.generation_config else None
     stops = set(ends if isinstance(ends, list) else [ends])
-    drawn = [
-        [
-            [
-                _Completion(place, index, key, prompt, _stream(sampling.seed, key, n))
-                for n in range(sampling.completions)
-            ]
-            for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
-        ]
+    count = sampling.completions
+    every = [
+        _Completion(place, key, prompt, _stream(sampling.seed, key, number))
         for place in range(len(circuits))
+        for prompt, key in zip(prompts, keys, strict=True)
+        for number in range(count)
     ]
-    every = [each for table in drawn for row in table for each in row]
     done = 0
     with pruned_rows(model, circuits) as tell:
         for group in _batches(every, batch, sampling.new_tokens):
             _extend(model, tell, group, sampling, stops)
             if progress:
                 before, done = done, done + len(group)
-                progress(done // sampling.completions - before // sampling.completions)
-    return [[[each.tokens for each in row] for row in table] for table in drawn]
+                progress(done // count - before // count)
+    tokens = iter([each.tokens for each in every])
+    return [[[next(tokens) for _ in range(count)] for _ in prompts] for _ in circuits]
 
 
 def quality(tokens: Tokens) -> dict[str, Any]:
@@ -119,8 +116,7 @@ def quality(tokens: Tokens) -> dict[str, Any]:
 @dataclass
 class _Completion:
     circuit: int  # its place
-    index: int  # of its prompt
-    key: str  # likewise
+    key: str  # of its prompt
     prompt: Tokens
     stream: int  # 64 bits, signed
     tokens: list[int] = field(default_factory=list)
@@ -130,10 +126,6 @@ class _Completion:
         if token not in stops:
             self.tokens.append(token)
         self.finished = token in stops or len(self.tokens) == new_tokens
-
-    def unread(self, position: int) -> int:
-        """The prompt's token at `position`, or where the prompt is read any token, to be drawn."""
-        return self.prompt[position] if position < len(self.prompt) else 0
 
 
 class _Room(DynamicLayer):
@@ -205,7 +197,7 @@ def _extend(
         ids = torch.tensor(tokens, device=device)
         return body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
-    by_prompt = itertools.groupby(group, key=lambda each: (each.circuit, each.index))
+    by_prompt = itertools.groupby(group, key=lambda each: (each.circuit, each.key))
     rows = [list(row) for _, row in by_prompt]
     states = read(rows, [list(row[0].prompt[:position]) for row in rows])
     while True:
@@ -219,7 +211,8 @@ def _extend(
             states = states[places]
             cache.batch_select_indices(places)
         firsts = [row[0] for row in rows]
-        tokens = [each.unread(position) for each in firsts]
+        # Of the prompt; where that is read any token, to be drawn.
+        tokens = [each.prompt[position] if position < len(each.prompt) else 0 for each in firsts]
         due = [
             place
             for place, each in enumerate(firsts)
