@@ -7,7 +7,7 @@ stops at the last hidden state, "forward" goes on to the logits of every positio
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,10 @@ def against_forward(
     return ways | {name: lambda score=score: scored(score) for name, score in scorers.items()}
 
 
+def named(texts: Sequence[object]) -> list[str]:
+    return [str(place) for place in range(len(texts))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default=MODEL)
@@ -84,18 +88,22 @@ def main() -> None:
         "24 texts of 128 tokens": against_forward(
             model,
             sum(map(len, texts)),
-            token_nll=lambda: token_nll(model, [INTACT], texts, BATCH_TOKENS),
+            token_nll=lambda: token_nll(model, [INTACT], texts, named(texts), BATCH_TOKENS),
         ),
         "100 StereoSet items of 3 sentences": against_forward(
             model,
             sum(map(len, sentences)),
-            token_nll=lambda: token_nll(model, [INTACT], sentences, BATCH_TOKENS),
-            continuation_nll=lambda: continuation_nll(model, [INTACT], groups, BATCH_TOKENS),
+            token_nll=lambda: token_nll(model, [INTACT], sentences, named(sentences), BATCH_TOKENS),
+            continuation_nll=lambda: continuation_nll(
+                model, [INTACT], groups, named(groups), BATCH_TOKENS
+            ),
         ),
         "a text of 3072 tokens, window 1024, stride 512": against_forward(
             model,
             len(long),
-            window_nll=lambda: window_nll(model, [INTACT], [long], Window(1024, 512), BATCH_TOKENS),
+            window_nll=lambda: window_nll(
+                model, [INTACT], [long], ["long"], Window(1024, 512), BATCH_TOKENS
+            ),
         ),
     }
     print(f"{machine()}, {REPEATS} repeats")

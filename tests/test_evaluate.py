@@ -1,12 +1,12 @@
 import pytest
-from naive import likelihood
+from naive import FEW, likelihood
 
 from sparc3.base.errors import InputError
 from sparc3.circuits.circuit import refuse_leak
 from sparc3.measure.instrument import Sample
 from sparc3.measure.instruments import INSTRUMENTS
 from sparc3.stages.checks import load
-from sparc3.stages.evaluate import Outcome, Setting, among
+from sparc3.stages.evaluate import Outcome, Setting, controlled
 
 
 def test_a_leak_is_refused_by_prompt_and_by_group() -> None:
@@ -28,8 +28,8 @@ def test_a_circuit_is_ranked_among_the_draws_of_its_control() -> None:
     setting = Setting(instruments, {"test": {"nll": texts}}, texts, None, [], {})
     before, after = outcome(30, 20), outcome(36, 22)
     control = [outcome(31, 20), outcome(32, 20)]
-    ranked = among(before, after, control, setting)["nll"]
+    ranked = controlled(before, after, control, setting, FEW)["among_controls"]["nll"]
     assert ranked["value"] == pytest.approx(0.6 - 0.2)  # beyond that of general text
     assert ranked["mean"] == pytest.approx(0.15)
     assert ranked["p"] == pytest.approx(1 / 3)
-    assert among(before, after, control[:1], setting) == {}
+    assert controlled(before, after, control[:1], setting, FEW)["among_controls"] == {}

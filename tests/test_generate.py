@@ -292,14 +292,8 @@ def test_short_prompts_may_end_before_long_ones_begin(llama):
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"new_tokens": 60}, "prompt a has 5 tokens and new_tokens is 60: .* context of 64"),
-        ({"prompts": [[]]}, "prompt a is empty"),
-        ({"completions": 0}, "completions: 0 given, expected at least 1"),
-        ({"new_tokens": 0}, "new_tokens: 0 given"),
-        ({"batch": 0}, "batch: 0 given"),
-        ({"temperature": 0.0}, "temperature: 0.0 given, expected more than 0"),
-        ({"top_p": 0.0}, "top_p: 0.0 given"),
-        ({"top_p": 1.1}, "top_p: 1.1 given, expected more than 0 and at most 1"),
+        ({"new_tokens": 60}, "prompt a has 5 tokens, expected 1 to 4: the model's context"),
+        ({"prompts": [[]]}, "prompt a has 0 tokens, expected 1 to 56"),
     ],
 )
 def test_bad_input_is_named(llama, changed, match):

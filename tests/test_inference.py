@@ -39,11 +39,11 @@ def naive_interval(drawn, n):
     return tuple(ordered[math.ceil(q * len(drawn)) - 1] for q in (tail, 1 - tail))
 
 
-def naive_resamples(clusters, resamples, seed):
+def naive_resamples(clusters, resamples):
     """Lists of row numbers: whole clusters drawn with replacement."""
     names = sorted(set(clusters))
     rows = {name: [i for i, c in enumerate(clusters) if c == name] for name in names}
-    drawn = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
+    drawn = np.random.default_rng(0).integers(0, len(names), (resamples, len(names)))
     return [[i for k in draw for i in rows[names[k]]] for draw in drawn]
 
 
@@ -79,8 +79,8 @@ def scores():
 
 def test_paired_difference_is_the_naive_loop(scores):
     before, after = scores
-    found = inference.paired_difference(before, after, CLUSTERS, resamples=400, seed=5)
-    resamples = naive_resamples(CLUSTERS, 400, 5)
+    found = inference.paired_difference(before, after, CLUSTERS, resamples=400)
+    resamples = naive_resamples(CLUSTERS, 400)
     compare(found, lambda rows: np.mean([after[i] - before[i] for i in rows]), resamples, 8)
     assert found.p == naive_p(before, after, CLUSTERS, lambda b, a: a.mean() - b.mean())
     student = stats.t(7)
@@ -88,30 +88,30 @@ def test_paired_difference_is_the_naive_loop(scores):
     assert found.mde == pytest.approx(half * (1 + student.ppf(0.8) / student.ppf(0.975)))
 
 
-def test_relative_change_is_the_naive_loop(scores):
+def test_reduction_is_the_naive_loop(scores):
     before, after = scores
-    found = inference.relative_change(before, after, CLUSTERS, resamples=400, seed=6)
+    found = inference.reduction(before, after, CLUSTERS, resamples=400)
 
     def percent(rows):
         rows = list(rows)
-        return 100 * (sum(after[rows]) / sum(before[rows]) - 1)
+        return 100 * (1 - sum(after[rows]) / sum(before[rows]))
 
-    compare(found, percent, naive_resamples(CLUSTERS, 400, 6), 8)
+    compare(found, percent, naive_resamples(CLUSTERS, 400), 8)
     assert found.p == naive_p(before, after, CLUSTERS, lambda b, a: a.mean() - b.mean())
 
 
 def test_perplexity_change_is_the_naive_loop(scores):
-    tokens = np.arange(20, 34)
+    tokens, texts = np.arange(20, 34), list(range(14))
     before, after = scores[0] * tokens, scores[1] * tokens
-    found = inference.perplexity_change(before, after, tokens, CLUSTERS, resamples=400, seed=7)
+    found = inference.perplexity_change(before, after, tokens, resamples=400)
 
     def percent(rows):
         rows = list(rows)
         perplexities = [math.exp(nll[rows].sum() / tokens[rows].sum()) for nll in (before, after)]
         return 100 * (perplexities[1] / perplexities[0] - 1)
 
-    compare(found, percent, naive_resamples(CLUSTERS, 400, 7), 8)
-    assert found.p == naive_p(before, after, CLUSTERS, lambda b, a: a.sum() - b.sum())
+    compare(found, percent, naive_resamples(texts, 400), 14)
+    assert found.p == naive_p(before, after, texts, lambda b, a: a.sum() - b.sum())
 
 
 def test_derived_statistic_is_the_naive_loop():
@@ -121,15 +121,15 @@ def test_derived_statistic_is_the_naive_loop():
     def change(b, a):
         return (icat(a.mean(0, keepdims=True)) - icat(b.mean(0, keepdims=True)))[0]
 
-    found = inference.paired_difference(before, after, CLUSTERS, icat, resamples=400, seed=8)
-    resamples = naive_resamples(CLUSTERS, 400, 8)
+    found = inference.paired_difference(before, after, CLUSTERS, icat, resamples=400)
+    resamples = naive_resamples(CLUSTERS, 400)
     compare(found, lambda rows: change(before[list(rows)], after[list(rows)]), resamples, 8)
     assert found.p == naive_p(before, after, CLUSTERS, change)
 
 
 def test_mean_interval_is_the_naive_loop(scores):
-    found = inference.mean_interval(scores[0], CLUSTERS, resamples=400, seed=9)
-    resamples = naive_resamples(CLUSTERS, 400, 9)
+    found = inference.mean_interval(scores[0], CLUSTERS, resamples=400)
+    resamples = naive_resamples(CLUSTERS, 400)
     compare(found, lambda rows: scores[0][list(rows)].mean(), resamples, 8)
 
 
@@ -137,22 +137,14 @@ def test_rank_agreement_is_the_naive_loop():
     rng = np.random.default_rng(2)
     x = rng.integers(0, 6, 14)  # ties
     y = 1000 + x + rng.normal(size=14)
-    found = inference.rank_agreement(x, y, CLUSTERS, resamples=400, seed=4)
-    resamples = naive_resamples(CLUSTERS, 400, 4)
+    found = inference.rank_agreement(x, y, CLUSTERS, resamples=400)
+    resamples = naive_resamples(CLUSTERS, 400)
 
     def naive(rows):
         ranks = [stats.rankdata(v[list(rows)]) for v in (x, y)]
         return np.corrcoef(*ranks)[0, 1]
 
     compare(found, naive, resamples, 8)
-
-
-def test_cluster_means_by_hand():
-    values = [[1, 10], [2, 20], [3, 60], [7, 0]]
-    assert inference.cluster_means(values, ["b", "a", "b", "b"]).tolist() == [
-        [2, 20],
-        [11 / 3, 70 / 3],
-    ]
 
 
 def test_independent_samples_are_resampled_apart():
@@ -216,7 +208,7 @@ def test_widened_quantiles_of_known_draws():
     def ranks(weights):
         return np.array([next(counter) for _ in weights], dtype=float)
 
-    found = inference.bootstrap(ranks, 8, resamples=10_000)
+    found = inference.bootstrap(ranks, [8], resamples=10_000)
     tail = stats.norm.cdf(-math.sqrt(8 / 7) * stats.t.ppf(0.975, 7))
     assert (found.low, found.high) == (math.ceil(10_000 * tail), math.ceil(10_000 * (1 - tail)))
     assert tail == pytest.approx(0.0057, abs=0.0001)
@@ -250,16 +242,16 @@ def test_perplexity_change_of_a_uniform_rise():
 @pytest.mark.parametrize("level", [0.2, 0.0])
 def test_identical_before_and_after_is_no_change(clusters, level):
     scores = level * np.random.default_rng(0).random(20)
-    tokens = np.full(20, 30)
     nothing = Difference(value=0, low=0, high=0, p=1, n=10 if clusters else 20, mde=0, moved=0)
     for found in (
         inference.paired_difference(scores, scores, clusters, resamples=200),
-        inference.relative_change(scores, scores, clusters, resamples=200),
         inference.reduction(scores, scores, clusters, resamples=200),
-        inference.perplexity_change(scores, scores, tokens, clusters, resamples=200),
     ):
         assert found == nothing
-        assert "-" not in json.dumps(found.as_dict())
+        assert "-" not in json.dumps(found._asdict())
+    found = inference.perplexity_change(scores, scores, np.full(20, 30), resamples=200)
+    assert found == nothing._replace(n=20)
+    assert "-" not in json.dumps(found._asdict())
 
 
 def test_exchanging_the_models_turns_the_sign(scores):
@@ -271,19 +263,11 @@ def test_exchanging_the_models_turns_the_sign(scores):
     assert back.high == pytest.approx(-forth.low, abs=0.02)
 
 
-def test_reduction_is_relative_change_turned(scores):
+def test_reduction_has_no_unit(scores):
     before, after = scores
-    change = inference.relative_change(before, after, CLUSTERS, resamples=300)
-    found = inference.reduction(before, after, CLUSTERS, resamples=300)
-    assert (found.value, found.low, found.high) == (-change.value, -change.high, -change.low)
-    assert (found.p, found.n, found.mde) == (change.p, change.n, change.mde)
-
-
-def test_relative_change_has_no_unit(scores):
-    before, after = scores
-    plain = inference.relative_change(before, after, resamples=300)
-    scaled = inference.relative_change(100 * before, 100 * after, resamples=300)
-    assert list(plain.as_dict().values()) == pytest.approx(list(scaled.as_dict().values()))
+    plain = inference.reduction(before, after, resamples=300)
+    scaled = inference.reduction(100 * before, 100 * after, resamples=300)
+    assert list(plain._asdict().values()) == pytest.approx(list(scaled._asdict().values()))
 
 
 def test_what_does_not_matter(scores):
@@ -299,7 +283,7 @@ def test_what_does_not_matter(scores):
         inference.paired_difference(before + 7, after + 7, CLUSTERS, resamples=300),
     ]
     for other in found[1:]:
-        assert list(other.as_dict().values()) == pytest.approx(list(found[0].as_dict().values()))
+        assert list(other._asdict().values()) == pytest.approx(list(found[0]._asdict().values()))
 
 
 def test_every_prompt_its_own_cluster_is_no_clusters(scores):
@@ -336,18 +320,9 @@ def test_blocks_bound_the_memory(monkeypatch):
         seen.append(len(weights))
         return weights[:, 0]
 
-    inference.bootstrap(statistic, 10, resamples=250)
-    inference.bootstrap(statistic, 10, width=400, resamples=5)
+    inference.bootstrap(statistic, [10], resamples=250)
+    inference.bootstrap(statistic, [10], width=400, resamples=5)
     assert seen == [100, 100, 50, 1, 2, 2, 1, 1]  # the value itself comes last, once per call
-
-
-def test_seed_decides(scores):
-    first, again, other = (
-        inference.paired_difference(*scores, resamples=300, seed=seed) for seed in (1, 1, 2)
-    )
-    assert first == again
-    assert (first.low, first.high) != (other.low, other.high)
-    assert first.value == other.value
 
 
 # --- controls and families -------------------------------------------------------------------
@@ -355,7 +330,7 @@ def test_seed_decides(scores):
 
 def test_rank_among_random_draws():
     found = inference.against_draws(3.0, [1.0, 3.0, 5.0, -1.0])
-    assert found.as_dict() == {"value": 3, "mean": 2, "low": -1, "high": 5, "p": 3 / 5, "n": 4}
+    assert found._asdict() == {"value": 3, "mean": 2, "low": -1, "high": 5, "p": 3 / 5, "n": 4}
     assert inference.against_draws(9.0, np.zeros(19)).p == 1 / 20
     assert inference.against_draws(0.0, np.zeros(19)).p == 1
 
@@ -424,9 +399,7 @@ def toxicity_experiment(rng):
         )
         for _ in range(2)
     )
-    return inference.relative_change(
-        before, after, resamples=RESAMPLES, seed=int(rng.integers(2**32))
-    )
+    return inference.reduction(before, after, resamples=RESAMPLES)
 
 
 def margin_experiment(rng):
@@ -437,9 +410,7 @@ def margin_experiment(rng):
     before, after = (
         item + rng.normal(0, 0.3, 30)[terms] + rng.normal(0, 0.3, len(terms)) for _ in range(2)
     )
-    return inference.paired_difference(
-        before, after, terms, resamples=RESAMPLES, seed=int(rng.integers(2**32))
-    )
+    return inference.paired_difference(before, after, terms, resamples=RESAMPLES)
 
 
 def perplexity_experiment(rng):
@@ -447,9 +418,7 @@ def perplexity_experiment(rng):
     tokens = rng.integers(20, 401, 60)
     nll = tokens * rng.gamma(40, 0.08, 60)
     before, after = (nll * np.exp(rng.normal(0, 0.02, 60)) for _ in range(2))
-    return inference.perplexity_change(
-        before, after, tokens, resamples=RESAMPLES, seed=int(rng.integers(2**32))
-    )
+    return inference.perplexity_change(before, after, tokens, resamples=RESAMPLES)
 
 
 def icat_experiment(rng):
@@ -464,19 +433,20 @@ def icat_experiment(rng):
         )
         for _ in range(2)
     )
-    return inference.paired_difference(
-        before, after, statistic=icat, resamples=RESAMPLES, seed=int(rng.integers(2**32))
-    )
+    return inference.paired_difference(before, after, statistic=icat, resamples=RESAMPLES)
 
 
 @pytest.mark.parametrize(
     "experiment",
     [toxicity_experiment, margin_experiment, perplexity_experiment, icat_experiment],
 )
-def test_calibrated_under_a_true_null(experiment):
+def test_calibrated_under_a_true_null(experiment, monkeypatch):
     """Of 3,000 null worlds 95 % intervals cover 93 to 97 %, and p-values reject 4 to 6 %."""
     rng = np.random.default_rng(2024)
-    found = [experiment(rng) for _ in range(EXPERIMENTS)]
+    found = []
+    for number in range(EXPERIMENTS):
+        monkeypatch.setattr(inference, "SEED", number)  # each resampled by a stream of its own
+        found.append(experiment(rng))
     assert 0.93 <= np.mean([f.low <= 0 <= f.high for f in found]) <= 0.97
     assert 0.04 <= np.mean([f.p <= 0.05 for f in found]) <= 0.06
 
@@ -510,23 +480,16 @@ def test_minimum_detectable_effect_is_found_four_times_in_five():
         (lambda: inference.paired_difference([], []), "at least 6"),
         (lambda: inference.rank_agreement([], []), "at least 6"),
         (lambda: inference.paired_difference([0] * 8, [1] * 9), "the same prompts"),
-        (lambda: inference.paired_difference([0] * 8, [1] * 8, ["a"] * 7), "7 keys for 8 prompts"),
         (lambda: inference.paired_difference([0] * 8, [1] * 7 + [np.nan]), "after: row 7"),
-        (lambda: inference.paired_difference(np.zeros((2, 2, 2)), [1] * 2), "before: expected"),
-        (lambda: inference.relative_change([0] * 8, [1] * 8), "the mean before is 0"),
-        (lambda: inference.relative_change([1] * 8, [-1] + [1] * 7), "negative"),
+        (lambda: inference.reduction([0] * 8, [1] * 8), "the mean before is 0"),
+        (lambda: inference.reduction([1] * 8, [-1] + [1] * 7), "negative"),
         (
-            lambda: inference.relative_change([1] + [0] * 7, [1] * 8, resamples=99),
+            lambda: inference.reduction([1] + [0] * 7, [1] * 8, resamples=99),
             "the interval is unbounded",
         ),
         (lambda: inference.perplexity_change([1] * 8, [1] * 8, [1] * 7 + [0]), "drop empty"),
-        (lambda: inference.perplexity_change([1] * 8, [1] * 8, [1] * 7), "nll, tokens"),
-        (lambda: inference.mean_interval([0] * 8, resamples=0), "resamples 0"),
+        (lambda: inference.perplexity_change([1] * 8, [1] * 8, [1] * 7), "nll_after, tokens"),
         (lambda: inference.rank_agreement([0] * 8, [0] * 7), "x, y"),
-        (lambda: inference.against_draws(1, [1]), "at least 2"),
-        (lambda: inference.against_draws(np.nan, [1, 2]), "value: nan"),
-        (lambda: inference.holm([0.5, np.nan]), "p_values"),
-        (lambda: inference.holm([1.5]), "p_values"),
     ],
 )
 def test_bad_input_is_one_line_with_the_remedy(call, message):
@@ -539,9 +502,9 @@ def test_a_sparse_baseline_may_rise_from_nothing_outside_the_interval():
     """Five toxic prompts of 60: resamples without any are rare enough for a finite interval."""
     before = np.zeros(60)
     before[:5] = 1
-    found = inference.relative_change(before, np.roll(before, 3), resamples=2000)
+    found = inference.reduction(before, np.roll(before, 3), resamples=2000)
     assert found.value == 0
-    assert np.isfinite(list(found.as_dict().values())).all()
+    assert np.isfinite(list(found._asdict().values())).all()
 
 
 def test_importing_loads_no_heavy_library():

@@ -225,7 +225,7 @@ def test_identical_models_differ_by_nothing() -> None:
     changes = completion_difference(both, both)
     assert changes.pop("improved")["value"] == 50
     changes |= pair_difference(items, items, [f"t{i % 8}" for i in range(60)])
-    changes["ppl_delta"] = perplexity.change(likely, likely, FEW).as_dict()
+    changes["ppl_delta"] = perplexity.change(likely, likely, FEW)._asdict()
     for difference in changes.values():
         assert difference["value"] == difference["low"] == difference["high"] == 0
         assert difference["p"] == 1

@@ -19,7 +19,6 @@ from sparc3.measure.instrument import (
     How,
     Instrument,
     Measured,
-    Progress,
     Reading,
     Sample,
     Value,
@@ -31,16 +30,10 @@ from sparc3.measure.instruments import INSTRUMENTS, completions, perplexity
 CONTROL = "random-layer-matched"
 
 
-def read(
-    model: Any,
-    circuits: Sequence[Circuit],
-    sample: Sample,
-    how: How,
-    progress: Progress | None = None,
-) -> list[Reading]:
+def read(model: Any, circuits: Sequence[Circuit], sample: Sample, how: How) -> list[Reading]:
     """Mean number of tokens of every prompt's completions."""
     readings = []
-    for rows in completions.write(model, circuits, sample, how, progress):
+    for rows in completions.write(model, circuits, sample, how):
         lengths = np.array([row["length"] for row in rows], float)
         mean = lengths.reshape(len(sample.ids), -1).mean(1)
         columns = {"length": mean}

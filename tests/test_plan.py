@@ -130,7 +130,8 @@ def test_operations_of_attribution(family: str, names: list[str], target: Target
 def test_operations_of_likelihood(family: str) -> None:
     model = tiny.model(family)
     lengths = [9, 9, 9]
-    found = counted(lambda: likelihood.token_nll(model, [INTACT], tiny.sequences(lengths)))
+    texts = tiny.sequences(lengths)
+    found = counted(lambda: likelihood.token_nll(model, [INTACT], texts, list("abc")))
     expected = cost.likelihood(cost.shape(model.config), 1, lengths, batch_tokens=1024)
     assert found == pytest.approx(expected.operations, rel=0.003)
 

@@ -9,7 +9,6 @@ and without another may also share a batch.
 
 import hashlib
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +21,8 @@ from transformers.cache_utils import DynamicLayer
 from sparc3.base.errors import InputError
 from sparc3.circuits.ablate import pruned_rows
 from sparc3.circuits.circuit import Circuit
-from sparc3.measure.likelihood import Progress, Tokens
+from sparc3.measure.instrument import Progress
+from sparc3.measure.likelihood import Tokens
 from sparc3.model import families, loading
 
 NUCLEUS = 256  # so many entries are searched for the nucleus first,
@@ -62,30 +62,31 @@ def complete(
     circuits. `batch` completions run together, of whatever circuits: more are faster and take
     more memory. `progress` is told how many more prompts of circuits are finished.
     Raises InputError for an empty prompt, for a prompt that leaves no room for `new_tokens` in
-    the model's context, for settings out of range, and for logits that are not finite.
+    the model's context, and for logits that are not finite.
     """
-    _check(prompts, keys, families.context(model.config.to_dict()), sampling, batch)
+    limit = families.context(model.config.to_dict()) - sampling.new_tokens
+    for key, prompt in zip(keys, prompts, strict=True):
+        if not 1 <= len(prompt) <= limit:
+            problem = f"has {len(prompt)} tokens, expected 1 to {limit}: the model's context"
+            raise InputError(f"prompt {key} {problem} less new_tokens; cut it, or lower new_tokens")
     ends = model.generation_config.eos_token_id if model.generation_config else None
     stops = set(ends if isinstance(ends, list) else [ends])
-    drawn = [
-        [
-            [
-                _Completion(place, index, key, prompt, _stream(sampling.seed, key, n))
-                for n in range(sampling.completions)
-            ]
-            for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
-        ]
+    count = sampling.completions
+    every = [
+        _Completion(place, key, prompt, _stream(sampling.seed, key, number))
         for place in range(len(circuits))
+        for prompt, key in zip(prompts, keys, strict=True)
+        for number in range(count)
     ]
-    every = [each for table in drawn for row in table for each in row]
     done = 0
     with pruned_rows(model, circuits) as tell:
         for group in _batches(every, batch, sampling.new_tokens):
             _extend(model, tell, group, sampling, stops)
             if progress:
                 before, done = done, done + len(group)
-                progress(done // sampling.completions - before // sampling.completions)
-    return [[[each.tokens for each in row] for row in table] for table in drawn]
+                progress(done // count - before // count)
+    tokens = iter([each.tokens for each in every])
+    return [[[next(tokens) for _ in range(count)] for _ in prompts] for _ in circuits]
 
 
 def quality(tokens: Tokens) -> dict[str, Any]:
@@ -115,8 +116,7 @@ def quality(tokens: Tokens) -> dict[str, Any]:
 @dataclass
 class _Completion:
     circuit: int  # its place
-    index: int  # of its prompt
-    key: str  # likewise
+    key: str  # of its prompt
     prompt: Tokens
     stream: int  # 64 bits, signed
     tokens: list[int] = field(default_factory=list)
@@ -126,10 +126,6 @@ class _Completion:
         if token not in stops:
             self.tokens.append(token)
         self.finished = token in stops or len(self.tokens) == new_tokens
-
-    def unread(self, position: int) -> int:
-        """The prompt's token at `position`, or where the prompt is read any token, to be drawn."""
-        return self.prompt[position] if position < len(self.prompt) else 0
 
 
 class _Room(DynamicLayer):
@@ -201,7 +197,7 @@ def _extend(
         ids = torch.tensor(tokens, device=device)
         return body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
-    by_prompt = itertools.groupby(group, key=lambda each: (each.circuit, each.index))
+    by_prompt = itertools.groupby(group, key=lambda each: (each.circuit, each.key))
     rows = [list(row) for _, row in by_prompt]
     states = read(rows, [list(row[0].prompt[:position]) for row in rows])
     while True:
@@ -215,7 +211,8 @@ def _extend(
             states = states[places]
             cache.batch_select_indices(places)
         firsts = [row[0] for row in rows]
-        tokens = [each.unread(position) for each in firsts]
+        # Of the prompt; where that is read any token, to be drawn.
+        tokens = [each.prompt[position] if position < len(each.prompt) else 0 for each in firsts]
         due = [
             place
             for place, each in enumerate(firsts)
@@ -301,28 +298,3 @@ def _shift(bits: Tensor, by: int) -> Tensor:
 def _stream(seed: int, key: str, number: int) -> int:
     digest = hashlib.blake2b(f"{seed} {number} {key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _check(
-    prompts: Sequence[Tokens], keys: Sequence[str], limit: float, sampling: Sampling, batch: int
-) -> None:
-    for name, value in (
-        ("completions", sampling.completions),
-        ("new_tokens", sampling.new_tokens),
-        ("batch", batch),
-    ):
-        if value < 1:
-            raise InputError(f"{name}: {value} given, expected at least 1")
-    if not 0 < sampling.temperature < math.inf:
-        raise InputError(f"temperature: {sampling.temperature} given, expected more than 0")
-    if not 0 < sampling.top_p <= 1:
-        raise InputError(f"top_p: {sampling.top_p} given, expected more than 0 and at most 1")
-    for key, prompt in zip(keys, prompts, strict=True):
-        if not prompt:
-            raise InputError(f"prompt {key} is empty; expected at least one token")
-        if len(prompt) + sampling.new_tokens > limit:
-            raise InputError(
-                f"prompt {key} has {len(prompt)} tokens and new_tokens is {sampling.new_tokens}: "
-                f"together more than the model's context of {limit}; cut the prompt or lower "
-                "new_tokens"
-            )

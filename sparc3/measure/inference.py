@@ -6,7 +6,7 @@ independent, so whole clusters are resampled and whole clusters are swapped.
 
 Estimand: the mean over prompts. A cluster of 30 prompts weighs 30 times a cluster of one, in the
 value and in every resample. For a mean over clusters (SS, LMS and ICAT average per target term
-first) reduce with `cluster_means` and pass the result without clusters.
+first) average within each first and pass the result without clusters.
 
 Interval: percentile bootstrap, widened for small samples (the expanded percentile interval of
 Hesterberg 2015, "What Teachers Should Know About the Bootstrap", The American Statistician 69(4)):
@@ -33,44 +33,29 @@ cluster's difference. Exact for exchangeable pairs at any sample size.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
 from sparc3.base.errors import InputError
 
 Array = npt.NDArray[np.float64]
+Clusters = Sequence[str] | Sequence[int] | npt.NDArray  # the grouping key of every row
+Statistic = Callable[[Array], Array]  # (resample, column) means -> (resample,) values
+Contrast = Callable[[Array, Array], Array]  # means before, means after -> (resample,) values
 
-
-# The grouping key of every row.
-Clusters = Sequence[str] | Sequence[int] | npt.NDArray
-
-
-# (resample, column) means -> (resample,) values
-Statistic = Callable[[Array], Array]
-
-
-# (resample, column) means before, the same after -> (resample,) values
-Contrast = Callable[[Array, Array], Array]
-
-
-# The smallest number of clusters whose sign flips can reach p < 0.05: 2 / 2**6 = 0.03.
-MIN_CLUSTERS = 6
-
-
-# Up to here all 2**k swaps are enumerated; beyond, they are sampled.
-MAX_ENUMERATED = 16
+MIN_CLUSTERS = 6  # the fewest whose sign flips can reach p < 0.05: 2 / 2**6 = 0.03
+MAX_ENUMERATED = 16  # up to here all 2**k swaps are enumerated; beyond, they are sampled
 LEVEL = 0.95  # of every interval
 POWER = 0.8
+RESAMPLES = 10_000
+SEED = 0  # of every resampling
+BLOCK = 2**20  # floats per block of resamples (8 MB), whatever the number of clusters
 
 
-# Floats per block of resamples (8 MB), whatever the number of clusters.
-BLOCK = 2**20
-
-
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A value with its confidence interval; `n` counts the clusters behind it."""
 
     value: float
@@ -78,12 +63,8 @@ class Estimate:
     high: float
     n: int
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
-
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """What changed between two models measured on the same prompts.
 
     `p` is two-sided. `n` counts clusters. `mde` is the minimum detectable effect, in the units of
@@ -100,12 +81,8 @@ class Difference:
     mde: float
     moved: int
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
-
-@dataclass(frozen=True)
-class Control:
+class Control(NamedTuple):
     """An effect among `n` draws of a random control: their mean and range, and its rank p."""
 
     value: float
@@ -115,57 +92,43 @@ class Control:
     p: float
     n: int
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
-
 
 # --- input -----------------------------------------------------------------------------------
 
 
-def _table(values: npt.ArrayLike, name: str) -> Array:
-    """(row,) or (row, column) numbers as a float64 table; refuses anything not finite."""
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim == 1:
-        table = table[:, None]
-    if table.ndim != 2:
+def _tables(**given: npt.ArrayLike) -> list[Array]:
+    """Float64 tables (row, column) of one shape; refuses what is not finite."""
+    tables = []
+    for name, values in given.items():
+        table = np.asarray(values, dtype=np.float64)
+        table = table[:, None] if table.ndim == 1 else table
+        bad = ~np.isfinite(table).all(axis=1)
+        if bad.any():
+            raise InputError(
+                f"{name}: row {bad.argmax()} is not finite; score every prompt before comparing"
+            )
+        tables.append(table)
+    shapes = [table.shape for table in tables]
+    if len(set(shapes)) > 1:
         raise InputError(
-            f"{name}: expected shape (prompt,) or (prompt, column), got {table.shape}; "
-            "pass one row per prompt"
+            f"{', '.join(given)}: shapes {shapes}; pass the same prompts in the same order"
         )
-    if not np.isfinite(table).all():
-        row = int(np.flatnonzero(~np.isfinite(table).all(axis=1))[0])
-        raise InputError(f"{name}: row {row} is not finite; score every prompt before comparing")
-    return table
-
-
-def _same_rows(first: Array, second: Array, names: str) -> None:
-    if first.shape != second.shape:
-        raise InputError(
-            f"{names}: shapes {first.shape} and {second.shape} differ; "
-            "pass the same prompts in the same order"
-        )
+    return tables
 
 
 def _codes(clusters: Clusters | None, rows: int) -> npt.NDArray[np.intp]:
     """Cluster number of every row, clusters sorted; without clusters every row is its own."""
     if clusters is None:
         return np.arange(rows)
-    if len(clusters) != rows:
-        raise InputError(f"clusters: {len(clusters)} keys for {rows} prompts; pass one per prompt")
     return np.unique(np.asarray(clusters), return_inverse=True)[1]
 
 
-def _sums(table: Array, codes: npt.NDArray[np.intp]) -> Array:
-    """Sums per cluster: (row, column) -> (cluster, column)."""
+def cluster_sums(table: Array, clusters: Clusters | None) -> Array:
+    """Sums per cluster, (row, column) -> (cluster, column), clusters in sorted order."""
+    codes = _codes(clusters, len(table))
     sums = np.zeros((int(codes.max(initial=-1)) + 1, table.shape[1]))
     np.add.at(sums, codes, table)
     return sums
-
-
-def cluster_sums(values: npt.ArrayLike, clusters: Clusters) -> Array:
-    """Sums per cluster, (row, column) -> (cluster, column), clusters in sorted order."""
-    table = _table(values, "values")
-    return _sums(table, _codes(clusters, len(table)))
 
 
 def _totals(weights: Array, sums: Array) -> Array:
@@ -177,29 +140,12 @@ def _totals(weights: Array, sums: Array) -> Array:
     return np.einsum("ru,cu->rc", weights, np.ascontiguousarray(sums.T))
 
 
-def cluster_means(values: npt.ArrayLike, clusters: Clusters) -> Array:
-    """Means per cluster, (row, column) -> (cluster, column), clusters in sorted order.
-
-    The first step of every statistic that averages per target term before it averages over terms.
-    """
-    table = _table(values, "values")
-    codes = _codes(clusters, len(table))
-    return _sums(table, codes) / np.bincount(codes)[:, None]
-
-
 # --- bootstrap -------------------------------------------------------------------------------
 
 
-def _student_quantile(probability: float, degrees: int) -> float:
-    from scipy import special  # here, for stages that only read metrics start without it
-
-    return float(special.stdtrit(degrees, probability))
-
-
-def _resample_counts(
-    sizes: Sequence[int], resamples: int, width: int, rng: np.random.Generator
-) -> Iterator[Array]:
+def _resample_counts(sizes: Sequence[int], resamples: int, width: int) -> Iterator[Array]:
     """How often each unit is drawn: blocks (resample, sum of sizes), each sample on its own."""
+    rng = np.random.default_rng(SEED)
     rows = max(1, BLOCK // max(width, sum(sizes)))
     for start in range(0, resamples, rows):
         block = min(rows, resamples - start)
@@ -212,11 +158,9 @@ def _resample_counts(
 
 def bootstrap(
     statistic: Callable[[Array], Array],
-    sizes: int | Sequence[int],
-    *,
+    sizes: Sequence[int],
+    resamples: int = RESAMPLES,
     width: int = 0,
-    resamples: int = 10_000,
-    seed: int = 0,
 ) -> Estimate:
     """Value and interval of any statistic of weighted units.
 
@@ -233,19 +177,15 @@ def bootstrap(
     Raises InputError with fewer than 6 units in a sample, and where so many resamples leave the
     statistic infinite that an end of the interval is.
     """
-    sizes = [sizes] if isinstance(sizes, int) else list(sizes)
     n = min(sizes)
     if n < MIN_CLUSTERS:
         raise InputError(
             f"{n} prompts or groups of prompts are too few for an interval, at least "
             f"{MIN_CLUSTERS} are needed; raise the set's count or the share of this split"
         )
-    if resamples < 1:
-        raise InputError(f"resamples {resamples}: expected at least 1, and 10000 is usual")
-    rng = np.random.default_rng(seed)
-    blocks = _resample_counts(sizes, resamples, width, rng)
+    blocks = _resample_counts(sizes, resamples, width)
     drawn = np.concatenate([statistic(weights) for weights in blocks])
-    reach = math.sqrt(n / (n - 1)) * _student_quantile((1 + LEVEL) / 2, n - 1)
+    reach = math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + LEVEL) / 2)
     tail = math.erfc(reach / math.sqrt(2)) / 2
     # Order statistics, not interpolated: infinite draws outside the interval do no harm.
     low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")
@@ -264,36 +204,28 @@ def first_column(means: Array) -> Array:
 
 
 def mean_interval(
-    values: npt.ArrayLike,
-    clusters: Clusters | None = None,
-    statistic: Statistic = first_column,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
+    values: npt.ArrayLike, clusters: Clusters | None = None, resamples: int = RESAMPLES
 ) -> Estimate:
-    """Interval of a mean over prompts, or of a statistic of several such means, for one model.
-
-    `values`: (prompt,) or (prompt, column). `statistic` maps means (resample, column) to values
-    (resample,): ICAT of the columns SS and LMS, for instance.
-    """
-    table = _table(values, "values")
-    sums = _sums(np.column_stack([table, np.ones(len(table))]), _codes(clusters, len(table)))
+    """Interval of the mean of values (prompt,) for one model."""
+    (table,) = _tables(values=values)
+    sums = cluster_sums(np.column_stack([table, np.ones(len(table))]), clusters)
 
     def of_weights(weights: Array) -> Array:
         totals = _totals(weights, sums)
-        return statistic(totals[:, :-1] / totals[:, -1:])
+        return totals[:, 0] / totals[:, 1]
 
-    return bootstrap(of_weights, len(sums), resamples=resamples, seed=seed)
+    return bootstrap(of_weights, [len(sums)], resamples)
 
 
 # --- paired comparisons ----------------------------------------------------------------------
 
 
-def _swaps(count: int, draws: int, rng: np.random.Generator) -> Iterator[Array]:
+def _swaps(count: int, draws: int) -> Iterator[Array]:
     """Which clusters are swapped, (draw, cluster) of 0 and 1, in blocks.
 
     Few clusters: every pattern once, the last cluster held (swapping all changes no |effect|).
     """
+    rng = np.random.default_rng([SEED, count])
     total = 2 ** (count - 1) if count <= MAX_ENUMERATED else draws
     rows = max(1, BLOCK // count)
     for start in range(0, total, rows):
@@ -304,9 +236,7 @@ def _swaps(count: int, draws: int, rng: np.random.Generator) -> Iterator[Array]:
             yield rng.integers(0, 2, (stop - start, count), dtype=np.int8).astype(np.float64)
 
 
-def _swap_p(
-    before: Array, after: Array, size: Array, effect: Contrast, draws: int, seed: int
-) -> float:
+def _swap_p(before: Array, after: Array, size: Array, effect: Contrast, draws: int) -> float:
     """Two-sided p of `effect` under swapping before and after of whole clusters.
 
     `before`, `after`: sums (cluster, column); `size`: prompts per cluster. `effect` must change
@@ -324,8 +254,7 @@ def _swap_p(
 
     count = len(change)
     observed = at(np.zeros((1, count)))[0]
-    rng = np.random.default_rng([seed, count])
-    effects = np.concatenate([at(swapped) for swapped in _swaps(count, draws, rng)])
+    effects = np.concatenate([at(swapped) for swapped in _swaps(count, draws)])
     # Ties count as extreme; the tolerance keeps rounding from breaking them.
     extreme = effects >= observed - 1e-9 * max(observed, effects.max())
     if count <= MAX_ENUMERATED:
@@ -340,28 +269,25 @@ def _paired(
     value: Contrast,
     effect: Contrast,
     resamples: int,
-    seed: int,
 ) -> Difference:
     """`value` with its interval, `effect` tested by swaps; columns as in `paired_difference`."""
-    _same_rows(before, after, "before, after")
-    codes = _codes(clusters, len(before))
-    b, a = _sums(before, codes), _sums(after, codes)
-    size = _sums(np.ones((len(before), 1)), codes)
+    b, a = cluster_sums(before, clusters), cluster_sums(after, clusters)
+    size = cluster_sums(np.ones((len(before), 1)), clusters)
 
     def of_weights(weights: Array) -> Array:
         drawn = _totals(weights, size)
         return value(_totals(weights, b) / drawn, _totals(weights, a) / drawn)
 
-    found = bootstrap(of_weights, len(size), resamples=resamples, seed=seed)
+    interval = bootstrap(of_weights, [len(size)], resamples)
     # Half the interval is t * standard error; power adds its own quantile to t.
-    t_level, t_power = (_student_quantile(q, found.n - 1) for q in ((1 + LEVEL) / 2, POWER))
+    t_level, t_power = stdtrit(interval.n - 1, [(1 + LEVEL) / 2, POWER]).tolist()
     return Difference(
-        value=found.value,
-        low=found.low,
-        high=found.high,
-        p=_swap_p(b, a, size, effect, resamples, seed),
-        n=found.n,
-        mde=(found.high - found.low) / 2 * (1 + t_power / t_level),
+        value=interval.value,
+        low=interval.low,
+        high=interval.high,
+        p=_swap_p(b, a, size, effect, resamples),
+        n=interval.n,
+        mde=(interval.high - interval.low) / 2 * (1 + t_power / t_level),
         moved=int((b != a).any(axis=1).sum()),
     )
 
@@ -371,9 +297,7 @@ def paired_difference(
     after: npt.ArrayLike,
     clusters: Clusters | None = None,
     statistic: Statistic = first_column,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Difference:
     """`statistic` after minus before, each of means over the same prompts.
 
@@ -385,33 +309,31 @@ def paired_difference(
     Raises InputError for shapes that differ, values not finite, or fewer than 6 clusters.
     """
 
-    def change(b: Array, a: Array) -> Array:
-        return statistic(a) - statistic(b)
+    def change(before: Array, after: Array) -> Array:
+        return statistic(after) - statistic(before)
 
-    tables = _table(before, "before"), _table(after, "after")
-    return _paired(*tables, clusters, change, change, resamples, seed)
-
-
-def _difference_of_means(before: Array, after: Array) -> Array:
-    return after[:, 0] - before[:, 0]
+    b, a = _tables(before=before, after=after)
+    return _paired(b, a, clusters, change, change, resamples)
 
 
-def _percent_change(before: Array, after: Array) -> Array:
-    """100 (after - before) / before of the first column; from 0 it is 0 (to 0) or infinite."""
-    change = after[:, 0] - before[:, 0]
-    from_zero = np.where(change == 0, 0.0, np.inf)
-    return 100 * np.divide(change, before[:, 0], out=from_zero, where=before[:, 0] > 0)
+def _fall(before: Array, after: Array) -> Array:
+    return before[:, 0] - after[:, 0]
 
 
-def relative_change(
+def _percent_fall(before: Array, after: Array) -> Array:
+    """100 (before - after) / before of the first column; from 0 it is 0 (to 0) or -infinite."""
+    fall = _fall(before, after)
+    from_zero = np.where(fall == 0, 0.0, -np.inf)
+    return 100 * np.divide(fall, before[:, 0], out=from_zero, where=before[:, 0] > 0)
+
+
+def reduction(
     before: npt.ArrayLike,
     after: npt.ArrayLike,
     clusters: Clusters | None = None,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Difference:
-    """100 (mean after - mean before) / mean before, in percent of the mean before.
+    """100 (mean before - mean after) / mean before: a positive number is less of the behaviour.
 
     `before`, `after`: (prompt,) scores of at least 0. Both means are taken anew in every
     resample; p tests the difference of the means. From 0 to 0 is a change of 0.
@@ -419,42 +341,19 @@ def relative_change(
     Raises InputError as `paired_difference`, for negative scores, for a baseline of 0 that rises,
     and for a baseline so sparse that the interval is unbounded.
     """
-    b, a = _table(before, "before"), _table(after, "after")
+    b, a = _tables(before=before, after=after)
     if min(b.min(initial=0), a.min(initial=0)) < 0:
-        raise InputError(
-            "relative change: scores must be at least 0, found a negative one; "
-            "report the difference instead"
-        )
+        raise InputError("reduction: a score is negative; report the difference instead")
     if not b.any() and a.any():
-        raise InputError(
-            "relative change: the mean before is 0, expected a positive baseline; "
-            "report the difference instead"
-        )
-    return _paired(b, a, clusters, _percent_change, _difference_of_means, resamples, seed)
-
-
-def reduction(
-    before: npt.ArrayLike,
-    after: npt.ArrayLike,
-    clusters: Clusters | None = None,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Difference:
-    """`relative_change` with the sign turned: a positive number is less of the behaviour."""
-    change = relative_change(before, after, clusters, resamples=resamples, seed=seed)
-    # 0 - x, so that no change is 0 and not -0.
-    return replace(change, value=0 - change.value, low=0 - change.high, high=0 - change.low)
+        raise InputError("reduction: the mean before is 0; report the difference instead")
+    return _paired(b, a, clusters, _percent_fall, _fall, resamples)
 
 
 def perplexity_change(
     nll_before: npt.ArrayLike,
     nll_after: npt.ArrayLike,
     tokens: npt.ArrayLike,
-    clusters: Clusters | None = None,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Difference:
     """Change of perplexity exp(sum of nll / sum of tokens), in percent of the value before.
 
@@ -462,18 +361,15 @@ def perplexity_change(
     tokens, in nats; `tokens`: (text,) how many those are. Texts are resampled with their tokens;
     p tests the difference of the summed nll.
     """
-    count = _table(tokens, "tokens")
+    b, a, count = _tables(nll_before=nll_before, nll_after=nll_after, tokens=tokens)
     if (count <= 0).any():
         raise InputError("tokens: every text needs at least one predicted token; drop empty texts")
-    tables = _table(nll_before, "nll_before"), _table(nll_after, "nll_after")
-    for table in tables:
-        _same_rows(table, count, "nll, tokens")
-    before, after = (np.column_stack([table, count]) for table in tables)
 
-    def percent(b: Array, a: Array) -> Array:
-        return 100 * np.expm1((a[:, 0] - b[:, 0]) / b[:, 1])
+    def percent(before: Array, after: Array) -> Array:
+        return 100 * np.expm1((after[:, 0] - before[:, 0]) / before[:, 1])
 
-    return _paired(before, after, clusters, percent, _difference_of_means, resamples, seed)
+    before, after = np.column_stack([b, count]), np.column_stack([a, count])
+    return _paired(before, after, None, percent, _fall, resamples)
 
 
 # --- controls and families -------------------------------------------------------------------
@@ -486,11 +382,7 @@ def against_draws(value: float, draws: npt.ArrayLike) -> Control:
     b of m draws being at least `value`: m draws cannot show less than 1 / (m + 1), so p < 0.05
     takes 20 of them.
     """
-    effects = _table(draws, "draws")[:, 0]
-    if len(effects) < 2:
-        raise InputError(f"draws: {len(effects)} of the control, expected at least 2; raise draws")
-    if not np.isfinite(value):
-        raise InputError(f"value: {value} cannot be compared with draws; score it first")
+    effects = np.asarray(draws, dtype=np.float64)
     rank = int((effects >= value).sum()) + 1
     return Control(
         value=float(value),
@@ -505,8 +397,6 @@ def against_draws(value: float, draws: npt.ArrayLike) -> Control:
 def holm(p_values: Sequence[float] | Array) -> list[float]:
     """Holm's (1979) adjusted p-values, in the order given: they keep the family-wise error."""
     p = np.asarray(p_values, dtype=np.float64)
-    if not ((p >= 0) & (p <= 1)).all():
-        raise InputError("p_values: expected numbers from 0 to 1; leave out what was not tested")
     order = np.argsort(p, kind="stable")
     scaled = p[order] * np.arange(len(p), 0, -1)
     adjusted = np.empty_like(p)
@@ -519,47 +409,23 @@ def mde_of_family(mde: float, n: int, tests: int) -> float:
 
     Holm's first step asks for (1 - LEVEL) / tests of the smallest p; `n` counts clusters.
     """
-    power = _student_quantile(POWER, n - 1)
-    alone, strict = (
-        _student_quantile(1 - (1 - LEVEL) / (2 * count), n - 1) for count in (1, max(tests, 1))
-    )
+    levels = [1 - (1 - LEVEL) / (2 * count) for count in (1, tests)]
+    alone, strict, power = stdtrit(n - 1, [*levels, POWER]).tolist()
     return mde * (strict + power) / (alone + power)
 
 
 # --- correlations ----------------------------------------------------------------------------
 
 
-def _standardised(values: npt.ArrayLike, name: str) -> Array:
-    """(row,) with mean 0 and variance 1, against cancellation in sums of squares; constant: 0."""
-    column = _table(values, name)[:, 0]
-    if len(column) == 0 or np.ptp(column) == 0:
-        return np.zeros(len(column))
-    return (column - column.mean()) / column.std()
-
-
-def _pearson(totals: Array) -> Array:
-    """Weighted sums (resample, 6) of 1, x, y, xx, yy and xy to correlations; 0 for a constant."""
-    weight, x, y, xx, yy, xy = totals.T
-    x, y = x / weight, y / weight
-    spread = np.maximum(xx / weight - x * x, 0) * np.maximum(yy / weight - y * y, 0)
-    covariance = xy / weight - x * y
-    # Rows are standardised, so a product of variances at rounding level means a constant.
-    constant = spread < 1e-20
-    return np.where(
-        constant, 0.0, np.clip(covariance / np.sqrt(np.where(constant, 1, spread)), -1, 1)
-    )
-
-
 def _weighted_ranks(values: Array) -> Callable[[Array], Array]:
     """Function of weights (resample, row): mid-ranks (resample, row), rows repeated by weight."""
-    order = np.argsort(values, kind="stable")
-    _, starts, group = np.unique(values[order], return_index=True, return_inverse=True)
-    position = np.empty(len(values), dtype=np.intp)
-    position[order] = group
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    order = np.argsort(group, kind="stable")
+    starts = np.cumsum(sizes) - sizes
 
     def ranks(weights: Array) -> Array:
         tied = np.add.reduceat(weights[:, order], starts, axis=1)
-        return (np.cumsum(tied, axis=1) - tied / 2)[:, position]
+        return (np.cumsum(tied, axis=1) - tied / 2)[:, group]
 
     return ranks
 
@@ -568,29 +434,27 @@ def rank_agreement(
     x: npt.ArrayLike,
     y: npt.ArrayLike,
     clusters: Clusters | None = None,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Estimate:
     """Spearman correlation of two scorers over the same prompts, ties at their mid-rank.
 
-    `x`, `y`: (prompt,). Every resample is ranked anew. A scorer that is constant gives value 0 in
-    [-1, 1].
+    `x`, `y`: (prompt,). Every resample is ranked anew; one in which a scorer is constant counts as
+    0. A scorer that is constant gives value 0 in [-1, 1].
     """
-    a, b = _standardised(x, "x"), _standardised(y, "y")
-    _same_rows(a, b, "x, y")
+    a, b = (table[:, 0] for table in _tables(x=x, y=y))
     codes = _codes(clusters, len(a))
     ranks_a, ranks_b = _weighted_ranks(a), _weighted_ranks(b)
 
     def spearman(weights: Array) -> Array:
         rows = weights[:, codes]
-        total = rows.sum(axis=1, keepdims=True)
-        # Weighted mid-ranks have mean total / 2; divided by total they lie in (-1/2, 1/2).
-        u, v = ranks_a(rows) / total - 0.5, ranks_b(rows) / total - 0.5
-        wu, wv = rows * u, rows * v
-        parts = (rows, wu, wv, wu * u, wv * v, wu * v)
-        return _pearson(np.stack([part.sum(axis=1) for part in parts], axis=-1))
+        total = rows.sum(axis=1)
+        # Weighted mid-ranks have mean total / 2: u and v have mean 0, and are 0 for a constant.
+        u, v = (ranks(rows) / total[:, None] - 0.5 for ranks in (ranks_a, ranks_b))
+        uu, vv, uv = ((rows * s * t).sum(axis=1) / total for s, t in ((u, u), (v, v), (u, v)))
+        spread = np.sqrt(uu * vv)
+        return np.clip(np.divide(uv, spread, out=np.zeros_like(uv), where=spread > 0), -1, 1)
 
     n = int(codes.max(initial=-1)) + 1
-    found = bootstrap(spearman, n, width=len(a), resamples=resamples, seed=seed)
-    return found if a.any() and b.any() else Estimate(0.0, -1.0, 1.0, found.n)
+    agreement = bootstrap(spearman, [n], resamples, width=len(a))
+    constant = min(np.ptp(a), np.ptp(b)) == 0
+    return Estimate(0.0, -1.0, 1.0, n) if constant else agreement

@@ -71,6 +71,7 @@ class How(NamedTuple):
     batch_tokens: int
     tokenizer: "PreTrainedTokenizerBase"
     scorers: Mapping[str, Scorer] = {}
+    progress: Progress | None = None
 
 
 class Value(NamedTuple):
@@ -101,7 +102,7 @@ class Instrument(NamedTuple):
     """One way to measure a model.
 
     encode: rows of a prompt set and a tokenizer -> the sample.
-    read: a model, circuits, a sample, how, progress -> a reading without each circuit, in order.
+    read: a model, circuits, a sample, how -> a reading without each circuit, in order.
     values: what is reported. The one called `reduction`, in percent, has the verdict.
     objectives: by name; the first is what a sweep maximises, all are ranked among controls.
     axis: title of the first objective.
@@ -113,9 +114,7 @@ class Instrument(NamedTuple):
     """
 
     encode: Callable[[Sequence[Mapping[str, Any]], "PreTrainedTokenizerBase"], Sample]
-    read: Callable[
-        ["PreTrainedModel", Sequence[Circuit], Sample, How, Progress | None], list[Reading]
-    ]
+    read: Callable[["PreTrainedModel", Sequence[Circuit], Sample, How], list[Reading]]
     values: tuple[Value, ...]
     objectives: Mapping[str, Objective]
     axis: str = ""
@@ -149,7 +148,7 @@ def paired(
                 return None
             old, new = old[whole], new[whole]
             groups = None if groups is None else [groups[i] for i in whole.tolist()]
-        return inference.paired_difference(old, new, groups, statistic, resamples=resamples)
+        return inference.paired_difference(old, new, groups, statistic, resamples)
 
     return change
 
@@ -158,12 +157,8 @@ def reduced(column: str) -> Callable[[Measured, Measured, int], Difference]:
     """Fall of the mean of a column, in percent of before."""
 
     def change(before: Measured, after: Measured, resamples: int) -> Difference:
-        return inference.reduction(
-            before.reading.columns[column],
-            after.reading.columns[column],
-            before.reading.groups,
-            resamples=resamples,
-        )
+        old, new = (each.reading.columns[column] for each in (before, after))
+        return inference.reduction(old, new, before.reading.groups, resamples)
 
     return change
 
@@ -174,7 +169,7 @@ def share_fallen(column: str) -> Callable[[Measured, Measured, int], Estimate]:
     def change(before: Measured, after: Measured, resamples: int) -> Estimate:
         old, new = (each.reading.columns[column] for each in (before, after))
         fell = 50.0 * (1 + np.sign(old - new))
-        return inference.mean_interval(fell, before.reading.groups, resamples=resamples)
+        return inference.mean_interval(fell, before.reading.groups, resamples)
 
     return change
 
@@ -184,7 +179,7 @@ def differences(
 ) -> Differences:
     """Every value that there are units for, by name."""
     changes = {value.name: value.change(before, after, resamples) for value in values}
-    return {name: change.as_dict() for name, change in changes.items() if change is not None}
+    return {name: change._asdict() for name, change in changes.items() if change is not None}
 
 
 def mean_reading(readings: Sequence[Reading]) -> Reading:

@@ -3,24 +3,24 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array
 from sparc3.circuits.ablate import without_each
 from sparc3.circuits.circuit import Circuit
+from sparc3.measure.instrument import Progress
 from sparc3.model import families, loading
 from sparc3.model.families import context
 
 Tokens = Sequence[int]
-Progress = Callable[[int], object]  # called with the number of items just finished
 PADDING = 0.1  # largest share of padding in a batch
 CHUNK = 256  # positions whose logits exist at the same time
 
@@ -28,29 +28,27 @@ CHUNK = 256  # positions whose logits exist at the same time
 class Window(NamedTuple):
     """How long texts are read: `length` tokens at a time, each begun `stride` after the last."""
 
-    length: int = 2048
-    stride: int = 512
+    length: int
+    stride: int
 
 
 def token_nll(
     model: PreTrainedModel,
     circuits: Sequence[Circuit],
     sequences: Sequence[Tokens],
+    names: Sequence[str],
     batch_tokens: int = 4096,
     progress: Progress | None = None,
-    *,
-    names: Sequence[str] | None = None,
 ) -> list[list[Array]]:
     """-log p(token | the tokens before it) in nats: float32 `(length - 1,)` for each sequence, by
     the model without each of `circuits`.
 
-    The first token has nothing before it and is not scored. Sequences are batched by length, at
-    most `batch_tokens` tokens or one sequence at a time. `progress` counts sequences,
-    for each circuit anew. `names` are the ids of the sequences, for messages.
+    The first token has nothing before it and is not scored. `names` are the ids of the sequences,
+    for messages. Sequences are batched by length, at most `batch_tokens` tokens or one sequence at
+    a time. `progress` counts sequences, for each circuit anew.
     Raises InputError for an empty sequence, for one longer than the model's context, and for
     logits that are not finite.
     """
-    names = _named(names, len(sequences))
     _check_lengths(sequences, names, 1, context(model.config.to_dict()))
     rows = [_plain(*given, 1) for given in zip(names, sequences, strict=True)]
     return _score(model, circuits, rows, batch_tokens, progress)
@@ -60,25 +58,20 @@ def continuation_nll(
     model: PreTrainedModel,
     circuits: Sequence[Circuit],
     groups: Sequence[Sequence[Tokens]],
+    names: Sequence[str],
     batch_tokens: int = 4096,
     progress: Progress | None = None,
-    *,
-    names: Sequence[str] | None = None,
 ) -> list[list[list[Array]]]:
     """As `token_nll`, for groups of sequences that begin alike: the sentences of a paired item.
 
     The common prefix of a group is computed once: its sequences share a row of the batch, and
-    the attention mask keeps them apart. `progress` counts groups, for each circuit
-    anew. `names` are the ids of the groups.
-    Raises InputError as `token_nll`, for an empty group, and for a sequence longer than the
-    model's sliding window, which would reach across the row instead of the sequence.
+    the attention mask keeps them apart. `names` are the groups' ids, which `progress` counts.
+    Raises InputError as `token_nll`, and for a sequence longer than the model's sliding window,
+    which would reach across the row instead of the sequence.
     """
-    names = _named(names, len(groups), "group")
     window = getattr(model.config, "sliding_window", None) or math.inf
     limit = min(context(model.config.to_dict()), window)
     for name, group in zip(names, groups, strict=True):
-        if not group:
-            raise InputError(f"{name} is empty; expected at least one sequence")
         _check_lengths(group, [name] * len(group), 1, limit)
     shared = [common_prefix(group) for group in groups]
     rows = [_packed(*given) for given in zip(names, groups, shared, strict=True)]
@@ -88,14 +81,13 @@ def continuation_nll(
     ]
 
 
-def sentence_scores(nlls: Sequence[Array], name: str | None = None) -> Array:
+def sentence_scores(nlls: Sequence[Array], name: str) -> Array:
     """Mean log p per scored token, in nats: float64 `(sequences,)`; `name` is the item's id.
 
     Raises InputError for a sequence without a scored token.
     """
     if not all(len(nll) for nll in nlls):
-        item = "an item" if name is None else f"prompt {name}"
-        raise InputError(f"{item} has a sequence of 1 token; at least 2 are needed to score it")
+        raise InputError(f"prompt {name} has a sequence of 1 token; at least 2 are needed")
     return np.array([-nll.mean(dtype=np.float64) for nll in nlls])
 
 
@@ -103,30 +95,26 @@ def window_nll(
     model: PreTrainedModel,
     circuits: Sequence[Circuit],
     texts: Sequence[Tokens],
+    names: Sequence[str],
     window: Window,
     batch_tokens: int = 4096,
     progress: Progress | None = None,
-    *,
-    names: Sequence[str] | None = None,
 ) -> list[list[Array]]:
     """NLL of each token of texts of any length, in nats: float32 `(length,)`, NaN if not scored;
     by the model without each of `circuits`.
 
     Every token but a text's first is scored once, by the first window that reaches it: with all
     tokens before it in the first window, and at least `length - stride` in later ones. With
-    `stride == length` windows are independent, and each leaves its first token unscored.
-    `progress` counts windows, for each circuit anew. `names` are the ids of the texts.
+    `stride == length` windows are independent, and each leaves its first token unscored. `names`
+    are the ids of the texts; `progress` counts windows.
     Source: Hugging Face, "Perplexity of fixed-length models".
-    Raises InputError for a text of fewer than 2 tokens and for a window or stride that cannot be.
+    Raises InputError for a text of fewer than 2 tokens and for a window beyond the context.
     """
     length, stride = window
     longest = context(model.config.to_dict())
-    names = _named(names, len(texts))
     _check_lengths(texts, names, 2, math.inf)
     if not 2 <= length <= longest:
         raise InputError(f"window {length}: expected 2 to {longest}, the model's context")
-    if not 1 <= stride <= length:
-        raise InputError(f"stride {stride}: expected 1 to {length}, the window")
     windows = [
         (index, begin, end, first)
         for index, tokens in enumerate(texts)
@@ -142,13 +130,6 @@ def window_nll(
     return every
 
 
-def _named(names: Sequence[str] | None, count: int, kind: str = "sequence") -> list[str]:
-    """What messages call the sequences: by their ids, or by their places."""
-    if names is None:
-        return [f"{kind} {place}" for place in range(count)]
-    return [f"prompt {name}" for name in names]
-
-
 def _check_lengths(
     sequences: Sequence[Tokens], names: Sequence[str], shortest: int, longest: float
 ) -> None:
@@ -156,13 +137,11 @@ def _check_lengths(
     for name, tokens in zip(names, sequences, strict=True):
         if not shortest <= len(tokens) <= longest:
             limits = f"at least {shortest}" if longest == math.inf else f"{shortest} to {longest}"
-            raise InputError(
-                f"{name} has {len(tokens)} tokens, expected {limits}; drop it or cut it"
-            )
+            problem = f"has {len(tokens)} tokens, expected {limits}"
+            raise InputError(f"prompt {name} {problem}; drop it or cut it")
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """A row of a batch, in which `targets[i]` is predicted from the state at `predictors[i]`.
 
     `branches` is None for a single sequence. Otherwise it numbers the sequences packed into the
@@ -271,7 +250,9 @@ def _score_batch(
     nlls = np.split(torch.cat(pieces).cpu().numpy(), np.cumsum(counts)[:-1])
     for row, nll in zip(rows, nlls, strict=True):
         if not np.isfinite(nll).all():
-            raise InputError(f"{row.name}: logits are not finite; {loading.not_finite(model)}")
+            raise InputError(
+                f"prompt {row.name}: logits are not finite; {loading.not_finite(model)}"
+            )
     if progress:
         progress(len(rows))
     return nlls
@@ -302,7 +283,4 @@ def _forward(model: PreTrainedModel, rows: Sequence[_Row]) -> torch.Tensor:
 
 
 def _padded(rows: Sequence[Tokens], value: int) -> torch.Tensor:
-    padded = torch.full((len(rows), max(len(row) for row in rows)), value)
-    for line, row in zip(padded, rows, strict=True):
-        line[: len(row)] = torch.tensor(row)
-    return padded
+    return pad_sequence([torch.tensor(row) for row in rows], True, value)

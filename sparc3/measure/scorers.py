@@ -14,12 +14,12 @@ Each is pinned: by the wheel's version, by sha256, by the commit on the hub.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 
 Scorer = Callable[[list[str]], Array]
-Load = Callable[[Spec, str, int], Scorer]  # spec, device, batch size
+Load = Callable[[Spec, str], Scorer]  # spec, device
 Describe = Callable[[Spec], dict[str, str]]
 
+BATCH = 32  # texts
 
 # Detoxify 0.5.4, model `original`: its checkpoint, and the encoder whose configuration and
 # vocabulary the checkpoint leaves out.
 CHECKPOINT = "https://github.com/unitaryai/detoxify/releases/download/v0.1-alpha/toxic_original-c1212f89.ckpt"
 ENCODER = "google-bert/bert-base-uncased"
 ENCODER_REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"
-
 
 # Detoxify renames the labels of the Jigsaw challenge so.
 LABELS = {
@@ -53,16 +53,16 @@ LABELS = {
 }
 
 
-def scorer(spec: Spec, device: str = "cpu", batch_size: int = 32) -> Scorer:
+def scorer(spec: Spec, device: str = "cpu") -> Scorer:
     """Load a scorer: texts to scores of shape (text,), float64, in [0, 1], in their order.
 
     A text longer than the model's context is cut to it; an empty one is scored like any other. The
     scores do not depend on the batch. `device` is a torch device, or "auto" for a GPU if there is
-    one; `profanity` runs on the CPU. Raises InputError: an unknown kind or label, a missing or
-    superfluous field, nothing to load.
+    one; `profanity` runs on the CPU. Kind and fields are checked with the params. Raises
+    InputError: an unknown label, a model on the hub without its commit, nothing to load.
     """
-    load, _ = _kind(spec)
-    score = load(spec, device, batch_size)
+    load, _ = SCORERS[spec.kind]
+    score = load(spec, device)
 
     def checked(texts: list[str]) -> Array:
         scores = score(texts) if texts else np.empty(0)
@@ -79,30 +79,17 @@ def describe(spec: Spec) -> dict[str, str]:
 
     Loads no model. Raises InputError as `scorer` does, but for an unknown label.
     """
-    _, about = _kind(spec)
+    _, about = SCORERS[spec.kind]
     return {"kind": spec.kind} | about(spec)
-
-
-def _kind(spec: Spec) -> tuple[Load, Describe]:
-    if spec.kind not in SCORERS:
-        raise InputError(f"scorer: unknown kind {spec.kind!r}; choose one of: {_known(SCORERS)}")
-    return SCORERS[spec.kind]
-
-
-def _known(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
 
 
 def _versions(*packages: str) -> dict[str, str]:
     return {package: version(package) for package in packages}
 
 
-def _profanity(spec: Spec, device: str, batch_size: int) -> Scorer:
+def _profanity(spec: Spec, device: str) -> Scorer:
     from profanity_check import predict_prob  # loads its model on import
 
-    for name in ("path", "label", "revision"):
-        if getattr(spec, name) is not None:
-            raise InputError(f"scorer: profanity has no {name}; leave it out")
     return predict_prob
 
 
@@ -111,10 +98,10 @@ def _describe_profanity(spec: Spec) -> dict[str, str]:
     return _versions("alt-profanity-check", "scikit-learn") | {"sha256": digest(model)}
 
 
-def _classifier(spec: Spec, device: str, batch_size: int) -> Scorer:
+def _classifier(spec: Spec, device: str) -> Scorer:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    path, label, revision = _classifier_fields(spec)
+    path, revision = _pinned(spec), spec.revision
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -131,30 +118,30 @@ def _classifier(spec: Spec, device: str, batch_size: int) -> Scorer:
     names = [str(name) for name in model.config.id2label.values()]
     # The rule of transformers' own pipeline.
     independent = model.config.problem_type == "multi_label_classification" or len(names) == 1
-    return _run(model, tokenizer, _index(label, names, path), independent, device, batch_size)
+    return _run(model, tokenizer, _index(spec.label, names, path), independent, device)
 
 
-def _classifier_fields(spec: Spec) -> tuple[str, str, str | None]:
-    if spec.path is None or spec.label is None:
-        raise InputError("scorer: classifier needs path (a folder, or owner/name) and label")
-    if not Path(spec.path).is_dir() and not re.fullmatch("[0-9a-f]{40}", spec.revision or ""):
+def _pinned(spec: Spec) -> str:
+    """A folder, or the name of a model on the hub whose commit is given."""
+    path = str(spec.path)
+    if not Path(path).is_dir() and not re.fullmatch("[0-9a-f]{40}", spec.revision or ""):
         raise InputError(
-            f"scorer: {spec.path} is not a folder, and revision is {spec.revision!r}; a model on "
+            f"scorer: {path} is not a folder, and revision is {spec.revision!r}; a model on "
             "the hub needs its commit (40 hexadecimal digits) as revision"
         )
-    return spec.path, spec.label, spec.revision
+    return path
 
 
 def _describe_classifier(spec: Spec) -> dict[str, str]:
-    path, label, revision = _classifier_fields(spec)
-    pin = {"revision": revision} if revision else {}
+    path = _pinned(spec)
+    pin = {"revision": spec.revision} if spec.revision else {}
     if Path(path).is_dir():
         weights = sorted(Path(path).glob("*.safetensors"))
         pin = {f"sha256 {w.name}": digest(w) for w in weights}
-    return {"path": path, "label": label} | pin | _versions("torch", "transformers")
+    return {"path": path, "label": str(spec.label)} | pin | _versions("torch", "transformers")
 
 
-def _detoxify(spec: Spec, device: str, batch_size: int) -> Scorer:
+def _detoxify(spec: Spec, device: str) -> Scorer:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -167,10 +154,8 @@ def _detoxify(spec: Spec, device: str, batch_size: int) -> Scorer:
         # Older versions of transformers saved these indices with the weights.
         state = {k: w for k, w in saved["state_dict"].items() if not k.endswith(".position_ids")}
     except (UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{checkpoint}: not a Detoxify checkpoint ({type(error).__name__}); expected tensors "
-            "and plain values under state_dict and config"
-        ) from error
+        problem = f"not a Detoxify checkpoint ({type(error).__name__})"
+        raise InputError(f"{checkpoint}: {problem}; expected state_dict and config") from error
     try:
         config = AutoConfig.from_pretrained(encoder, revision=revision, num_labels=size)
         tokenizer = AutoTokenizer.from_pretrained(encoder, revision=revision)
@@ -182,7 +167,7 @@ def _detoxify(spec: Spec, device: str, batch_size: int) -> Scorer:
     except RuntimeError as error:
         raise InputError(f"{checkpoint}: its weights do not fit the encoder {encoder}") from error
     column = _index(spec.label or "toxicity", labels, str(checkpoint))
-    return _run(model, tokenizer, column, True, device, batch_size)
+    return _run(model, tokenizer, column, True, device)
 
 
 def _detoxify_files(spec: Spec) -> tuple[Path, str, str | None]:
@@ -202,10 +187,8 @@ def _detoxify_files(spec: Spec) -> tuple[Path, str, str | None]:
     sha256 = digest(checkpoint)
     for pin in pins:
         if not sha256.startswith(pin):
-            raise InputError(
-                f"{checkpoint}: sha256 is {sha256}, expected {pin}...; get the file again, or "
-                "correct revision"
-            )
+            problem = f"sha256 is {sha256}, expected {pin}..."
+            raise InputError(f"{checkpoint}: {problem}; get the file again, or correct revision")
     return checkpoint, encoder, revision
 
 
@@ -219,19 +202,23 @@ def _published_checkpoint() -> Path:
         try:
             hub.download_url_to_file(CHECKPOINT, str(path))
         except OSError as error:  # URLError is one
+            problem = f"cannot download {CHECKPOINT} ({error})"
             raise InputError(
-                f"scorer: cannot download {CHECKPOINT} ({error}); put it into {path.parent}, or "
-                "give its place as path"
+                f"scorer: {problem}; put it into {path.parent}, or give its place as path"
             ) from None
     return path
 
 
 def _describe_detoxify(spec: Spec) -> dict[str, str]:
     checkpoint, encoder, revision = _detoxify_files(spec)
-    about = {"checkpoint": str(checkpoint), "sha256": digest(checkpoint), "encoder": encoder}
+    about = {
+        "checkpoint": str(checkpoint),
+        "sha256": digest(checkpoint),
+        "encoder": encoder,
+        "label": spec.label or "toxicity",
+    }
     pin = {"encoder revision": revision} if revision else {}
-    label = {"label": spec.label or "toxicity"}
-    return about | pin | label | _versions("torch", "transformers")
+    return about | pin | _versions("torch", "transformers")
 
 
 SCORERS: dict[str, tuple[Load, Describe]] = {
@@ -241,17 +228,16 @@ SCORERS: dict[str, tuple[Load, Describe]] = {
 }
 
 
-def _index(label: str, labels: Sequence[str], where: str) -> int:
+def _index(label: str | None, labels: Sequence[str], where: str) -> int:
     if label not in labels:
-        raise InputError(f"scorer: {where} has no label {label!r}; choose one of: {_known(labels)}")
+        known = ", ".join(sorted(labels))
+        raise InputError(f"scorer: {where} has no label {label!r}; choose one of: {known}")
     return labels.index(label)
 
 
 def _cannot_load(path: str, error: Exception) -> InputError:
     reason = str(error).strip().split("\n")[0]
-    return InputError(
-        f"scorer: cannot load {path} ({reason}); give a folder, or owner/name on the hub"
-    )
+    return InputError(f"scorer: cannot load {path} ({reason}); give a folder, or a name on the hub")
 
 
 def _run(
@@ -260,7 +246,6 @@ def _run(
     column: int,
     independent: bool,
     device: str,
-    batch_size: int,
 ) -> Scorer:
     """Probability of one label: by itself if labels are `independent`, else among all of them."""
     import torch
@@ -269,22 +254,17 @@ def _run(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.nn.Module.to(model.eval(), device)  # transformers' own `to` has no usable type
     limit = int(min(tokenizer.model_max_length, context(model.config.to_dict())))
+    fit: Any = {"padding": True, "truncation": True, "max_length": limit}
 
     @torch.inference_mode()
     def score(texts: list[str]) -> Array:
         scores = np.empty(len(texts))
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
-        starts = range(0, len(texts), batch_size)
+        starts = range(0, len(texts), BATCH)
         for start in tqdm(starts, "score texts", unit="batch", disable=None, leave=False):
-            batch = order[start : start + batch_size]
-            inputs = tokenizer(
-                [texts[i] for i in batch],
-                padding=True,
-                truncation=True,
-                max_length=limit,
-                return_tensors="pt",
-            ).to(model.device)
-            logits = model(**inputs).logits.float()
+            batch = order[start : start + BATCH]
+            inputs = tokenizer([texts[i] for i in batch], return_tensors="pt", **fit)
+            logits = model(**inputs.to(model.device)).logits.float()
             chances = logits.sigmoid() if independent else logits.softmax(-1)
             scores[batch] = chances[:, column].cpu().numpy()
         return scores

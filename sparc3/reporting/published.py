@@ -193,7 +193,7 @@ def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]
         scores = [float(r[f"{spec.scorers[0]}_mean"]) for r in rows if r[f"{spec.scorers[0]}_mean"]]
         if scores:
             estimate = inference.mean_interval(scores, [r["group"] for r in rows])
-            quantities[quantity] = {name: estimate.as_dict()}
+            quantities[quantity] = {name: estimate._asdict()}
     return quantities
 
 

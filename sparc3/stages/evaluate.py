@@ -12,13 +12,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparc3.base.artifacts import (
-    circuit_names,
-    circuit_path,
-    evaluation_folder,
-    metrics_path,
-    read_prompts,
-)
+from sparc3.base import artifacts
+from sparc3.base.artifacts import circuit_names, circuit_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_json, write_csv, write_json, write_jsonl
 from sparc3.base.params import Params
@@ -63,13 +58,11 @@ class Setting(NamedTuple):
         return next(iter(self.samples))
 
 
-class Asked(NamedTuple):
-    """What is measured of one model: by split, whether completions are drawn; and whether the
-    second opinion is asked for. General text is read without each circuit.
-    """
+class Chosen(NamedTuple):
+    """A circuit and the method that chose it; the unpruned model has none."""
 
-    samples: dict[str, bool]
-    second: bool
+    method: str | None
+    circuit: Circuit
 
 
 class Outcome(NamedTuple):
@@ -132,43 +125,64 @@ def load_setting(params: Params, behaviour: str, tokenizer: PreTrainedTokenizerB
 # --- measuring models ----------------------------------------------------------------------
 
 
+def asked_of(
+    params: Params, behaviour: str, method: str | None, setting: Setting
+) -> dict[str, bool]:
+    """By split that a circuit of `method` is measured on, whether it completes prompts there.
+
+    All there is for the unpruned model, which has no method.
+    """
+    if method is None:
+        return dict.fromkeys(setting.samples, True)
+    leading, evaluate = params.behaviours[behaviour].method, params.evaluate
+    asked = {setting.first: method == leading or method in evaluate.completed}
+    if method in evaluate.in_sample:
+        asked["in_sample"] = True
+    return asked
+
+
 def outcomes(
-    model: PreTrainedModel,
-    circuits: Mapping[str, Circuit],
-    asked: Mapping[str, Asked],
+    params: Params,
+    behaviour: str,
+    circuits: Mapping[str, Chosen],
     setting: Setting,
+    model: PreTrainedModel,
     how: How,
 ) -> dict[str, Outcome]:
-    """Measure the model without each of `circuits`."""
+    """Measure the model without each of `circuits`; the second opinion is asked of the unpruned
+    model and of the behaviour's own method.
+    """
 
     def read(
         instrument: Callable[..., list[Reading]], names: Sequence[str], sample: Sample, title: str
     ) -> dict[str, Reading]:
         total = len(names) * len(sample.ids)
         with tqdm(total=total, desc=f"evaluate {title}", unit="prompt") as bar:
-            chosen = [circuits[name] for name in names]
-            readings = instrument(model, chosen, sample, how, bar.update)
+            chosen = [circuits[name].circuit for name in names]
+            readings = instrument(model, chosen, sample, how._replace(progress=bar.update))
         return dict(zip(names, readings, strict=True))
 
+    methods = {name: chosen.method for name, chosen in circuits.items()}
+    asked = {n: asked_of(params, behaviour, method, setting) for n, method in methods.items()}
     samples: dict[str, dict[str, dict[str, Reading]]] = {
-        name: {split: {} for split in asked[name].samples} for name in circuits
+        name: {split: {} for split in splits} for name, splits in asked.items()
     }
     for split, by_instrument in setting.samples.items():
         for key, sample in by_instrument.items():
             instrument = setting.instruments[key]
             names = [
                 name
-                for name in circuits
-                if split in asked[name].samples
-                and (asked[name].samples[split] or not instrument.writes)
+                for name, splits in asked.items()
+                if splits.get(split, False) or (split in splits and not instrument.writes)
             ]
             for name, reading in read(instrument.read, names, sample, f"{key}, {split}").items():
                 samples[name][split][key] = reading
     general = read(perplexity.read, list(circuits), setting.general, "general text")
     second: dict[str, Reading] = {}
     if setting.second is not None:
-        names = [name for name in circuits if asked[name].second]
-        second = read(pairs.read, names, setting.second, "second opinion")
+        own = params.behaviours[behaviour].method
+        leading = [name for name, method in methods.items() if method in (None, own)]
+        second = read(pairs.read, leading, setting.second, "second opinion")
     return {name: Outcome(general[name], second.get(name), samples[name]) for name in circuits}
 
 
@@ -184,7 +198,7 @@ def result(
 ) -> dict[str, Any]:
     """All differences of one circuit; `control`: outcomes of the draws of a control of its size."""
     found: dict[str, Any] = {
-        "ppl_delta": perplexity.change(before.general, after.general, resamples).as_dict()
+        "ppl_delta": perplexity.change(before.general, after.general, resamples)._asdict()
     }
     for split, readings in after.samples.items():
         changes: Differences = {}
@@ -194,8 +208,7 @@ def result(
             changes |= differences(values, *both, resamples)
         found[split] = {**changes, "values": levels(readings)}
     if control:
-        found["among_controls"] = among(before, after, control, setting)
-        found["against_control"] = against(control, after, setting, resamples)
+        found |= controlled(before, after, control, setting, resamples)
     if before.second is not None and after.second is not None:
         both = Measured(before.second, before.general), Measured(after.second, after.general)
         found["second"] = differences(pairs.VALUES, *both, resamples)
@@ -207,39 +220,29 @@ def levels(readings: Mapping[str, Reading]) -> dict[str, float]:
     return {name: level for reading in readings.values() for name, level in reading.levels.items()}
 
 
-def against(
-    control: Sequence[Outcome], after: Outcome, setting: Setting, resamples: int
-) -> Differences:
-    """A circuit against the mean of the control's draws, of as many neurons."""
-    found: Differences = {}
+def controlled(
+    before: Outcome, after: Outcome, control: Sequence[Outcome], setting: Setting, resamples: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """A circuit against the mean of the draws of a control of as many neurons; and its effects
+    among those of several draws, with their rank p.
+    """
     split = setting.first
-    for key, reading in after.samples[split].items():
-        drawn = [draw.samples[split][key] for draw in control if key in draw.samples[split]]
-        values = [value for value in setting.instruments[key].values if value.controlled]
-        if drawn and values:
-            mean = Measured(mean_reading(drawn), after.general)
-            found |= differences(values, mean, Measured(reading, after.general), resamples)
-    return found
-
-
-def among(
-    before: Outcome, after: Outcome, control: Sequence[Outcome], setting: Setting
-) -> dict[str, dict[str, float]]:
-    """A circuit's effects among those of the control's draws, with their rank p; several draws."""
-    if len(control) < 2:
-        return {}
-    found = {}
-    split = setting.first
+    against: Differences = {}
+    among: Differences = {}
     for key in after.samples[split]:
-        if any(key not in draw.samples[split] for draw in control):
+        if key not in control[0].samples[split]:
             continue
-        instrument, start = setting.instruments[key], before.measured(split, key)
-        effect = effects(instrument, start, after.measured(split, key))
-        drawn = [effects(instrument, start, draw.measured(split, key)) for draw in control]
-        for name, value in effect.items():
-            ranked = inference.against_draws(value, [draw[name] for draw in drawn])
-            found[name] = ranked.as_dict()
-    return found
+        instrument = setting.instruments[key]
+        start, end, *drawn = (each.measured(split, key) for each in (before, after, *control))
+        mean = Measured(mean_reading([draw.reading for draw in drawn]), after.general)
+        values = [value for value in instrument.values if value.controlled]
+        against |= differences(values, mean, end, resamples)
+        if len(control) > 1:
+            rivals = [effects(instrument, start, draw) for draw in drawn]
+            for name, value in effects(instrument, start, end).items():
+                ranked = inference.against_draws(value, [rival[name] for rival in rivals])
+                among[name] = ranked._asdict()
+    return {"against_control": against, "among_controls": among}
 
 
 # --- the stage -----------------------------------------------------------------------------
@@ -247,32 +250,15 @@ def among(
 
 def read_circuits(
     params: Params, behaviour: str, held_out: Sequence[Mapping[str, Any]]
-) -> dict[str, tuple[str, Circuit]]:
-    """Circuits of a behaviour by name, with their methods. InputError: one saw what is held out."""
+) -> dict[str, Chosen]:
+    """Circuits of a behaviour by name. InputError: one was chosen on what is held out."""
     circuits = {}
     for method, row in params.methods.items():
         for name in circuit_names(method, row):
             path = circuit_path(behaviour, name)
             refuse_leak(held_out, read_json(path.with_suffix(".json")), str(path))
-            circuits[name] = (method, read_circuit(path))
+            circuits[name] = Chosen(method, read_circuit(path))
     return circuits
-
-
-def asked_of(
-    params: Params, behaviour: str, circuits: Mapping[str, tuple[str, Circuit]], setting: Setting
-) -> dict[str, Asked]:
-    """What is measured of the unpruned model and of every circuit: of the behaviour's own method
-    all there is.
-    """
-    spec, evaluate = params.behaviours[behaviour], params.evaluate
-    asked = {UNPRUNED: Asked(dict.fromkeys(setting.samples, True), second=True)}
-    for name, (method, _) in circuits.items():
-        leads = method == spec.method
-        samples = {setting.first: leads or method in evaluate.completed}
-        if method in evaluate.in_sample:
-            samples["in_sample"] = True
-        asked[name] = Asked(samples, second=leads)
-    return asked
 
 
 def baseline(params: Params, behaviour: str, before: Outcome, setting: Setting) -> dict[str, float]:
@@ -302,13 +288,13 @@ def written(by_name: Mapping[str, Outcome], setting: Setting) -> list[dict[str, 
 
 def quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """Quality of the completions by circuit and split."""
-    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    cells: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        cells.setdefault((row["circuit"], row["split"]), []).append(row)
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for (circuit, split), members in cells.items():
-        found.setdefault(circuit, {})[split] = completions.writing(members)
-    return found
+        cells.setdefault(row["circuit"], {}).setdefault(row["split"], []).append(row)
+    return {
+        circuit: {split: completions.writing(members) for split, members in splits.items()}
+        for circuit, splits in cells.items()
+    }
 
 
 def prompt_table(
@@ -338,27 +324,20 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     circuits = read_circuits(params, behaviour, setting.rows)
     specs = {name: params.scorers[name] for name in spec.scorers}
     scorers = {name: scorer(each, params.model.device) for name, each in specs.items()}
-    model = loading.load(params.model)
-    by_name = outcomes(
-        model,
-        {UNPRUNED: INTACT, **{name: circuit for name, (_, circuit) in circuits.items()}},
-        asked_of(params, behaviour, circuits, setting),
-        setting,
-        How(evaluate, evaluate.batch_tokens, tokenizer, scorers),
-    )
+    how = How(evaluate, evaluate.batch_tokens, tokenizer, scorers)
+    every = {UNPRUNED: Chosen(None, INTACT), **circuits}
+    by_name = outcomes(params, behaviour, every, setting, loading.load(params.model), how)
     before = by_name[UNPRUNED]
     draws = circuit_names(evaluate.control, params.methods[evaluate.control])
     results = {}
     for name, (method, circuit) in circuits.items():
-        of_size = method != evaluate.control and len(circuit) == len(circuits[draws[0]][1])
+        of_size = method != evaluate.control and len(circuit) == len(circuits[draws[0]].circuit)
         control = [by_name[draw] for draw in draws] if of_size else []
         try:
             changes = result(before, by_name[name], control, setting, evaluate.resamples)
         except InputError as error:
-            raise InputError(
-                f"evaluate: {behaviour}, circuit {name}: {error}; evaluate.prompts and "
-                "evaluate.items say how many are read"
-            ) from None
+            hint = "evaluate.prompts and evaluate.items say how many are read"
+            raise InputError(f"evaluate: {behaviour}, circuit {name}: {error}; {hint}") from None
         results[name] = {"method": method, "num_neurons": len(circuit), **changes}
     rows = written(by_name, setting)
     found: dict[str, Any] = {
@@ -370,10 +349,10 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         scored = before.samples[setting.first]["completions"]
         found["scorer_agreement"] = completions.agreement(scored, list(specs), evaluate.resamples)
         found["scorers"] = {name: describe(each) for name, each in specs.items()}
-    folder = evaluation_folder(behaviour)
+    folder = artifacts.evaluation_folder(behaviour)
     write_jsonl(folder / "completions.jsonl", rows)
     write_csv(folder / "prompts.csv", *prompt_table(by_name, setting))
-    write_json(metrics_path("evaluate", behaviour), found)
+    write_json(artifacts.metrics_path("evaluate", behaviour), found)
     return {
         f"{name}.{key}": value
         for name, row in results.items()

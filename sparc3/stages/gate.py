@@ -96,7 +96,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         for i, value in enumerate(given.relevance.tolist())
     ]
     write_csv(OUTPUTS / "gate" / f"{behaviour}.csv", rows, ("prompt_set", "prompt", "relevance"))
-    write_json(metrics_path("gate", behaviour), {"gap": gap.as_dict(), "passed": float(passed)})
+    write_json(metrics_path("gate", behaviour), {"gap": gap._asdict(), "passed": float(passed)})
     return {
         "differential": gap.value,  # the name that MLflow's users know
         "differential_low": gap.low,

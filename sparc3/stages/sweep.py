@@ -16,7 +16,7 @@ from sparc3.base.params import Method, Params
 from sparc3.circuits.choose import circuit_at, read_differential
 from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.measure.instrument import How, Instrument, Measured, Reading
-from sparc3.measure.instruments import instruments_of, perplexity
+from sparc3.measure.instruments import perplexity, swept_of
 from sparc3.model import loading
 
 COLUMNS = ("method", "protect", "num_neurons", "ppl_delta", "ppl_error", "objective")
@@ -52,12 +52,12 @@ def measure(
     texts = read_prompts(params.differential.general, "tune")[: sweep.texts]
     general = perplexity.encode(texts, tokenizer)
     model = loading.load(params.model)
-    how = How(params.evaluate, sweep.batch_tokens, tokenizer)
     total = len(circuits) * (len(texts) + len(instruments) * len(rows))
     with tqdm(total=total, desc=f"sweep {behaviour}", unit="text") as bar:
-        general_text = perplexity.read(model, circuits, general, how, bar.update)
+        how = How(params.evaluate, sweep.batch_tokens, tokenizer, progress=bar.update)
+        general_text = perplexity.read(model, circuits, general, how)
         found = {
-            name: each.read(model, circuits, each.encode(rows, tokenizer), how, bar.update)
+            name: each.read(model, circuits, each.encode(rows, tokenizer), how)
             for name, each in instruments.items()
         }
     by_circuit = [
@@ -67,9 +67,7 @@ def measure(
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    swept = {
-        n: each for n, each in instruments_of(params.behaviours[behaviour]).items() if each.swept
-    }
+    swept = swept_of(params.behaviours[behaviour])
     methods = {
         name: method
         for name, method in params.methods.items()

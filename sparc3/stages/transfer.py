@@ -14,7 +14,7 @@ from sparc3.base.files import read_json, write_csv, write_json
 from sparc3.base.params import Params
 from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, refuse_leak
 from sparc3.measure.instrument import Differences, How, Measured, Reading, differences
-from sparc3.measure.instruments import instruments_of, perplexity
+from sparc3.measure.instruments import perplexity, swept_of
 from sparc3.model import loading
 
 log = logging.getLogger(__name__)
@@ -55,16 +55,15 @@ def compare(params: Params, read: dict[tuple[str, str], list[Reading]]) -> dict[
         for text in params.transfer.texts:
             readings = read[text, "perplexity"]
             change = perplexity.change(readings[0], readings[place], resamples)
-            found[text] = {"ppl_delta": change.as_dict()}
+            found[text] = {"ppl_delta": change._asdict()}
         for name, spec in params.behaviours.items():
             found[name] = {}
-            for key, instrument in instruments_of(spec).items():
-                if instrument.swept:
-                    before, after = (
-                        Measured(read[name, key][at], read[first, "perplexity"][at])
-                        for at in (0, place)
-                    )
-                    found[name] |= differences(instrument.values, before, after, resamples)
+            for key, instrument in swept_of(spec).items():
+                before, after = (
+                    Measured(read[name, key][at], read[first, "perplexity"][at])
+                    for at in (0, place)
+                )
+                found[name] |= differences(instrument.values, before, after, resamples)
         results[pruned_for] = found
     return results
 
@@ -85,16 +84,14 @@ def run(params: Params) -> dict[str, float]:
     } | {
         (name, key): (instrument.read, instrument.encode(behaviours[name], tokenizer))
         for name, spec in params.behaviours.items()
-        for key, instrument in instruments_of(spec).items()
-        if instrument.swept
+        for key, instrument in swept_of(spec).items()
     }
     model = loading.load(params.model)
-    how = How(params.evaluate, transfer.batch_tokens, tokenizer)
     total = len(circuits) * sum(len(sample.ids) for _, sample in encoded.values())
     with tqdm(total=total, desc="transfer", unit="text") as bar:
+        how = How(params.evaluate, transfer.batch_tokens, tokenizer, progress=bar.update)
         readings = {
-            key: read(model, circuits, sample, how, bar.update)
-            for key, (read, sample) in encoded.items()
+            key: read(model, circuits, sample, how) for key, (read, sample) in encoded.items()
         }
     results = compare(params, readings)
     table = [

@@ -19,3 +19,8 @@ INSTRUMENTS: dict[str, Callable[[Behaviour], Instrument]] = {
 def instruments_of(behaviour: Behaviour) -> dict[str, Instrument]:
     """The instruments that a behaviour names, in its order."""
     return {name: INSTRUMENTS[name](behaviour) for name in behaviour.instruments}
+
+
+def swept_of(behaviour: Behaviour) -> dict[str, Instrument]:
+    """Those of them that sweep and transfer read."""
+    return {name: each for name, each in instruments_of(behaviour).items() if each.swept}

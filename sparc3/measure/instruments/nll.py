@@ -10,7 +10,7 @@ from sparc3.base.params import Behaviour
 from sparc3.circuits.circuit import Circuit
 from sparc3.measure import inference
 from sparc3.measure.inference import Estimate
-from sparc3.measure.instrument import How, Instrument, Measured, Progress, Reading, Sample, Value
+from sparc3.measure.instrument import How, Instrument, Measured, Reading, Sample, Value
 from sparc3.measure.instruments import perplexity
 from sparc3.measure.instruments.perplexity import likelihood, mean_nll
 
@@ -19,16 +19,13 @@ if TYPE_CHECKING:
 
 
 def read(
-    model: "PreTrainedModel",
-    circuits: Sequence[Circuit],
-    sample: Sample,
-    how: How,
-    progress: Progress | None = None,
+    model: "PreTrainedModel", circuits: Sequence[Circuit], sample: Sample, how: How
 ) -> list[Reading]:
     """Likelihood of every text; its first token, which nothing precedes, is not scored."""
     from sparc3.measure.likelihood import token_nll
 
-    scored = token_nll(model, circuits, sample.tokens, how.batch_tokens, progress, names=sample.ids)
+    texts = sample.tokens, sample.ids
+    scored = token_nll(model, circuits, *texts, how.batch_tokens, how.progress)
     return [likelihood(nlls, sample.groups) for nlls in scored]
 
 
@@ -49,16 +46,14 @@ def shift_interval(before: Measured, after: Measured, resamples: int) -> Estimat
         np.column_stack([new.columns["nll"] - old.columns["nll"], old.columns["tokens"]])
         for old, new in zip(before, after, strict=True)
     ]
-    groups = before.reading.groups
-    if groups is not None:
-        rises[0] = inference.cluster_sums(rises[0], groups)
+    rises[0] = inference.cluster_sums(rises[0], before.reading.groups)
     count = len(rises[0])
 
     def of_weights(weights: Array) -> Array:
         behaviour, general = weights[:, :count] @ rises[0], weights[:, count:] @ rises[1]
         return behaviour[:, 0] / behaviour[:, 1] - general[:, 0] / general[:, 1]
 
-    return inference.bootstrap(of_weights, [count, len(rises[1])], resamples=resamples)
+    return inference.bootstrap(of_weights, [count, len(rises[1])], resamples)
 
 
 def instrument(behaviour: Behaviour) -> Instrument:

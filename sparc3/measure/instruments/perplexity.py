@@ -11,7 +11,7 @@ from sparc3.base.params import Behaviour
 from sparc3.circuits.circuit import Circuit
 from sparc3.measure import inference
 from sparc3.measure.inference import Difference
-from sparc3.measure.instrument import How, Instrument, Measured, Progress, Reading, Sample, Value
+from sparc3.measure.instrument import How, Instrument, Measured, Reading, Sample, Value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,11 +37,7 @@ def encode_joined(
 
 
 def read(
-    model: "PreTrainedModel",
-    circuits: Sequence[Circuit],
-    sample: Sample,
-    how: How,
-    progress: Progress | None = None,
+    model: "PreTrainedModel", circuits: Sequence[Circuit], sample: Sample, how: How
 ) -> list[Reading]:
     """Likelihood of texts of any length, read through a sliding window.
 
@@ -49,12 +45,11 @@ def read(
     """
     from sparc3.measure.likelihood import Window, window_nll
 
-    texts = sample.tokens
+    texts, names = sample.tokens, sample.ids
     if sample.joined:
-        texts = [[token for text in texts for token in text]]
+        texts, names = [[token for text in texts for token in text]], ["all, joined,"]
     window = Window(how.evaluate.window, how.evaluate.stride)
-    names = None if sample.joined else sample.ids
-    scored = window_nll(model, circuits, texts, window, how.batch_tokens, progress, names=names)
+    scored = window_nll(model, circuits, texts, names, window, how.batch_tokens, how.progress)
     if sample.joined:
         ends = np.cumsum([len(text) for text in sample.tokens])[:-1]
         scored = [np.split(nll, ends) for (nll,) in scored]
@@ -110,7 +105,7 @@ def percent_error(before: Reading, after: Reading, groups: Sequence[str]) -> flo
 def change(before: Reading, after: Reading, resamples: int) -> Difference:
     """Change of perplexity in percent, paired by text."""
     old, new = before.columns, after.columns
-    return inference.perplexity_change(old["nll"], new["nll"], old["tokens"], resamples=resamples)
+    return inference.perplexity_change(old["nll"], new["nll"], old["tokens"], resamples)
 
 
 def _change(before: Measured, after: Measured, resamples: int) -> Difference:
