@@ -61,6 +61,9 @@ def by_target(names: Sequence[str], default: Target) -> dict[Target, dict[str, s
 
 def encode(rows: list[dict[str, Any]], tokenizer: Any, target: str) -> list[Prompt]:
     """Rows of a prompt set as token ids: the text, or for `pair` the row's two texts."""
+    for row in rows:
+        if target == "pair" and "pair" not in row:  # prepared from another source than params say
+            raise InputError(f"prompt {row['id']} has no pair; run prepare again (dvc repro)")
     texts = [row["pair"] if target == "pair" else [row["text"]] for row in rows]
     return [
         Prompt(row["id"], tuple(loading.encode(tokenizer, each)))
