@@ -45,7 +45,8 @@ def resampled_circuits(
     for size in sizes:
         chosen = np.empty((resamples, k), dtype=np.int64)
         for draw in range(resamples):
-            values = contrast(*(drawn(*one, size / len(behaviour.values)) for one in sets))[0]
+            first, second = (drawn(*one, size / len(behaviour.values)) for one in sets)
+            values = contrast(first, second)[0]
             chosen[draw] = np.argsort(values, kind="stable")[:k]
         by_size.append(chosen)
     return by_size

@@ -126,7 +126,9 @@ def measure_stability(
     frequency = stability.selection_frequency(chosen[-1], among.size)[: ids.size]
     columns = "layer", "neuron", "frequency"
     values = *np.divmod(ids, differential.shape[1]), frequency
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+    rows: list[dict[str, object]] = [
+        dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)
+    ]
     write_csv(artifacts.stability_path(behaviour, name), rows, columns)
     return [
         {"method": name, "prompts": size, "overlap": stability.mean_overlap(drawn, ids.size)}
