@@ -34,6 +34,36 @@ FAMILY = {
 }
 
 
+INSTRUMENT = '''"""How surprising the most surprising token of a text is, in nats."""
+
+import numpy as np
+
+from sparc3.measure.instrument import Instrument, Reading, Value, paired
+from sparc3.measure.instruments import perplexity
+
+
+def read(model, circuits, sample, how):
+    from sparc3.measure.likelihood import token_nll
+
+    nlls = token_nll(model, circuits, sample.tokens, sample.ids, how.batch_tokens, how.progress)
+    return [
+        Reading({"longest": top}, sample.groups, {"longest": float(top.mean())}, {"longest": top})
+        for top in (np.array([each.max() for each in found], float) for found in nlls)
+    ]
+
+
+def instrument(behaviour):
+    return Instrument(
+        encode=perplexity.encode,
+        read=read,
+        values=(Value("longest", paired("longest"), "surprise, nats", digits=2),),
+        objectives={"longest": lambda before, after: after.reading.levels["longest"]},
+        axis="surprise, nats",
+        cell="longest",
+    )
+'''
+
+
 def add_row(path: Path, table: str, row: str, imported: str) -> None:
     """Put a row first into a table of a source file, and an import after the docstring's end."""
     text, count = re.subn(
@@ -57,6 +87,30 @@ def test_a_family_is_one_row_of_each_table(tmp_path: Path, run_in: Callable[...,
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed
     assert int(passed[1]) >= 10
+
+
+def test_an_instrument_is_one_file(tmp_path: Path, run_in: Callable[..., Any]) -> None:
+    """Put into a copy of the package, its name works in params and its numbers come out."""
+    shutil.copytree(ROOT / "sparc3", tmp_path / "sparc3")
+    for name in ("tests/whole.py", "tests/tiny.py", "params.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert "`sparc3/measure/instruments/NAME.py`" in TEXT
+    (tmp_path / "sparc3/measure/instruments/longest.py").write_text(INSTRUMENT)
+    folder = tmp_path / "project"
+    whole.write_project(folder)
+    tree = yaml.safe_load((folder / "params.yaml").read_text())
+    tree["behaviours"]["rude"]["instruments"].append("longest")
+    (folder / "params.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    code = f"import whole, pathlib; whole.run(pathlib.Path({str(folder)!r}), 'rude')"
+    done = run_in(tmp_path, "python", "-c", code, PYTHONPATH=f"{tmp_path}:{tmp_path / 'tests'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = read_json(folder / "metrics/evaluate/rude.json")
+    assert results["baseline"]["test_longest"] > 0
+    for name, row in results["circuits"].items():
+        change = row["test"]["longest"]
+        assert change["low"] <= change["value"] <= change["high"], name
+        assert row["method"] != "lrp" or "longest" in row["in_sample"]
 
 
 def test_a_method_is_one_row(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import math
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -25,9 +26,11 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 from whole import BEHAVIOURS, CIRCUITS, CONTROLS, PARAMS
 
+from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, read_jsonl, read_tensors
 from sparc3.circuits.overlap import joined
 from sparc3.relevance.lrp import attnlrp
+from sparc3.stages import transfer
 
 LAYERS, WIDTH = 3, 24
 Row = dict[str, Any]
@@ -610,6 +613,19 @@ def test_reduction_is_positive_where_completions_score_less(project: Project) ->
 
 
 # --- transfer ------------------------------------------------------------------------------
+
+
+def test_transfer_refuses_general_text_that_a_circuit_was_chosen_on(
+    project: Project, tmp_path: Path
+) -> None:
+    folder = tmp_path / "leaky"
+    shutil.copytree(project.folder, folder)
+    about = folder / f"outputs/circuits/bias/{OWN['bias']}.json"
+    known = read_json(about)
+    text = project.rows("news", "test", TRANSFER["items"])[0]
+    about.write_text(json.dumps({**known, "groups": [*known["groups"], text["group"]]}))
+    with whole.inside(folder), pytest.raises(InputError, match=f"first: {text['id']}"):
+        transfer.run(whole.load())
 
 
 def test_transfer_prunes_for_one_and_measures_all(
