@@ -5,9 +5,11 @@ import subprocess
 import sys
 from dataclasses import asdict
 from math import comb, erfc, exp, log, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from sparc3.circuits import overlap
 from sparc3.reporting.published import (
@@ -431,6 +433,13 @@ def test_every_fact_of_the_set_up_is_needed_somewhere() -> None:
     assert set(MODEL) | facts == LLAMA.keys() - {"budget"}
 
 
+def test_the_published_set_up_is_that_of_its_profile() -> None:
+    profile = yaml.safe_load(Path("profiles/llama3-8b.yaml").read_text())
+    assert profile["fetch"]["repository"] == MODEL["repository"]
+    assert profile["select"]["num_neurons"] == LLAMA["neurons_toxicity"]  # no budget
+    assert profile["prepare"]["splits"]["test"] == 0  # in sample
+
+
 def test_what_is_fixed_by_construction_is_not_reproduced() -> None:
     fixed = {name for name in MEASURED if ROWS[name].get("fixed")}
     of = {name for name in MEASURED if ROWS[name]["measure"][0] in ("ppl_delta", "perplexity")}
@@ -495,6 +504,11 @@ def test_a_number_without_an_interval_can_agree_but_not_refute() -> None:
     assert found["overlap-gender-race"].verdict == "not testable on this model"
     assert found["overlap-gender-race"].reason == "measured without an interval"
     assert found["overlap-gender-race"].low == found["overlap-gender-race"].high == 14
+    none = verdicts({"setup": SMOL, "enrichment": {"gender.race.toxicity": 0.0}})[
+        "enrichment-triple"
+    ]
+    assert (none.verdict, none.direction) == ("direction only", "open")  # 0 of 0.0005 is no news
+    assert none.reason.endswith("; measured without an interval")
 
 
 def test_another_model_cannot_test_what_needs_the_published_one() -> None:

@@ -93,7 +93,7 @@ class Claim:
     `value`, `low`, `high` are what this run measured (None where it did not) in the row's unit, or,
     for a formula, the value computed from published inputs. `direction` compares the interval with
     the value that means no effect: "agrees" or "disagrees" if it lies wholly on one side, "open" if
-    it holds that value, "" where there is none.
+    it holds that value, or in another set-up has no interval, "" where there is no such value.
     """
 
     row: Mapping[str, Any]
@@ -203,7 +203,8 @@ def judged(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) ->
     if lacking:
         have = ", ".join(f"{fact} {setup.get(fact, 'unknown')}" for fact in lacking)
         verdict, reason = DIRECTION if direction else NOT_TESTABLE, f"{needs}; this run has {have}"
-        reason += "; measured without an interval" if exact and direction else ""
+        if exact and direction:
+            direction, reason = "open", f"{reason}; measured without an interval"
     elif exact and abs(gap) > rounding:
         verdict, reason = NOT_TESTABLE, "measured without an interval"
     elif apart > rounding + 1e-9 * abs(published):
