@@ -410,12 +410,13 @@ def detectable(rise: Array, size: Array, level: float) -> float:
     (two-sided) with 80 % power, simulated on the spread of the clusters at hand; inf: none is.
 
     `rise`: after minus before, summed over each cluster (cluster,); `size`: its prompts. In every
-    simulated world the true rise is d, and a cluster's sum strays from size * d by its observed
-    residual times a normal number, times what Student's distribution adds for a spread that is
-    itself estimated. A pattern that swaps some clusters stays less extreme than what is observed
-    if d exceeds minus the mean noise of those, and of all others. So each world has one d beyond
-    which it rejects, and the effect is the 80 % quantile of these. Beyond PATTERNS, patterns are
-    drawn, with the observed one among them.
+    simulated world the true rise is d, and the means of clusters stray from it normally: as far as
+    those at hand do from theirs, times what Student's distribution adds for a spread that is
+    itself estimated. (Effects from resampled residuals were found in 64 to 75 % of new samples of
+    11 to 30 clusters, these in 73 to 81 %.) A pattern that swaps some clusters stays less extreme
+    than what is observed if d exceeds minus the mean noise of those, and of all others. So each
+    world has one d beyond which it rejects, and the effect is the 80 % quantile of these. Beyond
+    PATTERNS, patterns are drawn, with the observed one among them.
     """
     count = len(rise)
     rng = np.random.default_rng([SEED, count])
@@ -429,7 +430,8 @@ def detectable(rise: Array, size: Array, level: float) -> float:
         return math.inf
     spread = np.sqrt(count / rng.chisquare(count - 1, (WORLDS, 1)))
     residual = rise - rise.sum() / size.sum() * size
-    noise = residual * spread * rng.standard_normal((WORLDS, count))
+    spread *= np.sqrt(np.sum(residual**2) / np.sum(size**2))
+    noise = spread * size * rng.standard_normal((WORLDS, count))
     swapped, prompts = _totals(noise, swaps.T), swaps @ size
     kept, left = noise.sum(axis=1, keepdims=True) - swapped, size.sum() - prompts
     one, two = (  # nothing swapped, or everything: as extreme as observed, whatever d
