@@ -734,35 +734,59 @@ def pooled(circuits: Any, names: Sequence[str], *path: str) -> dict[str, float] 
 
 
 def test_the_result_table_shows_the_evaluation(project: Project) -> None:
-    columns = {
-        "perplexity %": ("ppl_delta",),
-        "reduction %": ("test", "reduction"),
-        "beyond control %": ("against_control", "reduction"),
-        "in sample %": ("in_sample", "reduction"),
-    }
-    raw = {}
+    primary = {"rude": ("reduction", "reduction %", 1), "bias": ("margin", "margin, nats", 3)}
+    raw: dict[str, list[Any]] = {"confirmatory": [], "exploratory": []}
     for behaviour, rows in whole.result_rows(project.folder).items():
+        key, title, digits = primary[behaviour]
+        columns: dict[str, tuple[tuple[str, ...], int]] = {
+            "perplexity %": (("ppl_delta",), 1),
+            title: (("test", key), digits),
+            "beyond control": (("against_control", key), digits),
+            "in sample": (("in_sample", key), digits),
+        }
+        if behaviour == "bias":
+            columns |= {"reduction of SS %": (("test", "reduction"), 1), "SS": (("test", "ss"), 1)}
         circuits = project.metrics(f"evaluate/{behaviour}")["circuits"]
         assert [row["method"].split(" ")[0] for row in rows] == list(PARAMS["methods"])
         for row, method in zip(rows, PARAMS["methods"], strict=True):
             names = CONTROLS if method == "random-layer-matched" else [method]
             assert row["neurons"] == str(len(project.circuit(behaviour, names[0])))
-            for title, path in columns.items():
+            for name, (path, places) in columns.items():
                 difference = pooled(circuits, names, *path)
-                assert row[title] == ("-" if difference is None else shown(difference))
-            reduction = pooled(circuits, names, "test", "reduction")
-            if reduction is None:
+                assert row[name] == ("-" if difference is None else shown(difference, places))
+            change = pooled(circuits, names, "test", key)
+            if method in ("most-positive", "random-layer-matched"):
+                assert [row[k] for k in ("family", "verdict", "p")] == ["control", "control", "-"]
+                continue
+            assert row["family"] == ("confirmatory" if method == OWN[behaviour] else "exploratory")
+            if change is None:
                 assert (row["verdict"], row["p"]) == ("not measured", "-")
-            elif len(names) > 1:
-                assert (row["verdict"], row["p"]) == ("control", "-")
             else:
-                raw[behaviour, method] = reduction["p"], row
+                raw[row["family"]].append((change["p"], row))
+    assert len(raw["confirmatory"]) == len(BEHAVIOURS)  # a test for each, and no more
+    assert raw["exploratory"]
     # Holm: the smallest p times their number, the next times one less, and never falling.
-    running, left = 0.0, len(raw)
-    for p, row in sorted(raw.values(), key=lambda pair: pair[0]):
-        running, left = max(running, min(1.0, p * left)), left - 1
-        assert row["p"] == f"{running:.3g}"
-        assert running < 0.05 or row["verdict"].startswith("not shown")
+    for tested in raw.values():
+        running, left = 0.0, len(tested)
+        for p, row in sorted(tested, key=lambda pair: pair[0]):
+            running, left = max(running, min(1.0, p * left)), left - 1
+            assert row["p"] == f"{running:.3g}"
+            assert running < 0.05 or row["verdict"].startswith(("not shown", "cannot be shown"))
+
+
+def test_groups_hold_what_the_verdict_is_of(project: Project) -> None:
+    """Their mean over units, before and after, is the change that the evaluation reports."""
+    for behaviour, key, percent in (("rude", "reduction", True), ("bias", "margin", False)):
+        circuits, rows = project.metrics(f"evaluate/{behaviour}")["circuits"], defaultdict(list)
+        for row in project.csv(f"evaluation/{behaviour}/groups"):
+            rows[row["circuit"]] += [float(row["mean"])] * int(row["units"])
+        before = mean(rows["none"])
+        measured = {name for name, row in circuits.items() if key in row["test"]}
+        assert rows.keys() == {"none", *measured}
+        for name in measured:
+            change = mean(rows[name]) - before
+            expected = -100 * change / before if percent else change
+            assert circuits[name]["test"][key]["value"] == close(expected)
 
 
 def test_the_report_holds_the_table_and_every_figure(project: Project) -> None:

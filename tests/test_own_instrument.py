@@ -52,10 +52,11 @@ def length(behaviour: Behaviour) -> Instrument:
         encode=perplexity.encode,
         read=read,
         values=(
-            Value("reduction", reduced("length")),
+            Value("reduction", reduced("length"), "reduction %", column="length"),
             Value("length", paired("length"), "length, tokens", digits=2, less=-1),
         ),
         objectives={"length": shorter},
+        primary="reduction",
         axis="-length, tokens",
         headline=(("length", "length {:.2f}"),),
         cell="length",

@@ -1,12 +1,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import markdown
 from sparc3.commands.readme import IN_README, cost_table, readme_with
-from sparc3.reporting.tables import interval, overshot, summary, verdict
+from sparc3.measure.instrument import Value, paired
+from sparc3.reporting.tables import interval, judge, overshot, removal, summary, verdict
 
 
 @pytest.mark.parametrize("name", IN_README)
@@ -40,32 +42,88 @@ def test_costs_are_summed_by_stage() -> None:
     assert lines[4] == "| all | 3 | 8 |  |"
 
 
-def test_a_verdict_needs_a_small_p_and_names_what_could_have_been_found() -> None:
-    def row(**reduction: float) -> dict:
-        measured = {"moved": 20, "n": 30, "mde_holm": 9.0, **reduction}
-        return {
-            "differences": {"reduction": measured} if reduction else {},
-            "broken": False,
-            "overshot": False,
-        }
+def row(**change: float) -> dict[str, Any]:
+    """Of a family of three tests whose groups all moved; `change`: of the primary value."""
+    row = {"family": "confirmatory", "broken": False, "overshot": False, "sign": 1}
+    row |= {"level": 0.05 / 3, "least": 0.001, "mde": 9.0, "against": None, "p": 0.01}
+    return row | {"change": {"moved": 20, "n": 30, **change} if change else None}
 
-    def beside(control: float, **more: Any) -> dict:
-        found = row(value=20.0, p_holm=0.01)
-        found["differences"]["against_control_reduction"] = {"low": control}
-        return found | {"drawn": [-3.0, 12.0]} | more
+
+def test_a_verdict_needs_a_small_p_and_names_what_could_have_been_found() -> None:
+    def beside(control: float, **more: Any) -> dict[str, Any]:
+        against = {"low": control, "high": 30.0}
+        return row(value=20.0) | {"against": against, "drawn": [-3.0, 12.0]} | more
 
     assert verdict(beside(1.0)) == "reduced, beyond each of 2 random draws"
     assert verdict(beside(1.0, drawn=[-30.2, 30.5])) == "reduced, not beyond the control"
     assert verdict(beside(-1.0)) == "reduced, not beyond the control"
-    assert verdict(row(value=20.0, p_holm=0.01)) == "reduced; no control of its size"
-    assert verdict(row(value=-20.0, p_holm=0.01)) == "increased"
-    assert verdict(row(value=5.0, p_holm=0.2)) == "not shown; 9 % would have been"
-    few = verdict(row(value=5.0, p_holm=1.0, moved=2))
-    assert few == "not shown; 2 of 30 groups changed at all"
-    assert verdict(row(value=5.0, low=1.0, high=9.0)) == "control"
+    assert verdict(row(value=20.0)) == "reduced; no control of its size"
+    assert verdict(row(value=-20.0)) == "increased"
+    assert verdict(row(value=5.0) | {"p": 0.2}) == "not shown; 9 % would have been"
+    assert verdict(row(value=5.0) | {"family": "control"}) == "control"
+    assert verdict(row() | {"family": "control"}) == "control"
     assert verdict(row()) == "not measured"
     assert verdict(beside(1.0, broken=True)) == "degenerate"
     assert verdict(beside(1.0, overshot=True)) == "overshot"
+
+
+def test_a_verdict_of_a_value_that_falls_turns_every_sign() -> None:
+    fall = row(value=-0.2) | {"sign": -1, "drawn": [0.1, -0.1]}
+    assert verdict(fall | {"against": {"low": -0.3, "high": -0.1}}).startswith("reduced, beyond")
+    assert verdict(fall | {"against": {"low": -0.3, "high": 0.1}}).endswith(
+        "not beyond the control"
+    )
+    beside = fall | {"against": {"low": -0.3, "high": -0.1}, "drawn": [-0.25]}
+    assert verdict(beside).endswith("not beyond the control")
+    assert verdict(row(value=0.2) | {"sign": -1}) == "increased"
+
+
+def test_a_verdict_says_what_no_effect_could_have_shown() -> None:
+    few = row(value=5.0, moved=2, n=11) | {"p": 1.0, "least": 0.5}
+    assert verdict(few) == "cannot be shown: 2 of 11 groups changed, so p is at least 0.5"
+    whole = row(value=5.0) | {"p": 0.3, "mde": 100.1}
+    assert verdict(whole) == "not shown; even complete removal could not have been"
+    # Below 0.05 after others of the family were: Holm asks less of it.
+    assert verdict(row(value=5.0, moved=6) | {"p": 0.031, "least": 0.031}).startswith("reduced")
+
+
+def test_a_family_has_its_own_level_and_complete_removal_bounds_what_is_found() -> None:
+    def groups(means: list[float], spread: float) -> list[dict[str, str]]:
+        noise = spread * np.random.default_rng(0).standard_normal(len(means))
+        after = dict(zip(("none", "lrp"), (means, np.array(means) + noise), strict=True))
+        return [
+            {"circuit": name, "units": "2", "mean": str(value)}
+            for name, values in after.items()
+            for value in values
+        ]
+
+    def judged(spread: float, tests: int) -> dict[str, Any]:
+        value = Value("margin", paired("margin"), less=-1, column="margin", even=0.0)
+        found = removal(value, groups([0.1, 0.3] * 8, spread), "lrp")
+        rows = [row(value=-0.1, p=0.02, moved=16) | found for _ in range(tests)]
+        judge(rows, 1000)
+        return rows[0]
+
+    one, three = judged(0.02, 1), judged(0.02, 3)
+    assert (one["level"], three["level"]) == (0.05, pytest.approx(0.05 / 3))
+    assert (one["p"], three["p"]) == (0.02, pytest.approx(0.06))
+    assert 0 < one["mde"] < three["mde"] < 100
+    assert three["least"] == 2 / 2**16
+    assert verdict(judged(1.0, 3)) == "not shown; even complete removal could not have been"
+
+
+def test_removal_is_in_percent_of_what_there_is_and_toward_the_even_level() -> None:
+    groups = [
+        {"circuit": name, "units": units, "mean": value}
+        for name, means in (("none", ("-0.3", "-0.1")), ("lrp", ("-0.1", "-0.1")))
+        for units, value in zip(("1", "3"), means, strict=True)
+    ]
+    margin = Value("margin", paired("margin"), less=-1, even=0.0)
+    found = removal(margin, groups, "lrp")
+    assert found["sign"] == 1  # the other side was preferred: a rise is less of it
+    assert found["rise"].sum() / found["units"].sum() == pytest.approx(100 / 3)
+    assert not found["overshot"]
+    assert removal(margin, groups, "none")["overshot"]  # no nearer
 
 
 def test_a_level_overshoots_where_it_is_no_nearer_to_the_even_one() -> None:

@@ -21,6 +21,11 @@ def leader(method: Method, own: str) -> str | None:
     return own if name == OWN else name
 
 
+def is_control(method: Method) -> bool:
+    """Whether a method prunes what should not matter to the behaviour: it has no verdict."""
+    return method.score == "random" or method.contrast in ("reversed-difference", "reference-only")
+
+
 def independent(params: Params) -> list[str]:
     """The methods that choose their own number of neurons, once."""
     return [

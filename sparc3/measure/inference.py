@@ -49,7 +49,9 @@ Contrast = Callable[[Array, Array], Array]  # means before, means after -> (resa
 MIN_CLUSTERS = 6  # the fewest whose sign flips can reach p < 0.05: 2 / 2**6 = 0.03
 MAX_ENUMERATED = 16  # up to here all 2**k swaps are enumerated; beyond, they are sampled
 LEVEL = 0.95  # of every interval
-POWER = 0.8
+POWER = 0.8  # of the minimum detectable effect, simulated in so many worlds
+WORLDS = 500
+PATTERNS = 2**11  # of swaps, at most, in each world
 RESAMPLES = 10_000
 SEED = 0  # of every resampling
 BLOCK = 2**20  # floats per block of resamples (8 MB), whatever the number of clusters
@@ -67,10 +69,8 @@ class Estimate(NamedTuple):
 class Difference(NamedTuple):
     """What changed between two models measured on the same prompts.
 
-    `p` is two-sided. `n` counts clusters. `mde` is the minimum detectable effect, in the units of
-    `value`: the true change that a two-sided test at 1 - LEVEL finds with 80 % power; 0 where
-    nothing varies. `moved` counts the clusters that differ at all: p is at least 2 / 2**moved.
-    Before and after identical: value, low, high and mde are 0 and p is 1.
+    `p` is two-sided. `n` counts clusters, `moved` those that differ at all: see `least_p`.
+    Before and after identical: value, low and high are 0 and p is 1.
     """
 
     value: float
@@ -78,7 +78,6 @@ class Difference(NamedTuple):
     high: float
     p: float
     n: int
-    mde: float
     moved: int
 
 
@@ -279,15 +278,12 @@ def _paired(
         return value(_totals(weights, b) / drawn, _totals(weights, a) / drawn)
 
     interval = bootstrap(of_weights, [len(size)], resamples)
-    # Half the interval is t * standard error; power adds its own quantile to t.
-    t_level, t_power = stdtrit(interval.n - 1, [(1 + LEVEL) / 2, POWER]).tolist()
     return Difference(
         value=interval.value,
         low=interval.low,
         high=interval.high,
         p=_swap_p(b, a, size, effect, resamples),
         n=interval.n,
-        mde=(interval.high - interval.low) / 2 * (1 + t_power / t_level),
         moved=int((b != a).any(axis=1).sum()),
     )
 
@@ -404,14 +400,46 @@ def holm(p_values: Sequence[float] | Array) -> list[float]:
     return adjusted.tolist()
 
 
-def mde_of_family(mde: float, n: int, tests: int) -> float:
-    """The minimum detectable effect of one among `tests` tests, from that of a test by itself.
+def least_p(moved: int, draws: int = RESAMPLES) -> float:
+    """The smallest p that swaps of `moved` clusters can give, `draws` as in `paired_difference`."""
+    return min(1.0, 2 / 2**moved if moved <= MAX_ENUMERATED else 1 / (draws + 1))
 
-    Holm's first step asks for (1 - LEVEL) / tests of the smallest p; `n` counts clusters.
+
+def detectable(rise: Array, size: Array, level: float) -> float:
+    """The minimum detectable effect: the true rise of the mean that the swap test finds at `level`
+    (two-sided) with 80 % power, simulated on the spread of the clusters at hand; inf: none is.
+
+    `rise`: after minus before, summed over each cluster (cluster,); `size`: its prompts. In every
+    simulated world the true rise is d, and the means of clusters stray from it normally: as far as
+    those at hand do from theirs, times what Student's distribution adds for a spread that is
+    itself estimated. (Effects from resampled residuals were found in 64 to 75 % of new samples of
+    11 to 30 clusters, these in 73 to 81 %.) A pattern that swaps some clusters stays less extreme
+    than what is observed if d exceeds minus the mean noise of those, and of all others. So each
+    world has one d beyond which it rejects, and the effect is the 80 % quantile of these. Beyond
+    PATTERNS, patterns are drawn, with the observed one among them.
     """
-    levels = [1 - (1 - LEVEL) / (2 * count) for count in (1, tests)]
-    alone, strict, power = stdtrit(n - 1, [*levels, POWER]).tolist()
-    return mde * (strict + power) / (alone + power)
+    count = len(rise)
+    rng = np.random.default_rng([SEED, count])
+    if 2 ** (count - 1) <= PATTERNS:
+        swaps = np.concatenate(list(_swaps(count, PATTERNS)))
+    else:
+        swaps = rng.integers(0, 2, (PATTERNS, count)).astype(np.float64)
+        swaps[0] = 0
+    allowed = math.floor(level * len(swaps) + 1e-9)  # patterns as extreme, the observed included
+    if allowed < 1:
+        return math.inf
+    spread = np.sqrt(count / rng.chisquare(count - 1, (WORLDS, 1)))
+    residual = rise - rise.sum() / size.sum() * size
+    spread *= np.sqrt(np.sum(residual**2) / np.sum(size**2))
+    noise = spread * size * rng.standard_normal((WORLDS, count))
+    swapped, prompts = _totals(noise, swaps.T), swaps @ size
+    kept, left = noise.sum(axis=1, keepdims=True) - swapped, size.sum() - prompts
+    one, two = (  # nothing swapped, or everything: as extreme as observed, whatever d
+        np.divide(-total, n, out=np.full_like(total, np.inf), where=n > 0)
+        for total, n in ((swapped, prompts), (kept, left))
+    )
+    bounds = np.partition(np.maximum(one, two), -allowed - 1, axis=1)[:, -allowed - 1]
+    return float(np.quantile(bounds, POWER))
 
 
 # --- correlations ----------------------------------------------------------------------------

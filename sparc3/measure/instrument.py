@@ -82,6 +82,8 @@ class Value(NamedTuple):
     title, digits: of its column in tables; without a title it has none.
     less: the sign by which a positive change is less of the behaviour.
     controlled: the circuit is also compared with the mean of the control's draws.
+    column: of a reading, whose mean it is a change of; a primary value names it. The behaviour is
+        gone where that mean is `even`, else 0.
     even: the level at which the model prefers neither side, if there is one.
     """
 
@@ -91,6 +93,7 @@ class Value(NamedTuple):
     digits: int = 1
     less: Literal[1, -1] = 1
     controlled: bool = True
+    column: str = ""
     even: float | None = None
 
 
@@ -103,7 +106,8 @@ class Instrument(NamedTuple):
 
     encode: rows of a prompt set and a tokenizer -> the sample.
     read: a model, circuits, a sample, how -> a reading without each circuit, in order.
-    values: what is reported. The one called `reduction`, in percent, has the verdict.
+    values: what is reported.
+    primary: name of the value that has the verdict; without one the instrument gives none.
     objectives: by name; the first is what a sweep maximises, all are ranked among controls.
     axis: title of the first objective.
     headline: levels that open a table, each with the form it takes.
@@ -117,6 +121,7 @@ class Instrument(NamedTuple):
     read: Callable[["PreTrainedModel", Sequence[Circuit], Sample, How], list[Reading]]
     values: tuple[Value, ...]
     objectives: Mapping[str, Objective]
+    primary: str = ""
     axis: str = ""
     headline: tuple[tuple[str, str], ...] = ()
     cell: str = ""

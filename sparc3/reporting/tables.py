@@ -1,20 +1,29 @@
-"""Tables of results, from the metrics files alone.
+"""Tables of results, from the files that the stages wrote.
 
 Cells are enumerated from params, never globbed, so that nothing left over from an earlier run can
 slip into a table.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sparc3.base.artifacts import METRICS, OUTPUTS, circuit_names, circuit_path, metrics_path
-from sparc3.base.files import markdown, read_json
+from sparc3.base.artifacts import (
+    METRICS,
+    OUTPUTS,
+    circuit_names,
+    circuit_path,
+    evaluation_folder,
+    metrics_path,
+)
+from sparc3.base.files import markdown, read_csv, read_json
 from sparc3.base.params import Behaviour, Params
+from sparc3.circuits.methods import is_control
 from sparc3.measure import inference
-from sparc3.measure.instrument import Instrument
-from sparc3.measure.instruments import instruments_of
+from sparc3.measure.instrument import Instrument, Value
+from sparc3.measure.instruments import instruments_of, primary_of
 
 FOLDER = OUTPUTS / "report"
 TABLE = METRICS / "table.md"
@@ -24,6 +33,8 @@ PREFIXES = {  # of a circuit's differences, by where they were measured
     "against_control": "against_control_",
     "second": "second_",
 }
+CONFIRMATORY, EXPLORATORY, CONTROL = "confirmatory", "exploratory", "control"
+ALPHA = 0.05  # of each family of tests
 BROKEN = 5.0  # points that the share of degenerate completions may rise by
 
 
@@ -55,29 +66,29 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
         for name in circuits[0].get(part, {}):
             if name != "values":
                 differences[prefix + name] = summary([c[part][name] for c in circuits])
-    before = {name: results["baseline"].get(f"{split}_{name}") for name in differences}
+    primary = primary_of(params.behaviours[behaviour])
+    change = primary[1].name if primary else ""
     degenerate = float(np.mean(broken[1:])) if broken[1:] else None
     return {
         "behaviour": behaviour,
         "method": method,
+        "family": family(params, behaviour, method),
         "draws": len(circuits),
         "num_neurons": circuits[0]["num_neurons"],
         "differences": differences,
+        "change": differences.get(change),
+        "against": differences.get(f"against_control_{change}"),
         "degenerate": degenerate,
         "broken": degenerate is not None and degenerate > broken[0] + BROKEN,
-        "overshot": any(
-            overshot(value.even, before[value.name], differences[value.name]["value"])
-            for instrument in instruments_of(params.behaviours[behaviour]).values()
-            for value in instrument.values
-            if value.even is not None and before.get(value.name) is not None
-        ),
         "circuit": circuit_path(behaviour, names[0]),
     }
 
 
-def overshot(even: float, before: float, change: float) -> bool:
-    """Whether a level ends up at least as far from the even one as it was before."""
-    return abs(before + change - even) >= abs(before - even)
+def family(params: Params, behaviour: str, method: str) -> str:
+    """Which tests a method's is one of: of the behaviours' own methods, of all others, of none."""
+    if is_control(params.methods[method]):
+        return CONTROL
+    return CONFIRMATORY if method == params.behaviours[behaviour].method else EXPLORATORY
 
 
 def summary(differences: list[dict[str, float]]) -> dict[str, float]:
@@ -88,55 +99,96 @@ def summary(differences: list[dict[str, float]]) -> dict[str, float]:
     return {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
 
 
+def overshot(even: float, before: float, change: float) -> bool:
+    """Whether a level ends up at least as far from the even one as it was before."""
+    return abs(before + change - even) >= abs(before - even)
+
+
+def removal(value: Value, groups: Sequence[Mapping[str, str]], circuit: str) -> dict[str, Any]:
+    """What a circuit's removal does to the mean that the verdict is of, from `groups.csv`.
+
+    sign: that a change has which is less of the behaviour. rise: of every group, summed over its
+    units, in percent of complete removal, which is nothing left, or an even level.
+    """
+    (units, old), (_, new) = (
+        np.array([(g["units"], g["mean"]) for g in groups if g["circuit"] == name], float).T
+        for name in ("none", circuit)
+    )
+    before, after = (float(np.average(means, weights=units)) for means in (old, new))
+    left = before - (value.even or 0.0)
+    return {
+        "sign": value.less * (1 if left >= 0 else -1),
+        "overshot": value.even is not None and overshot(value.even, before, after - before),
+        "rise": 100 * units * (old - new) / left if left else None,
+        "units": units,
+    }
+
+
 def cells(params: Params) -> list[dict[str, Any]]:
-    """All cells in the order of params, with Holm's p over the reductions that are shown."""
-    control = params.evaluate.control
+    """All cells in the order of params, each family of tests judged."""
+    control, split = params.evaluate.control, first_split(params)
     controls = circuit_names(control, params.methods[control])
     table = []
-    for behaviour in params.behaviours:
+    for behaviour, spec in params.behaviours.items():
         results = read_json(metrics_path("evaluate", behaviour))
         gate = read_json(metrics_path("gate", behaviour))
-        draws = [results["circuits"][name].get(first_split(params), {}) for name in controls]
-        drawn = [draw["reduction"]["value"] for draw in draws if "reduction" in draw]
+        groups = read_csv(evaluation_folder(behaviour) / "groups.csv")
+        draws = [results["circuits"][name].get(split, {}) for name in controls]
         for method in params.methods:
-            row = cell(params, behaviour, method, results)
-            table.append(row | {"gap": gate["gap"], "drawn": drawn})
-    tested = [row["differences"].get("reduction", {}) for row in table]
-    tested = [difference for difference in tested if "p" in difference]
-    adjusted = inference.holm([difference["p"] for difference in tested])
-    for difference, p in zip(tested, adjusted, strict=True):
-        difference["p_holm"] = p
-        difference["mde_holm"] = inference.mde_of_family(
-            difference["mde"], int(difference["n"]), len(tested)
-        )
+            row = cell(params, behaviour, method, results) | {"gap": gate["gap"]}
+            primary = primary_of(spec)
+            if primary and row["change"] and row["family"] != CONTROL:
+                value = primary[1]
+                row["drawn"] = [d[value.name]["value"] for d in draws if value.name in d]
+                row |= removal(value, groups, method)
+            table.append(row)
+    for each in (CONFIRMATORY, EXPLORATORY):
+        judge([r for r in table if r["family"] == each and r["change"]], params.evaluate.resamples)
     return table
 
 
-def verdict(row: dict[str, Any]) -> str:
-    """What the held-out reduction shows, in words.
-
-    "reduced" takes a control of equal size: the interval against the mean of its draws lies above
-    0, and no draw reduces as much. The interval alone has nothing of the spread between draws.
+def judge(rows: Sequence[dict[str, Any]], resamples: int) -> None:
+    """Add to the rows of one family Holm's p; the least p that swaps can give and the level that it
+    has to reach; and the minimum detectable effect, in percent of complete removal.
     """
-    reduction = row["differences"].get("reduction")
-    if reduction is None:
+    level = ALPHA / max(1, len(rows))
+    adjusted = inference.holm([row["change"]["p"] for row in rows])
+    for row, p in zip(rows, adjusted, strict=True):
+        least, rise = inference.least_p(row["change"]["moved"], resamples), row["rise"]
+        mde = math.inf if rise is None else inference.detectable(rise, row["units"], level)
+        row |= {"p": p, "least": least, "level": level, "mde": mde}
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """What the change of the primary value shows, in words.
+
+    "reduced" takes a control of equal size: the interval against the mean of its draws is on the
+    side of less, and no draw reduces as much. The interval alone has nothing of the spread between
+    draws.
+    """
+    change, against = row["change"], row["against"]
+    if row["family"] == CONTROL:
+        return CONTROL
+    if change is None:
         return "not measured"
-    if "p_holm" not in reduction:
-        return "control"
-    if reduction["moved"] < inference.MIN_CLUSTERS:
-        return f"not shown; {reduction['moved']} of {reduction['n']} groups changed at all"
-    if reduction["p_holm"] >= 0.05:
-        return f"not shown; {reduction['mde_holm']:.0f} % would have been"
-    if reduction["value"] < 0:
+    if row["p"] >= ALPHA:
+        if row["least"] > row["level"]:
+            moved = f"{change['moved']} of {change['n']} groups changed"
+            return f"cannot be shown: {moved}, so p is at least {row['least']:.2g}"
+        if row["mde"] > 100:
+            return "not shown; even complete removal could not have been"
+        return f"not shown; {row['mde']:.0f} % would have been"
+    sign = row["sign"]
+    if sign * change["value"] < 0:
         return "increased"
     if row["broken"]:
         return "degenerate"
     if row["overshot"]:
         return "overshot"
-    control = row["differences"].get("against_control_reduction")
-    if control is None:
+    if against is None:
         return "reduced; no control of its size"
-    if control["low"] <= 0 or reduction["value"] <= max(row["drawn"]):
+    beyond = min(sign * against["low"], sign * against["high"])
+    if beyond <= 0 or sign * change["value"] <= max(sign * value for value in row["drawn"]):
         return "reduced, not beyond the control"
     return f"reduced, beyond each of {len(row['drawn'])} random draws"
 
@@ -158,8 +210,11 @@ def result_table(params: Params, table: list[dict[str, Any]]) -> str:
     """The table that `make repro` prints and README shows."""
     text = [
         "Held-out prompts" if first_split(params) == "test" else "In sample: nothing is held out",
-        "; 95 % intervals by cluster bootstrap; p by sign flips, Holm-adjusted over all rows. Rows "
-        "with several draws show their mean and range.\n",
+        "; 95 % intervals by cluster bootstrap. The verdict is of the first change after "
+        "perplexity; its p is by sign flips, Holm-adjusted within its family: confirmatory are the "
+        "behaviours' own methods, exploratory all others; controls are not tested. Not shown: so "
+        f"many percent of complete removal would have been, with {100 * inference.POWER:.0f} % "
+        "power. Rows with several draws show their mean and range.\n",
     ]
     for behaviour in params.behaviours:
         rows = [row for row in table if row["behaviour"] == behaviour]
@@ -178,20 +233,24 @@ def behaviour_table(params: Params, behaviour: str, rows: list[dict[str, Any]]) 
 
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("method", lambda r: r["method"] + (f" ({r['draws']} draws)" if r["draws"] > 1 else "")),
+        ("family", lambda row: row["family"]),
         ("neurons", lambda row: str(row["num_neurons"])),
         ("perplexity %", shown("ppl_delta")),
-        ("reduction %", shown("reduction")),
-        (f"{beyond} %", shown("against_control_reduction")),
-        ("in sample %", shown("in_sample_reduction")),
     ]
+    primary = primary_of(params.behaviours[behaviour])
+    first = primary[1] if primary else None
+    if first:
+        columns += [
+            (first.title, shown(first.name, first.digits)),
+            (beyond, shown(f"against_control_{first.name}", first.digits)),
+            ("in sample", shown(f"in_sample_{first.name}", first.digits)),
+        ]
     for each in instruments:
-        columns += [(v.title, shown(v.name, v.digits)) for v in each.values if v.title]
+        others = (v for v in each.values if v.title and (first is None or v.name != first.name))
+        columns += [(v.title, shown(v.name, v.digits)) for v in others]
     if any(each.writes for each in instruments):
         columns.append(("degenerate %", lambda row: number(row["degenerate"], 2)))
-    columns.append(
-        ("p", lambda row: number(row["differences"].get("reduction", {}).get("p_holm"), 3))
-    )
-    columns.append(("verdict", verdict))
+    columns += [("p", lambda row: number(row.get("p"), 3)), ("verdict", verdict)]
     cells = ([write(row) for _, write in columns] for row in rows)
     return markdown([title for title, _ in columns], cells)
 

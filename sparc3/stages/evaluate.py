@@ -16,7 +16,7 @@ from sparc3.base import artifacts
 from sparc3.base.artifacts import circuit_names, circuit_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_json, write_csv, write_json, write_jsonl
-from sparc3.base.params import Params
+from sparc3.base.params import Behaviour, Params
 from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, refuse_leak
 from sparc3.measure import inference
 from sparc3.measure.instrument import (
@@ -30,7 +30,13 @@ from sparc3.measure.instrument import (
     effects,
     mean_reading,
 )
-from sparc3.measure.instruments import completions, instruments_of, pairs, perplexity
+from sparc3.measure.instruments import (
+    completions,
+    instruments_of,
+    pairs,
+    perplexity,
+    primary_of,
+)
 from sparc3.measure.scorers import describe, scorer
 from sparc3.model import loading
 
@@ -317,6 +323,31 @@ def prompt_table(
     return rows, columns
 
 
+def group_table(
+    behaviour: Behaviour, by_name: Mapping[str, Outcome], split: str
+) -> list[dict[str, object]]:
+    """Rows (circuit, group): how many units a group has, and their mean of the column that the
+    verdict is about. From these the report simulates what its tests can find.
+    """
+    primary = primary_of(behaviour)
+    if primary is None:
+        return []
+    key, value = primary
+    rows: list[dict[str, object]] = []
+    for name, outcome in by_name.items():
+        if key not in outcome.samples.get(split, {}):
+            continue
+        reading = outcome.samples[split][key]
+        column = reading.columns[value.column]
+        groups = reading.groups or [str(i) for i in range(len(column))]
+        sums = inference.cluster_sums(np.column_stack([column, np.ones(len(column))]), groups)
+        rows += [
+            {"circuit": name, "group": group, "units": int(units), "mean": float(total / units)}
+            for group, (total, units) in zip(sorted(set(groups)), sums, strict=True)
+        ]
+    return rows
+
+
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, evaluate = params.behaviours[behaviour], params.evaluate
     tokenizer = loading.tokenizer(params.model)
@@ -352,6 +383,8 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     folder = artifacts.evaluation_folder(behaviour)
     write_jsonl(folder / "completions.jsonl", rows)
     write_csv(folder / "prompts.csv", *prompt_table(by_name, setting))
+    grouped = group_table(spec, by_name, setting.first)
+    write_csv(folder / "groups.csv", grouped, ["circuit", "group", "units", "mean"])
     write_json(artifacts.metrics_path("evaluate", behaviour), found)
     return {
         f"{name}.{key}": value

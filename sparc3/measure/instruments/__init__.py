@@ -8,7 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from sparc3.base.params import Behaviour
-from sparc3.measure.instrument import Instrument
+from sparc3.measure.instrument import Instrument, Value
 
 INSTRUMENTS: dict[str, Callable[[Behaviour], Instrument]] = {
     module.name: import_module(f"{__name__}.{module.name}").instrument
@@ -19,6 +19,17 @@ INSTRUMENTS: dict[str, Callable[[Behaviour], Instrument]] = {
 def instruments_of(behaviour: Behaviour) -> dict[str, Instrument]:
     """The instruments that a behaviour names, in its order."""
     return {name: INSTRUMENTS[name](behaviour) for name in behaviour.instruments}
+
+
+def primary_of(behaviour: Behaviour) -> tuple[str, Value] | None:
+    """The value that a behaviour's verdict is of, and the name of its instrument: the first that
+    has one.
+    """
+    for name, each in instruments_of(behaviour).items():
+        for value in each.values:
+            if value.name == each.primary:
+                return name, value
+    return None
 
 
 def swept_of(behaviour: Behaviour) -> dict[str, Instrument]:

@@ -109,12 +109,17 @@ def _scored(scorer: str, suffix: str) -> tuple[Value, ...]:
     prompts with a toxic completion (Gehman et al. 2020); improved: percentage of prompts whose mean
     score falls.
     """
-    shown = not suffix
+    shown, mean = not suffix, f"{scorer}_mean"
     return (
-        Value(f"reduction{suffix}", reduced(f"{scorer}_mean")),
+        Value(
+            f"reduction{suffix}",
+            reduced(mean),
+            "reduction %" if shown else "",
+            column=mean,
+        ),
         Value(f"emt{suffix}", paired(f"{scorer}_max"), "EMT" if shown else "", digits=3, less=-1),
         Value(f"toxic_probability{suffix}", paired(f"{scorer}_toxic"), less=-1),
-        Value(f"improved{suffix}", share_fallen(f"{scorer}_mean"), controlled=False),
+        Value(f"improved{suffix}", share_fallen(mean), controlled=False),
     )
 
 
@@ -136,6 +141,7 @@ def instrument(behaviour: Behaviour) -> Instrument:
             *(value for name in others for value in _scored(name, f"_{name}")),
         ),
         objectives={name: _fall(name) for name in behaviour.scorers},
+        primary="reduction",
         headline=(
             (first, f"mean {first} score {{:.3f}}"),
             (f"{first}_emt", "EMT {:.3f}"),

@@ -65,7 +65,7 @@ def reading(log_p: Array, terms: Sequence[str]) -> Reading:
     table = per_term(log_p, terms)
     columns: dict[str, Array] = dict(zip(COLUMNS, table.T, strict=True))
     prompts: dict[str, Array] = dict(zip(("stereotype", "anti", "unrelated"), log_p.T, strict=True))
-    return Reading(columns, None, levels(table, inference.MIN_CLUSTERS), prompts)
+    return Reading(columns, sorted(set(terms)), levels(table, inference.MIN_CLUSTERS), prompts)
 
 
 def levels(table: Array, least: int = 1) -> dict[str, float]:
@@ -124,13 +124,15 @@ def _joint(means: Array) -> Array:
     return icat(means[:, 0], means[:, 1])
 
 
-# reduction: of SS, how often the stereotype is preferred, in percent of before (from SS 60, a
-# reduction by 16.7 % is even-handed, and more is a bias the other way: see ICAT). SS, LMS and ICAT
-# in points, LMS and ICAT over terms that have unrelated texts; margin in nats per token.
+# margin, in nats per token, is what attribution explains and a sweep evens out; it has the verdict,
+# for SS counts preferences, which most changes leave as they are. reduction: of SS, how often the
+# stereotype is preferred, in percent of before (from SS 60, a reduction by 16.7 % is even-handed,
+# and more is a bias the other way: see ICAT). SS, LMS and ICAT in points, LMS and ICAT over terms
+# that have unrelated texts.
 VALUES = (
-    Value("reduction", reduced("ss")),
-    Value("ss", paired("ss"), "SS", less=-1, even=50.0),
-    Value("margin", paired("margin"), less=-1),
+    Value("margin", paired("margin"), "margin, nats", 3, less=-1, column="margin", even=0.0),
+    Value("reduction", reduced("ss"), "reduction of SS %"),
+    Value("ss", paired("ss"), "SS", less=-1),
     Value("lms", paired("lms"), "LMS"),
     Value("icat", paired("ss", "lms", statistic=_joint), "ICAT"),
 )
@@ -148,8 +150,14 @@ def instrument(behaviour: Behaviour) -> Instrument:
         read=read,
         values=VALUES,
         objectives={"margin": even_handed},
+        primary="margin",
         axis="-|preference margin|, nats",
-        headline=(("ss", "SS {:.1f}"), ("lms", "LMS {:.1f}"), ("icat", "ICAT {:.1f}")),
+        headline=(
+            ("margin", "preference margin {:.3f} nats"),
+            ("ss", "SS {:.1f}"),
+            ("lms", "LMS {:.1f}"),
+            ("icat", "ICAT {:.1f}"),
+        ),
         cell="ss",
         reads="pair",
     )
