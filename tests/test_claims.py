@@ -473,12 +473,13 @@ def test_what_is_fixed_by_construction_is_not_reproduced() -> None:
 def test_the_gate_is_held_against_what_pruning_showed(
     gap: float, shown: bool, direction: str, words: str
 ) -> None:
-    reduction = {"value": 20.0, "moved": 20, "n": 30, "mde_holm": 9.0, "p_holm": 0.5 - 0.49 * shown}
     row = {
-        "differences": {"reduction": reduction, "against_control_reduction": {"low": 5.0}},
-        "broken": False,
-        "overshot": False,
-        "drawn": [1.0],
+        "family": "confirmatory",
+        "change": {"value": 20.0, "moved": 20, "n": 30},
+        "against": {"low": 5.0, "high": 30.0},
+        "sign": 1,
+        **{"p": 0.5 - 0.49 * shown, "least": 0.001, "level": 0.05 / 3, "mde": 9.0},
+        **{"broken": False, "overshot": False, "drawn": [1.0]},
     }
     leaf = {"value": gap, "low": gap - 9, "high": gap + 9, "effect": verdict(row)}
     claim = verdicts({"gate": {"toxicity": leaf}})["gate-toxicity"]
