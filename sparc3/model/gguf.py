@@ -87,7 +87,7 @@ def _refusal(gguf: Path, what: str) -> InputError:
 
 def _take_header(gguf: Path, reader: Any, config: Any) -> None:
     """Give the config its scaled RoPE; InputError for a key of the header that it ignores."""
-    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     values = {key: field.contents() for key, field in reader.fields.items()}
     architecture = values["general.architecture"]
