@@ -1,6 +1,7 @@
 """Conversion of GGUF, tensor by tensor, against transformers' own reading of the same file."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_fetch import LLAMA, add_tokenizer, write_gguf
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sparc3.base.errors import InputError
 from sparc3.base.params import Model
@@ -90,6 +91,194 @@ def test_a_gguf_without_a_tensor_is_refused(tmp_path: Path) -> None:
     write_gguf(file, model)
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
         convert(file, tmp_path / "out")
+
+
+# --- what the header says ------------------------------------------------------------------------
+
+
+def rewrite(path: Path, new: Path, keys: dict[str, object], tensors: dict[str, np.ndarray]) -> None:
+    """A copy of a GGUF with other values of keys, keys and tensors more."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(new, "llama")
+    types = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+    values = {key: field.contents() for key, field in reader.fields.items()} | keys
+    for key, value in values.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            getattr(writer, f"add_{types[type(value)]}")(key, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_3_divisors(base: float, size: int, factor: float) -> np.ndarray:
+    """As llama.cpp's converter computes rope_freqs.weight, for 8192 tokens and factors 1 and 4."""
+    divisors = []
+    for n in range(0, size, 2):
+        wavelength = 2 * np.pi * base ** (n / size)
+        smooth = (8192 / wavelength - 1) / 3
+        middle = 1 / ((1 - smooth) / factor + smooth)
+        divisors.append(1 if wavelength < 2048 else factor if wavelength > 8192 else middle)
+    return np.array(divisors, np.float32)
+
+
+LONG = 131072  # tokens: llama3 is a scaling of longer contexts than 8192
+DIVISORS = {"rope_freqs.weight": llama_3_divisors(500_000.0, 8, 32.0)}
+SCALED: list[tuple[dict, dict, dict]] = [  # rope_scaling, keys, tensors
+    ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}, {}),
+    ({"rope_type": "linear", "factor": 4.0}, {"factor": 4.0}, {}),
+    ({"rope_type": "default"}, {"type": "none", "factor": 4.0}, {}),
+    (
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {},
+        DIVISORS,
+    ),
+]
+
+
+def long_llama(rope_scaling: dict | None) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    changes = {"max_position_embeddings": LONG, "rope_theta": 500_000.0, "head_dim": 8}
+    tree = LLAMA.to_dict() | changes | {"rope_scaling": rope_scaling}
+    return LlamaForCausalLM(LlamaConfig.from_dict(tree)).eval()
+
+
+@pytest.mark.parametrize(("scaling", "keys", "tensors"), SCALED)
+def test_a_scaled_rope_is_the_model_s(
+    tmp_path: Path, scaling: dict, keys: dict, tensors: dict
+) -> None:
+    write_gguf(tmp_path / "plain.gguf", long_llama(None))
+    file = tmp_path / "model.gguf"
+    header = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    rewrite(tmp_path / "plain.gguf", file, header, tensors)
+    convert(file, tmp_path / "out")
+    converted = loading.load(Model(path=str(tmp_path / "out")))
+    ids = torch.randint(300, (1, 60), generator=torch.Generator().manual_seed(1))
+    places = {"position_ids": 900 * torch.arange(60)[None]}  # where wavelengths of 8192 tokens tell
+    with torch.no_grad():
+        expected = long_llama(scaling)(ids, **places).logits
+        plain = long_llama(None)(ids, **places).logits
+        assert torch.allclose(converted(ids, **places).logits, expected, atol=1e-4)
+    assert torch.allclose(plain, expected, atol=1e-3) == (scaling["rope_type"] == "default")
+
+
+WRONG = DIVISORS["rope_freqs.weight"] + np.array([0, 0, 0.01, 0], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "named"),
+    [
+        ({"llama.rope.scaling.type": "yarn"}, {}, "llama.rope.scaling.type = 'yarn'"),
+        ({"llama.rope.scaling.attn_factor": 2.0}, {}, "llama.rope.scaling.attn_factor = 2.0"),
+        ({"llama.rope.scale_linear": 4.0}, {}, "llama.rope.scale_linear = 4.0"),
+        ({"llama.rope.dimension_count": 4}, {}, r"q_proj\.weight has shape \(32, 32\)"),
+        ({"llama.attention.key_length": 4}, {}, "llama.attention.key_length = 4"),
+        ({"llama.attention.sliding_window": 8}, {}, "llama.attention.sliding_window = 8"),
+        ({"llama.expert_count": 8}, {}, "llama.expert_count = 8"),
+        ({"llama.final_logit_softcapping": 30.0}, {}, "llama.final_logit_softcapping = 30.0"),
+        ({"split.count": 2}, {}, "split.count = 2"),
+        ({"adapter.lora.alpha": 2.0}, {}, "adapter.lora.alpha"),
+        ({}, {"rope_freqs.weight": WRONG}, "tensor rope_freqs.weight"),
+        ({"llama.rope.scaling.factor": 2.0}, DIVISORS, "tensor rope_freqs.weight"),
+        ({}, {"blk.0.attn_q.bias": np.ones(32, np.float32)}, "tensor blk.0.attn_q.bias"),
+        ({}, {"blk.2.attn_norm.weight": np.ones(32, np.float32)}, "tensor blk.2.attn_norm.weight"),
+        ({}, {"rope_factors_long.weight": WRONG}, "tensor rope_factors_long.weight"),
+    ],
+)
+def test_what_would_change_the_function_is_refused_by_name(
+    tmp_path: Path, keys: dict, tensors: dict, named: str
+) -> None:
+    write_gguf(tmp_path / "plain.gguf", long_llama(None))
+    file = tmp_path / "model.gguf"
+    rewrite(tmp_path / "plain.gguf", file, keys, tensors)
+    with pytest.raises(InputError, match=named) as caught:
+        convert(file, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_changes_nothing_is_accepted(path: Path, tmp_path: Path) -> None:
+    keys = {
+        "general.license": "mit",
+        "general.sampling.top_k": 5,
+        "tokenizer.ggml.pre": "default",
+        "quantize.imatrix.file": "x",
+        "llama.rope.dimension_count": 8,
+        "llama.attention.key_length": 8,
+        "llama.attention.value_length": 8,
+        "llama.rope.scaling.type": "linear",
+        "llama.rope.scaling.factor": 1.0,
+    }
+    rewrite(path, tmp_path / "model.gguf", keys, {})
+    convert(path, tmp_path / "plain")
+    convert(tmp_path / "model.gguf", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["rope_scaling"] is None
+    assert all(
+        torch.equal(values, weights(tmp_path / "plain")[name])
+        for name, values in weights(tmp_path / "out").items()
+    )
+
+
+def header(architecture: str, tmp_path: Path, **keys: object) -> str | None:
+    """What is said of a header alone, of an architecture's usual keys and others."""
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+    writer.add_context_length(64)
+    writer.add_embedding_length(512)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+    add_tokenizer(writer, 300)
+    for key, value in keys.items():
+        getattr(writer, f"add_{key}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    try:
+        convert(tmp_path / "model.gguf", tmp_path / "out")
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def test_the_headers_of_other_families(tmp_path: Path) -> None:
+    sizes = {"key_length": 256, "value_length": 256}
+    accepted = "tensor .* is missing"  # in a header alone: nothing else is wrong with it
+    assert re.search(accepted, header("qwen2", tmp_path) or "")
+    assert re.search(accepted, header("qwen2", tmp_path, rope_dimension_count=256) or "")
+    assert "rope.dimension_count = 128" in (
+        header("qwen2", tmp_path, rope_dimension_count=128) or ""
+    )
+    # transformers does not read the size of Qwen 3's heads, of which it takes 128 for granted.
+    assert "qwen3.attention.key_length = 256" in (header("qwen3", tmp_path, **sizes) or "")
+    assert re.search(accepted, header("qwen3", tmp_path, key_length=128) or "")
+    assert re.search(accepted, header("gemma3", tmp_path, sliding_window=8, **sizes) or "")
+    # Gemma 3's queries are scaled by 256 in transformers, whatever the heads: not so in the 27B.
+    assert "gemma3.attention.key_length" in (header("gemma3", tmp_path, key_length=128) or "")
+    capped = header("gemma3", tmp_path, final_logit_softcapping=30.0, **sizes)
+    assert "gemma3.final_logit_softcapping" in (capped or "")
+
+
+def test_a_truncated_gguf_is_refused_in_one_line(path: Path, tmp_path: Path) -> None:
+    blob, file = path.read_bytes(), tmp_path / "model.gguf"
+    lengths = np.random.default_rng(0).integers(0, len(blob) - 100, 12).tolist()
+    for length in [0, 3, 20, 30, 60, 1000, 6000, *lengths]:
+        file.write_bytes(blob[:length])
+        with pytest.raises(InputError, match=r"model\.gguf: ") as caught:
+            convert(file, tmp_path / "out")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
 
 
 # --- a large model -----------------------------------------------------------------------------

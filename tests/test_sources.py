@@ -1,7 +1,9 @@
 """Sources: every raw format, the real files, and the hub's data sets in folders of their layout."""
 
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -176,6 +178,87 @@ def test_gender_pairs_leave_crows_pairs_for_a_second_opinion(project):
     assert Counter(row.source for row in found) == {"stereoset": 24, "winobias": 24}
 
 
+# Bad rows, and letters that other readers take for the end of a line
+
+ODD = 'one\rtwo\r\nthree\nfour\x0bfive\x0csix\x1cseven\x1deight\x1enine\x85ten\u2028a\u2029b,"c"\0d'
+FILLED = {"context": "a BLANK b", "stereotype": "A x b", "anti-stereotype": "a y b"}
+ITEM = {"type": "intrasentence", "target": "t", "bias_type": "race", **FILLED, "unrelated": "a z b"}
+MASKED = {"": "0", "bias_type": "age", "sentence": "[MASK] came", "mask1": "He", "mask2": "She"}
+PRONOUN = raw.winobias_row(" [The cook] saw the maid as [MASK] was up.", "he", ("she", "he"))
+BAD = [  # source, file, a good row, what is wrong with the bad one, what the log says of it
+    ("wikipedia", "boolq.jsonl", {"passage": "A -- b"}, {"passage": "A b"}, "no title before"),
+    ("wikipedia", "boolq.jsonl", {"passage": "A -- b"}, {"passage": None}, "no text in 'passage'"),
+    (
+        "news",
+        "xsum.jsonl",
+        {"id": "1", "document": "a"},
+        {"document": "\ud800"},
+        "half a surrogate",
+    ),
+    ("real-toxicity-prompts", "", {"text": "a", "toxicity": 0.9}, {"toxicity": "0.9"}, "no number"),
+    ("real-toxicity-prompts", "", {"text": "a", "toxicity": 0.9}, {"text": 3}, "no text in 'text'"),
+    ("stereoset", "", ITEM, {"context": "a b"}, "with its BLANK filled"),
+    ("stereoset", "", ITEM, {"anti-stereotype": "A x b"}, "two equal sentences"),
+    ("stereoset", "", ITEM, {"target": None}, "no text in 'target'"),
+    ("crows-pairs", "crows-pairs.csv", MASKED, {"sentence": "He came"}, r"no \[MASK\]"),
+    ("crows-pairs", "crows-pairs.csv", MASKED, {"mask2": "He"}, "two equal sentences"),
+    ("winobias", "", PRONOUN, {"text": "[The cook] saw him."}, r"no \[MASK\]"),
+    ("winobias", "", PRONOUN, {"text": "The cook saw [MASK]."}, r"no \[occupation\]"),
+    ("winobias", "", PRONOUN, {"pro_stereotyped": "they"}, "no pronoun"),
+]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    if path.suffix == ".csv":
+        write_csv(path, rows, list(rows[0]))
+    else:
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@pytest.mark.parametrize(("source", "file", "good", "change", "problem"), BAD)
+def test_a_bad_row_is_dropped_counted_and_named_once(
+    project, caplog, source, file, good, change, problem
+):
+    path, bad = Path("data", file or f"{source}.jsonl"), {**good, **change}
+    write_rows(path, [good])
+    expected = rows_of(source)
+    assert len(expected) == 1
+    assert not caplog.messages
+    write_rows(path, [good, bad, good, bad])
+    assert rows_of(source) == expected * 2
+    (message,) = caplog.messages
+    assert re.search(rf"{path}: 2 of 4 rows dropped; the first: row 2 .*{problem}", message)
+    assert "fetch" not in message
+    write_rows(path, [bad, bad])
+    with pytest.raises(InputError, match=rf"{path}: no row can be used; row 1 .*{problem}"):
+        rows_of(source)
+
+
+def test_texts_are_those_of_the_file_letter_by_letter(project):
+    write_jsonl(Path("data/boolq.jsonl"), [{"passage": f"A -- {ODD}"}])
+    write_jsonl(Path("data/xsum.jsonl"), [{"id": "1", "document": ODD}])
+    write_jsonl(Path("data/real-toxicity-prompts.jsonl"), [{"text": ODD, "toxicity": 0.9}])
+    for source in ("wikipedia", "news", "real-toxicity-prompts"):
+        assert [row.text for row in rows_of(source)] == [ODD]
+    words = {kind: f"{ODD} {kind} {ODD}" for kind in ("stereotype", "anti-stereotype", "unrelated")}
+    item = {**ITEM, "context": f"{ODD} BLANK {ODD}", **words}
+    write_jsonl(Path("data/stereoset.jsonl"), [item])
+    (row,) = rows_of("stereoset")
+    assert row.pair == (words["stereotype"], words["anti-stereotype"])
+    assert row.unrelated == words["unrelated"]
+    assert row.text == f"{ODD} {ODD}"
+    with Path("data/crows-pairs.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(MASKED), quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerow({**MASKED, "sentence": f"[MASK] {ODD}"})
+    assert [row.pair for row in rows_of("crows-pairs")] == [(f"He {ODD}", f"She {ODD}")]
+    text = f" [The cook] {ODD} [MASK] {ODD}."
+    write_jsonl(Path("data/winobias.jsonl"), [{**PRONOUN, "text": text}])
+    (row,) = rows_of("winobias")
+    assert row.pair == tuple(f"The cook {ODD} {word} {ODD}." for word in ("he", "she"))
+    assert row.text == f"The cook {ODD}"
+
+
 # The real files
 
 
@@ -322,6 +405,61 @@ def test_c4_is_streamed_in_an_order_that_the_seed_decides(project):
     assert sorted(streams[0]) == sorted(streams[2])
     first = next(hub.hub_c4(where, 0))
     assert first.group.startswith("c4/https://example.org/")
+
+
+def test_bad_rows_of_the_hub_are_dropped_counted_and_named_once(project, caplog):
+    sentences = {"sentence": ["a", "b", "c"], "gold_label": [0, 1, 2]}
+    item = {"target": "t", "bias_type": "race", "context": "BLANK", "sentences": sentences}
+    bad = {**item, "sentences": {"sentence": ["a", "b"], "gold_label": [0, 1]}}
+    (project / "hub" / "intrasentence").mkdir(parents=True)
+    pd.DataFrame([item, bad]).to_parquet(
+        project / "hub" / "intrasentence" / "validation-00000-of-00001.parquet"
+    )
+    files = {"intrasentence": ("validation", "intrasentence/validation-*")}
+    (project / "hub" / "README.md").write_text(raw.card(files))
+    caplog.clear()
+    assert [row.pair for row in rows_of("hub/stereoset", path="hub")] == [("b", "a")]
+    mine = [record.getMessage() for record in caplog.records if record.name.startswith("sparc3")]
+    assert mine == ["prepare: hub: 1 of 2 rows dropped; the first: row 2 has no text in 2"]
+
+
+def test_bad_rows_of_a_stream_are_counted_as_far_as_it_was_read(project, caplog):
+    (project / "hub" / "en").mkdir(parents=True)
+    rows = [{"text": "a", "url": "u"}, {"text": None, "url": "v"}, {"text": "b", "url": "w"}]
+    write_jsonl(project / "hub" / "en" / "c4-train.00000-of-00001.json", rows)
+    (project / "hub" / "README.md").write_text(raw.card({"en": ("train", "en/c4-train.*.json")}))
+    assert {row.text for row in hub.hub_c4({"path": "hub"}, 0)} == {"a", "b"}
+    mine = [record.getMessage() for record in caplog.records if record.name.startswith("sparc3")]
+    assert len(mine) == 1
+    assert "1 of 3 rows dropped" in mine[0]
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl", "train.parquet"])
+def test_texts_of_a_folder_are_those_of_its_file(project, name):
+    texts = [ODD.replace("\0", ""), "NA", "null", " a ", "1"]
+    table = pd.DataFrame({"text": texts, "class": "stereotype_gender"})
+    Path("hub").mkdir()
+    if name.endswith("csv"):
+        with Path("hub", name).open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, quoting=csv.QUOTE_ALL)
+            writer.writerows([list(table), *table.to_numpy().tolist()])
+    elif name.endswith("jsonl"):
+        write_jsonl(Path("hub", name), table.to_dict("records"))
+    else:
+        table.to_parquet(Path("hub", name))
+    found = [row.text for row in rows_of("hub/stereotype-elicitation", path="hub")]
+    assert found == [
+        text for text in texts if text not in (["NA", "null"] if "csv" in name else [])
+    ]
+
+
+@pytest.mark.parametrize("line", ['{"text": "a", "class": ', '{"text": "\\ud800", "class": "b"}'])
+def test_a_broken_folder_is_one_clear_line(project, line):
+    Path("hub").mkdir()
+    Path("hub/train.jsonl").write_text('{"text": "a", "class": "b"}\n' + line + "\n")
+    with pytest.raises(InputError, match="hub") as caught:
+        rows_of("hub/stereotype-elicitation", path="hub")
+    assert "\n" not in str(caught.value)
 
 
 # The token

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -41,8 +42,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_text(path: Path) -> str:
+    """The file's text as it is: line breaks, too, are not translated."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()
     except FileNotFoundError:
         raise InputError(f"{path}: {_MISSING}") from None
     except UnicodeDecodeError as error:
@@ -73,13 +75,17 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Objects, one a line; only a newline ends a line: U+2028 and the like may stand in a text."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line:
+        if line.strip(" \t\r"):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise InputError(f"{path}: line {number} is not valid JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}: line {number} is no JSON object; expected one a line")
+            rows.append(row)
     return rows
 
 
@@ -92,8 +98,23 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequenc
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows as strings; the caller converts."""
-    return list(csv.DictReader(read_text(path).splitlines()))
+    """Rows as strings, byte for byte, also with line breaks in quotes; the caller converts.
+
+    InputError, naming the line: quotes that do not match, another number of fields than the header.
+    """
+    reader = csv.reader(
+        io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), strict=True
+    )
+    rows: list[dict[str, str]] = []
+    try:
+        header = next(reader, [])
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise csv.Error(f"{len(row)} fields; its header has {len(header)}")
+            rows.append(dict(zip(header, row, strict=True)))
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num} is not valid CSV ({error})") from None
+    return rows
 
 
 def write_tensors(

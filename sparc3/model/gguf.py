@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, write_json, write_text
 from sparc3.base.secrets import first_line
@@ -21,8 +23,9 @@ SHARD = 2**30  # bytes of weights in one file, at most (or a single tensor)
 def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD) -> None:
     """Weights dequantised to `dtype` as safetensors, configuration and tokenizer.
 
-    `folder` may exist; it should be empty. InputError: no GGUF of a family that is known, or one
-    whose tensors are not those of the model that its header describes.
+    `folder` may exist; it should be empty. InputError: no GGUF of a family that is known, one whose
+    tensors are not those of the model that its header describes, or one with a key or a tensor that
+    transformers' model has no place for.
     """
     import torch  # here, so that a fetch with nothing to do takes a second
     from gguf import GGUFReader
@@ -36,15 +39,16 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
         config = AutoConfig.from_pretrained(**source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError, KeyError) as error:
         raise InputError(
             f"{gguf}: not a GGUF file that transformers reads ({first_line(error)})"
         ) from None
     family(config.model_type)
+    reader = GGUFReader(gguf)
+    _take_header(gguf, reader, config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     folder.mkdir(parents=True, exist_ok=True)
-    reader = GGUFReader(gguf)
     _write_weights(gguf, reader, model, folder, shard)
     model.config.architectures, model.config.dtype = [type(model).__name__], DTYPES[dtype]
     model.config.save_pretrained(folder)
@@ -55,6 +59,70 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
     wanted = reader.fields.get("tokenizer.ggml.add_bos_token")
     if wanted is not None and not wanted.contents() and front(tokenizer):
         _drop_front(folder)
+
+
+# What a header says of the file and of the tokenizer; it does not change the model's function.
+DESCRIPTION = ("GGUF.", "general.", "tokenizer.", "quantize.imatrix.")
+# Keys that transformers does not read, and the value of its config with which they must agree.
+AGREEING = {"rope.freq_base_swa": "rope_local_base_freq"} | dict.fromkeys(
+    ("rope.dimension_count", "attention.key_length", "attention.value_length"), "head_dim"
+)
+# What `_rope_scaling` reads, or what only kinds that it refuses depend on.
+SCALING = {f"rope.scaling.{key}" for key in ("type", "factor", "original_context_length")}
+FREQUENCIES = "rope_freqs.weight"  # by what llama.cpp divides the frequencies of LLaMA 3.1's RoPE
+LLAMA_3 = {  # of every LLaMA from 3.1 on; `factor` is a model's own
+    "rope_type": "llama3",
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+
+
+def _refusal(gguf: Path, what: str) -> InputError:
+    return InputError(
+        f"{gguf}: {what} cannot be converted and may change what the model computes; "
+        "fetch the model's safetensors from the hub instead"
+    )
+
+
+def _take_header(gguf: Path, reader: Any, config: Any) -> None:
+    """Give the config its scaled RoPE; InputError for a key of the header that it ignores."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    values = {key: field.contents() for key, field in reader.fields.items()}
+    architecture = values["general.architecture"]
+    names = GGUF_CONFIG_MAPPING[architecture] | AGREEING
+    made = {"head_dim": config.hidden_size // config.num_attention_heads, **config.to_dict()}
+    for key, value in values.items():
+        name = key.removeprefix(f"{architecture}.")
+        understood = name in names and names[name] in made and made[names[name]] == value
+        if not (understood or name in SCALING or key.startswith(DESCRIPTION)):
+            raise _refusal(gguf, f"its header's {key} = {value!r:.40}")
+    if made.get("query_pre_attn_scalar", made["head_dim"]) != made["head_dim"]:
+        # Gemma 3's; transformers takes 256, which is in no header
+        raise _refusal(gguf, f"its header's {architecture}.attention.key_length")
+    kind = values.get(f"{architecture}.rope.scaling.type", "linear")
+    factor = values.get(f"{architecture}.rope.scaling.factor", 1.0)
+    if kind not in ("none", "linear"):
+        raise _refusal(gguf, f"its header's {architecture}.rope.scaling.type = {kind!r}")
+    if kind == "linear" and factor not in (0, 1):
+        config.rope_scaling = {"rope_type": "linear", "factor": factor}
+    for tensor in reader.tensors:
+        if tensor.name == FREQUENCIES:
+            _take_frequencies(gguf, tensor.data, config)
+
+
+def _take_frequencies(gguf: Path, divisors: Any, config: Any) -> None:
+    """Give the config LLaMA 3's scaled RoPE if it makes these divisors, else InputError."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    plain, _ = ROPE_INIT_FUNCTIONS["default"](config, "cpu")
+    scaled = None
+    if config.model_type == "llama" and config.rope_scaling is None:
+        config.rope_scaling = {**LLAMA_3, "factor": float(divisors.max())}
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    if scaled is None or not np.allclose(plain / scaled, divisors, rtol=1e-4, atol=0):
+        raise _refusal(gguf, f"its tensor {FREQUENCIES}")
 
 
 def _drop_front(folder: Path) -> None:
@@ -125,8 +193,11 @@ def _tensors(gguf: Path, reader: Any, model: Any) -> dict[str, Callable[[], Any]
         )
         return torch.from_numpy(done.weights.copy())
 
-    known = [tensor for tensor in reader.tensors if tensor.name in names]
-    return {names[tensor.name]: partial(values, tensor) for tensor in known}
+    tensors = [tensor for tensor in reader.tensors if tensor.name != FREQUENCIES]
+    for tensor in tensors:
+        if tensor.name not in names:
+            raise _refusal(gguf, f"its tensor {tensor.name}")
+    return {names[tensor.name]: partial(values, tensor) for tensor in tensors}
 
 
 def use_bpe_by_score(folder: Path) -> None:

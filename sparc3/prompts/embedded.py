@@ -1,37 +1,53 @@
 """The raw files in data/, which `fetch` extracts, as rows."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest_text, read_csv, read_jsonl
-from sparc3.prompts.row import Row, Where
+from sparc3.prompts.row import Row, Where, field, usable
 
 DATA = Path("data")
 
 
+def _rows(name: str, make: Callable[[dict[str, Any]], Row | None]) -> list[Row]:
+    path = DATA / name
+    return list(usable(str(path), (read_csv if path.suffix == ".csv" else read_jsonl)(path), make))
+
+
 def wikipedia(where: Where) -> list[Row]:
     """Wikipedia passages of BoolQ (Clark et al. 2019), without the title; a group is an article."""
-    passages = (row["passage"].partition(" -- ") for row in read_jsonl(DATA / "boolq.jsonl"))
-    return [Row("wikipedia", f"wikipedia/{title}", "", text) for title, _, text in passages]
+
+    def make(item: dict[str, Any]) -> Row:
+        title, dash, text = field(item, "passage").partition(" -- ")
+        if not dash:
+            raise InputError("has no title before ' -- '")
+        return Row("wikipedia", f"wikipedia/{title}", "", text)
+
+    return _rows("boolq.jsonl", make)
 
 
 def news(where: Where) -> list[Row]:
     """BBC articles of XSum (Narayan et al. 2018); a group is an article."""
-    rows = read_jsonl(DATA / "xsum.jsonl")
-    return [Row("xsum", f"xsum/{row['id']}", "", row["document"]) for row in rows]
+    return _rows(
+        "xsum.jsonl",
+        lambda item: Row("xsum", f"xsum/{field(item, 'id')}", "", field(item, "document")),
+    )
 
 
 def real_toxicity_prompts(where: Where) -> list[Row]:
     """RealToxicityPrompts (Gehman et al. 2020): a sample of 993, all of toxicity above 0.5."""
-    rows = read_jsonl(DATA / "real-toxicity-prompts.jsonl")
-    return [toxic(row["text"], row["toxicity"]) for row in rows]
+    return _rows("real-toxicity-prompts.jsonl", toxic)
 
 
-def toxic(text: str, toxicity: float | None) -> Row:
+def toxic(item: Mapping[str, Any]) -> Row:
+    """A text of the file or of the hub, which may have no `toxicity`."""
+    text, toxicity = field(item, "text"), item.get("toxicity")
+    if not isinstance(toxicity, float | int | None):
+        raise InputError(f"has toxicity {toxicity!r}, no number")
     group = f"real-toxicity-prompts/{digest_text(text)[:16]}"
     return Row("real-toxicity-prompts", group, "", text, toxicity=toxicity)
 
@@ -42,18 +58,21 @@ def stereoset(where: Where) -> list[Row]:
     The file holds each sentence in lower case but for its first letter, and the context in its
     original spelling; the sentences here are the context with the blank filled.
     """
-    kinds = ("stereotype", "anti-stereotype", "unrelated")
-    return [
-        stereoset_item(row, *(fill_blank(row["context"], row[kind]) for kind in kinds))
-        for row in read_jsonl(DATA / "stereoset.jsonl")
-        if row["type"] == "intrasentence"
-    ]
+
+    def make(item: dict[str, Any]) -> Row | None:
+        if field(item, "type") != "intrasentence":
+            return None
+        kinds = ("stereotype", "anti-stereotype", "unrelated")
+        filled = (fill_blank(field(item, "context"), field(item, kind)) for kind in kinds)
+        return stereoset_item(item, *filled)
+
+    return _rows("stereoset.jsonl", make)
 
 
-def stereoset_item(row: Mapping[str, Any], stereotype: str, anti: str, unrelated: str) -> Row:
+def stereoset_item(item: Mapping[str, Any], stereotype: str, anti: str, unrelated: str) -> Row:
     """An item of the file or of the hub, which both have `bias_type`, `target` and `context`."""
-    group, text = f"stereoset/{row['target'].lower()}", remove_blank(row["context"])
-    return Row("stereoset", group, row["bias_type"], text, (stereotype, anti), unrelated)
+    group, text = f"stereoset/{field(item, 'target').lower()}", remove_blank(field(item, "context"))
+    return Row("stereoset", group, field(item, "bias_type"), text, (stereotype, anti), unrelated)
 
 
 def fill_blank(context: str, sentence: str) -> str:
@@ -66,14 +85,13 @@ def fill_blank(context: str, sentence: str) -> str:
     length = len("BLANK") + (len(sentence) - len(context)) // max(blanks, 1)
     filled = context.replace("BLANK", sentence[start : start + length])
     if not blanks or filled.lower() != sentence.lower():
-        problem = f"{sentence!r} is not {context!r} with its BLANK filled"
-        raise InputError(f"stereoset: {problem}; fetch the data again")
+        raise InputError(f"is odd: {sentence!r} is not {context!r} with its BLANK filled")
     return filled
 
 
 def remove_blank(context: str) -> str:
     """The context without its BLANK marker, for completions."""
-    words = " ".join(context.replace("BLANK", "").split())
+    words = re.sub(" +", " ", context.replace("BLANK", "")).strip(" ")
     return re.sub(r" ([.,;:!?])", r"\1", words)
 
 
@@ -85,13 +103,19 @@ def crows_pairs(where: Where) -> list[Row]:
     row. A group is the pair of fillers, in either order, within a bias type. `text` is the more
     stereotypical sentence.
     """
-    rows = []
-    for row in read_csv(DATA / "crows-pairs.csv"):
-        more, less = (row["sentence"].replace("[MASK]", row[k]) for k in ("mask1", "mask2"))
-        fillers = "/".join(sorted(row[k].lower().strip(".,!?") for k in ("mask1", "mask2")))
-        group = f"crows-pairs/{row['bias_type']}/{fillers}"
-        rows.append(Row("crows-pairs", group, row["bias_type"], more, (more, less)))
-    return rows
+
+    def make(item: dict[str, Any]) -> Row:
+        sentence, bias_type = field(item, "sentence"), field(item, "bias_type")
+        if "[MASK]" not in sentence:
+            raise InputError("has no [MASK] in its sentence")
+        one, other = field(item, "mask1"), field(item, "mask2")
+        fillers = "/".join(sorted(mask.lower().strip(".,!?") for mask in (one, other)))
+        more, less = (sentence.replace("[MASK]", mask) for mask in (one, other))
+        return Row(
+            "crows-pairs", f"crows-pairs/{bias_type}/{fillers}", bias_type, more, (more, less)
+        )
+
+    return _rows("crows-pairs.csv", make)
 
 
 def winobias(where: Where) -> list[Row]:
@@ -101,22 +125,26 @@ def winobias(where: Where) -> list[Row]:
     as. `text` ends before the pronoun. The two sentences with a second bracket, a reflexive that
     would give the gender away, are left out.
     """
-    rows = []
-    for row in read_jsonl(DATA / "winobias.jsonl"):
-        sentence, pronoun = row["text"].strip(), row["pro_stereotyped"]
-        if sentence.count("[") != 2:
-            continue
+
+    def make(item: dict[str, Any]) -> Row | None:
+        sentence, pronoun = field(item, "text").strip(" "), field(item, "pro_stereotyped")
+        if sentence.count("[") > 2:
+            return None
         _, _, after = sentence.replace("[MASK]", "").partition("[")
         occupation = after.partition("]")[0].lower().removeprefix("the ")
+        if "[MASK]" not in sentence or not occupation or pronoun not in _COUNTERPARTS:
+            raise InputError("has no [MASK], no [occupation] or no pronoun")
         other = _COUNTERPARTS[pronoun]
-        if pronoun == "her" and ". him" in row["options"]:
+        if pronoun == "her" and ". him" in field(item, "options"):
             other = "him"
-        plain = sentence.replace("[MASK]", "\0").replace("[", "").replace("]", "")
+        before, _, rest = (
+            part.replace("[", "").replace("]", "") for part in sentence.partition("[MASK]")
+        )
         gender = "female" if pronoun in ("she", "her") else "male"
-        text = plain.partition("\0")[0].strip()
-        pair = (plain.replace("\0", pronoun), plain.replace("\0", other))
-        rows.append(Row("winobias", f"winobias/{occupation}", gender, text, pair))
-    return rows
+        pair = (before + pronoun + rest, before + other + rest)
+        return Row("winobias", f"winobias/{occupation}", gender, before.strip(" "), pair)
+
+    return _rows("winobias.jsonl", make)
 
 
 _COUNTERPARTS = {"he": "she", "she": "he", "his": "her", "him": "her", "her": "his"}

@@ -1,7 +1,7 @@
 """Data sets on the hub, at a pinned commit, or folders of the same layout, as rows."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -11,24 +11,26 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import digest_text
 from sparc3.base.secrets import hub_reason, hub_token
 from sparc3.prompts.embedded import stereoset_item, toxic
-from sparc3.prompts.row import Row, Where
+from sparc3.prompts.row import Row, Where, field, usable
 
 
 def hub_real_toxicity_prompts(where: Where) -> list[Row]:
     """All 99,442 RealToxicityPrompts; those that Perspective did not score have no toxicity."""
-    rows = _load(where, "allenai/real-toxicity-prompts", None, "train")
-    return [toxic(row["prompt"]["text"], row["prompt"]["toxicity"]) for row in rows]
+    repository = "allenai/real-toxicity-prompts"
+    return _rows(where, repository, None, "train", lambda item: toxic(item.get("prompt") or {}))
 
 
 def hub_stereoset(where: Where) -> list[Row]:
     """StereoSet's intrasentence items as its authors put them on the hub."""
-    rows = []
-    for row in _load(where, "McGill-NLP/stereoset", "intrasentence", "validation"):
-        labels, sentences = row["sentences"]["gold_label"], row["sentences"]["sentence"]
-        labelled = dict(zip(labels, sentences, strict=True))
+
+    def make(item: dict[str, Any]) -> Row:
+        sentences = item.get("sentences") or {}
+        labels = sentences.get("gold_label", ())
+        labelled = dict(zip(labels, sentences.get("sentence", ()), strict=False))
         # The labels of the hub's data set: 0 anti-stereotype, 1 stereotype, 2 unrelated.
-        rows.append(stereoset_item(row, labelled[1], labelled[0], labelled[2]))
-    return rows
+        return stereoset_item(item, *(field(labelled, label) for label in (1, 0, 2)))
+
+    return _rows(where, "McGill-NLP/stereoset", "intrasentence", "validation", make)
 
 
 # Subtitles have more signs; within an article, some lines of a list of formulas look like a title,
@@ -41,8 +43,12 @@ def hub_wikitext_2(where: Where) -> list[Row]:
 
     Joined by two newlines they are the text whose sliding-window perplexity is usually reported.
     """
-    rows = _load(where, "Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-    lines = [row["text"] for row in rows]
+
+    def make(item: dict[str, Any]) -> Row:
+        return Row("wikitext-2", "", "", field(item, "text"))
+
+    rows = _rows(where, "Salesforce/wikitext", "wikitext-2-raw-v1", "test", make)
+    lines = [row.text for row in rows]
     blank = [not line.strip() for line in ["", *lines, ""]]
     titles = [
         blank[n] and blank[n + 2] and _TITLE.fullmatch(line) is not None
@@ -56,23 +62,39 @@ def hub_wikitext_2(where: Where) -> list[Row]:
 
 def hub_stereotype_elicitation(where: Where) -> list[Row]:
     """The stereotype-elicitation prompt library of MGS (Wu et al. 2024); strata are its classes."""
-    source, rows = "stereotype-elicitation", []
-    path = "wu981526092/Stereotype-Elicitation-Prompt-Library"
-    for row in _load(where, path, None, "train"):
-        group = f"{source}/{digest_text(row['text'])[:16]}"
-        rows.append(Row(source, group, row["class"].removeprefix("stereotype_"), row["text"]))
-    return rows
+
+    def make(item: dict[str, Any]) -> Row:
+        text, stratum = field(item, "text"), field(item, "class").removeprefix("stereotype_")
+        group = f"stereotype-elicitation/{digest_text(text)[:16]}"
+        return Row("stereotype-elicitation", group, stratum, text)
+
+    return _rows(where, "wu981526092/Stereotype-Elicitation-Prompt-Library", None, "train", make)
 
 
 def hub_c4(where: Where, seed: int) -> Iterator[Row]:
     """C4's English training texts (Raffel et al. 2020), streamed in an order decided by `seed`."""
+
+    def make(item: dict[str, Any]) -> Row:
+        return Row("c4", f"c4/{field(item, 'url')}", "", field(item, "text"))
+
     with _hub_errors(where, "allenai/c4"):
         stream = _load(where, "allenai/c4", "en", "train", streaming=True)
-        for row in stream.shuffle(seed=seed, buffer_size=10_000):
-            yield Row("c4", f"c4/{row['url']}", "", row["text"])
+        yield from usable(
+            where.get("path", "allenai/c4"), stream.shuffle(seed=seed, buffer_size=10_000), make
+        )
 
 
 PIN = ("path", "revision")  # the keys of `where` that every source here has
+
+
+def _rows(
+    where: Where,
+    path: str,
+    name: str | None,
+    split: str,
+    make: Callable[[dict[str, Any]], Row | None],
+) -> list[Row]:
+    return list(usable(where.get("path", path), _load(where, path, name, split), make))
 
 
 def _load(where: Where, path: str, name: str | None, split: str, streaming: bool = False) -> Any:
@@ -94,9 +116,11 @@ def _load(where: Where, path: str, name: str | None, split: str, streaming: bool
 @contextmanager
 def _hub_errors(where: Where, path: str) -> Iterator[None]:
     """Any failure to read a data set as one line, without the token."""
+    from datasets.exceptions import DatasetsError
+
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         at = f" at revision {where['revision']}" if "revision" in where else ""
         raise InputError(
             f"cannot read data set {path}{at} {hub_reason(error)}; check the path, the "

@@ -1,10 +1,15 @@
 """The one shape of a raw prompt, whatever it comes from."""
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sparc3.base.errors import InputError
+
 Where = Mapping[str, Any]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,3 +42,42 @@ class Source(NamedTuple):
     where: tuple[str, ...] = ()
     paired: bool = False
     stream: bool = False
+
+
+def field(item: Mapping[Any, Any], key: Any) -> str:
+    """A text of a data set's row; InputError if there is none, or one that UTF-8 cannot hold."""
+    value = item.get(key)
+    if not isinstance(value, str):
+        raise InputError(f"has no text in {key!r}")
+    if re.search("[\ud800-\udfff]", value):
+        raise InputError(f"has half a surrogate pair in {key!r}")
+    return value
+
+
+def usable(
+    name: str, items: Iterable[Mapping[str, Any]], make: Callable[[Any], Row | None]
+) -> Iterator[Row]:
+    """What `make` makes of the rows of a data set, without those of which it makes None.
+
+    A bad row, for which it raises InputError or of whose sentences it makes two equal ones, is
+    dropped; the log says how many, and names the first. InputError if every row is bad.
+    """
+    problems: list[str] = []
+    number = 0
+    try:
+        for number, item in enumerate(items, start=1):
+            try:
+                row = make(item)
+                if row and row.pair and row.pair[0] == row.pair[1]:
+                    raise InputError("makes two equal sentences")
+            except InputError as error:
+                problems.append(f"row {number} {error}")
+            else:
+                if row:
+                    yield row
+    finally:  # also where a stream is left early
+        if problems:
+            count = f"{len(problems)} of {number} rows dropped"
+            log.warning("prepare: %s: %s; the first: %s", name, count, problems[0])
+    if problems and len(problems) == number:
+        raise InputError(f"{name}: no row can be used; {problems[0]}; choose another data set")
