@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_fetch import LLAMA, add_tokenizer, write_gguf
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sparc3.base.errors import InputError
@@ -279,6 +280,24 @@ def test_a_truncated_gguf_is_refused_in_one_line(path: Path, tmp_path: Path) -> 
             convert(file, tmp_path / "out")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("begun", [None, False, True])
+def test_the_tokenizer_is_the_headers(begun: bool | None, tmp_path: Path) -> None:
+    """Of a class that no version of transformers builds anew, with the header's special tokens."""
+    file, model = tmp_path / "model.gguf", LlamaForCausalLM(LLAMA)
+    write_gguf(file, model, bos=1, eos=2, begun=begun)
+    convert(file, tmp_path / "out")
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    tokenizer = loading.tokenizer(Model(path=str(tmp_path / "out")))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    assert loading.front(tokenizer) == (() if begun is False else (1,))
+    backend = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    assert tokenizer("hello  hell").input_ids == backend.encode("hello  hell").ids
+    assert "token_type_ids" not in tokenizer("hello")  # plain transformers would refuse them
 
 
 # --- a large model -----------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_target_with_something_in_it_is_refused_untouched(project):
     assert Path("empty/model.safetensors").exists()
 
 
-def test_failure_leaves_nothing_behind(project):
+def test_failure_leaves_nothing_behind(project, monkeypatch):
     params = project()
     beyond = Circuit(np.array([3]), np.array([0]), np.zeros(1), np.zeros(1))
     write_circuit(circuit_path("toxicity", "lrp"), beyond)
@@ -172,8 +172,36 @@ def test_failure_leaves_nothing_behind(project):
     with pytest.raises(InputError, match=r"aura\.csv: file not found"):
         export.run(params, "toxicity", "aura", Path("out"))
     write_circuit(circuit_path("toxicity", "lrp"), CIRCUIT)
-    invalid = {"do_sample": False, "temperature": 0.5}  # transformers loads it, and won't save it
-    Path("models/tiny/generation_config.json").write_text(json.dumps(invalid))
-    with pytest.raises(ValueError, match="temperature"):
+    monkeypatch.setattr(export, "digest", lambda _: pytest.fail("the disk is full"))
+    with pytest.raises(pytest.fail.Exception):
         export.run(params, "toxicity", "lrp", Path("out"))
     assert {p.name for p in Path().iterdir()} == {"models", "outputs"}
+
+
+def test_a_generation_config_that_transformers_will_not_save_is_copied(project):
+    params = project()
+    invalid = '{"do_sample": false,  "temperature": 0.5}'
+    Path("models/tiny/generation_config.json").write_text(invalid)
+    model = AutoModelForCausalLM.from_pretrained("models/tiny")
+    with pytest.raises(ValueError, match="temperature"):
+        model.save_pretrained("refused")
+    export.run(params, "toxicity", "lrp", Path("out"))
+    assert Path("out/generation_config.json").read_text() == invalid
+    assert AutoModelForCausalLM.from_pretrained("out").generation_config.temperature == 0.5
+
+
+def test_a_tokenizer_of_a_class_that_builds_its_own_is_exported_as_it_reads(project):
+    """transformers 5 makes a LlamaTokenizer of the vocabulary; tokenizer.json is what was used."""
+    params = project()
+    settings = Path("models/tiny/tokenizer_config.json")
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "LlamaTokenizer"})
+    )
+    used = loading.tokenizer(params.model)
+    assert type(used).__name__ == "LlamaTokenizerFast"
+    export.run(params, "toxicity", "lrp", Path("out"))
+    written = json.loads(Path("out/tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = AutoTokenizer.from_pretrained("out")
+    assert dict(again("a good day")) == dict(used("a good day"))
+    assert again.special_tokens_map == used.special_tokens_map

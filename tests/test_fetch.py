@@ -10,6 +10,7 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -69,7 +70,9 @@ def byte_letters() -> list[str]:
     return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
+def add_tokenizer(
+    writer: gguf.GGUFWriter, size: int, bos: int = 0, eos: int = 0, begun: bool | None = None
+) -> None:
     """A byte-level vocabulary of that size with four merges."""
     tokens = ["<|end|>", *byte_letters(), "he", "ll", "hell", "hello"]
     tokens += [f"<unused{n}>" for n in range(size - len(tokens))]
@@ -77,11 +80,13 @@ def add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types([3] + [1] * (len(tokens) - 1))
     writer.add_token_merges(["h e", "l l", "he ll", "hell o"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(bos)
+    writer.add_eos_token_id(eos)
+    if begun is not None:
+        writer.add_add_bos_token(begun)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+def write_gguf(path: Path, model: LlamaForCausalLM, **special: Any) -> None:
     """A llama GGUF as llama.cpp writes it: rows of the query and key projections interleaved."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -94,7 +99,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    add_tokenizer(writer, config.vocab_size)
+    add_tokenizer(writer, config.vocab_size, **special)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
-from transformers import BertConfig, PreTrainedTokenizerFast
+from transformers import BertConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparc3.base.errors import InputError
 from sparc3.base.params import Model
@@ -117,6 +118,117 @@ def test_load_from_a_folder(family, tmp_path):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
+def untied(folder: Path) -> dict[str, torch.Tensor]:
+    """A model with a head of its own, saved; its weights, to be damaged and saved again."""
+    config = tiny.CONFIGS["llama"]()
+    config.tie_word_embeddings = False
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"},
+            r"lm_head\.weight is missing; get",
+        ),
+        (
+            lambda w: {k: v for k, v in w.items() if ".layers.1." not in k},
+            r"model\.layers\.1\.input_layernorm\.weight and 8 more are missing; get",
+        ),
+        (
+            lambda w: {f"module.{k}": v for k, v in w.items()},
+            r"lm_head\.weight and 29 more are missing; module\.lm_head\.weight and 29 more are not",
+        ),
+        (
+            lambda w: w | {"model.norm.weight": torch.ones(3)},
+            r"model\.norm\.weight is of another shape; get",
+        ),
+        (
+            lambda w: w | {"model.layers.3.mlp.up_proj.weight": torch.ones(24, 16)},
+            r"model\.layers\.3\.mlp\.up_proj\.weight is not the model's; get",
+        ),
+    ],
+)
+def test_weights_that_are_not_the_configurations_are_refused_by_name(damage, message, tmp_path):
+    weights = untied(tmp_path)
+    loading.load(Model(path=str(tmp_path)))
+    save_file(damage(weights), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message) as caught:
+        loading.load(Model(path=str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_deeper_than_the_file_is_refused(tmp_path):
+    tiny.model("gpt2").save_pretrained(tmp_path)
+    change_config(tmp_path, n_layer=4)
+    with pytest.raises(InputError, match=r"transformer\.h\.3\.attn\.c_attn\.bias and 11 more"):
+        loading.load(Model(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_body_alone_with_a_tied_head_is_the_whole_model(family, tmp_path):
+    """GPT-2's own checkpoint is such a one: its names lack the prefix, and it has no head."""
+    model = tiny.model(family)
+    families.body(model).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    ids = torch.tensor(tiny.sequences([9]))
+    change_config(tmp_path, architectures=None)
+    torch.testing.assert_close(
+        loading.load(Model(path=str(tmp_path)))(ids).logits, model(ids).logits
+    )
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False)],
+)
+def test_a_switch_that_sdpa_does_not_know_is_refused_by_name(switch, value, dtype, tmp_path):
+    tiny.model("gpt2").save_pretrained(tmp_path)
+    loading.load(Model(path=str(tmp_path), dtype=dtype))
+    change_config(tmp_path, **{switch: value})
+    with pytest.raises(InputError, match=rf"\(eager\), by {switch}: {value} in config"):
+        loading.load(Model(path=str(tmp_path), dtype=dtype))
+
+
+@FAMILIES
+def test_logits_of_our_path_that_are_not_the_models_are_refused(family, monkeypatch, tmp_path):
+    """Whatever the reason: attention, another scale of the logits, a layer that is left out."""
+    tiny.model(family).save_pretrained(tmp_path)
+    own = families.logits
+    monkeypatch.setattr(loading, "logits", lambda model, hidden: own(model, hidden) * 1.01)
+    with pytest.raises(InputError, match=f"by its model_type {family} in config"):
+        loading.load(Model(path=str(tmp_path)))
+
+
+def test_the_check_of_attention_reads_past_a_small_window(tmp_path, monkeypatch):
+    model = tiny.model("mistral")
+    assert model.config.sliding_window < loading.SHORT
+    model.save_pretrained(tmp_path)
+    lengths = []
+    own = loading.attention
+    monkeypatch.setattr(loading, "attention", lambda ids: lengths.append(ids.shape[1]) or own(ids))
+    loading.load(Model(path=str(tmp_path)))
+    assert lengths == [model.config.sliding_window + 8]
+
+
+@pytest.mark.parametrize("read", [loading.load, loading.tokenizer])
+def test_code_of_the_folder_is_refused_and_nothing_is_asked(read, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    code = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "own", "auto_map": code}))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(InputError, match=r"model\.path: cannot load"):
+        read(Model(path=str(tmp_path)))
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     tiny.model("llama").save_pretrained(tmp_path)
     model = loading.load(Model(path=str(tmp_path)))
@@ -192,6 +304,29 @@ def test_the_embedded_model_reads_texts_as_they_are(fetched: Path):
     texts = ["The three-age system", "1"]
     assert loading.encode(tokenizer, texts) == tokenizer(texts).input_ids
     assert [tokenizer.decode(ids) for ids in tokenizer(texts).input_ids] == texts
+
+
+def test_the_embedded_models_files_agree_and_need_no_class_of_a_version(fetched: Path):
+    """transformers 5.9 rebuilds a LlamaTokenizer without the spaces, and reads tokenizer.json alone
+    under this name; the ids that end and begin are those of config.json.
+    """
+    folder = fetched / "models/smollm2-135m"
+    names = ("config", "generation_config", "tokenizer_config", "special_tokens_map")
+    config, generation, settings, special = (
+        json.loads((folder / f"{name}.json").read_text()) for name in names
+    )
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "auto_map" not in settings
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for role in ("bos", "eos", "pad"):
+        token = settings[f"{role}_token"]
+        assert token == special[f"{role}_token"]
+        ids = {config[f"{role}_token_id"], generation[f"{role}_token_id"]}
+        assert ids == {backend.token_to_id(token)}
+    texts = ["The three-age system", " two  spaces\n", "Größe 🎉", "<|im_start|>user"]
+    loaded = loading.tokenizer(Model(path=str(folder)))
+    assert loaded(texts).input_ids == [encoded.ids for encoded in backend.encode_batch(texts)]
+    assert [backend.decode(loaded(text).input_ids, False) for text in texts] == texts
 
 
 @pytest.mark.parametrize("rows", [1, 37, 512])

@@ -308,7 +308,16 @@ def test_bad_files_are_named(detoxify_folder, bias_folder, tmp_path):
     refused("0 files", "detoxify", tmp_path / "empty")
     tiny_bert(2).bert.save_pretrained(tmp_path / "headless")
     bert_tokenizer(tmp_path / "headless")
-    refused("no text-classification model", "classifier", tmp_path / "headless", "LABEL_0")
+    refused(
+        r"as a text-classification model: .*: classifier\.bias and 1 more are missing",
+        "classifier",
+        tmp_path / "headless",
+        "LABEL_0",
+    )
+    settings = bias_folder / "config.json"
+    fewer = settings.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2')
+    settings.write_text(fewer)
+    refused(r"layers\.2\..* more are not the model's", "classifier", bias_folder, "gender")
 
     saved = torch.load(checkpoint)
     torch.save({"state_dict": saved["state_dict"]}, checkpoint)

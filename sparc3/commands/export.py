@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from transformers import GenerationConfig
+
 from sparc3.base.artifacts import circuit_path, metrics_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, read_json, write_text
@@ -41,18 +43,22 @@ def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, 
                 f"{metrics}: {evaluation['num_neurons']} neurons in circuit {method!r}, but "
                 f"{len(circuit)} in {source}; run the evaluate stage again (dvc repro)"
             )
-    tokenizer = loading.tokenizer(params.model)
+    tokenizer, given = loading.tokenizer(params.model), Path(params.model.path)
     model = loading.load(params.model, "cpu")
     prune_weights(model, circuit)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
+        defaults = given / "generation_config.json"
+        if defaults.is_file():  # is copied, for some that transformers reads it refuses to write
+            model.generation_config = GenerationConfig()
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        loading.save_tokenizer(tokenizer, temporary)
         shutil.copyfile(source, temporary / "circuit.csv")
-        for licence in sorted(Path(params.model.path).glob("LICENSE*")):  # goes where weights go
-            shutil.copyfile(licence, temporary / licence.name)
+        licences = sorted(given.glob("LICENSE*"))  # go where weights go
+        for file in [*licences, *given.glob(defaults.name)]:
+            shutil.copyfile(file, temporary / file.name)
         text = card(params, behaviour, method, circuit, digest(source), evaluation)
         write_text(temporary / "README.md", text)
         for file in temporary.rglob("*"):

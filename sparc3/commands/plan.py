@@ -348,7 +348,9 @@ def configuration(params: Params) -> PretrainedConfig:
                 "bring it by: python -m sparc3 fetch"
             )
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, token=hub_token())
+        return AutoConfig.from_pretrained(
+            path, revision=revision, token=hub_token(), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise InputError(
             f"params: {key}: no config.json of {path} ({first_line(error)}); put the model's "

@@ -101,20 +101,17 @@ def _describe_profanity(spec: Spec) -> dict[str, str]:
 def _classifier(spec: Spec, device: str) -> Scorer:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from sparc3.model.loading import EVERY_WEIGHT, require_weights
+
     path, revision = _pinned(spec), spec.revision
     try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            revision=revision,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            path, revision=revision, trust_remote_code=False, **EVERY_WEIGHT
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load(path, error) from None
-    if loaded["missing_keys"]:  # transformers makes them up
-        raise InputError(f"scorer: {path} is no text-classification model: it has no such weights")
+    require_weights(f"scorer: {path} as a text-classification model", found)
     names = [str(name) for name in model.config.id2label.values()]
     # The rule of transformers' own pipeline.
     independent = model.config.problem_type == "multi_label_classification" or len(names) == 1
@@ -157,8 +154,9 @@ def _detoxify(spec: Spec, device: str) -> Scorer:
         problem = f"not a Detoxify checkpoint ({type(error).__name__})"
         raise InputError(f"{checkpoint}: {problem}; expected state_dict and config") from error
     try:
-        config = AutoConfig.from_pretrained(encoder, revision=revision, num_labels=size)
-        tokenizer = AutoTokenizer.from_pretrained(encoder, revision=revision)
+        source = {"revision": revision, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(encoder, num_labels=size, **source)
+        tokenizer = AutoTokenizer.from_pretrained(encoder, **source)
     except (OSError, ValueError) as error:
         raise _cannot_load(encoder, error) from None
     model = AutoModelForSequenceClassification.from_config(config)

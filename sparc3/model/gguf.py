@@ -32,11 +32,11 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from sparc3.model.families import family
-    from sparc3.model.loading import DTYPES, front
+    from sparc3.model.loading import DTYPES, LOCAL
 
     if not gguf.is_file():
         raise InputError(f"{gguf}: file not found; give the path of a GGUF file")
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, **LOCAL}
     try:
         config = AutoConfig.from_pretrained(**source)
     except (OSError, ValueError, IndexError, KeyError) as error:
@@ -53,12 +53,7 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
     model.config.architectures, model.config.dtype = [type(model).__name__], DTYPES[dtype]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    # The legacy format would leave a copy of the GGUF as tokenizer.model.
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    tokenizer.save_pretrained(folder, legacy_format=False)
-    wanted = reader.fields.get("tokenizer.ggml.add_bos_token")
-    if wanted is not None and not wanted.contents() and front(tokenizer):
-        _drop_front(folder)
+    _write_tokenizer(AutoTokenizer.from_pretrained(**source), reader, folder)
 
 
 # What a header says of the file and of the tokenizer; it does not change the model's function.
@@ -125,15 +120,29 @@ def _take_frequencies(gguf: Path, divisors: Any, config: Any) -> None:
         raise _refusal(gguf, f"its tensor {FREQUENCIES}")
 
 
-def _drop_front(folder: Path) -> None:
-    """Rewrite a tokenizer that transformers, which does not read the field, made to add a token."""
-    tree = read_json(folder / "tokenizer.json")
-    write_text(
-        folder / "tokenizer.json",
-        json.dumps({**tree, "post_processor": None}, ensure_ascii=False),
-    )
-    settings = read_json(folder / "tokenizer_config.json")
-    write_json(folder / "tokenizer_config.json", {**settings, "add_bos_token": False})
+def _write_tokenizer(tokenizer: Any, reader: Any, folder: Path) -> None:
+    """The tokenizer with the header's special tokens, some of which transformers gets wrong."""
+    from tokenizers import processors
+
+    from sparc3.model.loading import front, save_tokenizer
+
+    def header(name: str) -> Any:
+        field = reader.fields.get(f"tokenizer.ggml.{name}")
+        return None if field is None else field.contents()
+
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        if (number := header(f"{name}_token_id")) is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(number)))
+    backend, wanted, begin = tokenizer.backend_tokenizer, header("add_bos_token"), front(tokenizer)
+    if wanted is not None and not wanted and begin:
+        backend.post_processor = None
+    elif wanted and not begin and (bos := tokenizer.bos_token):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, tokenizer.bos_token_id)],
+        )
+    save_tokenizer(tokenizer, folder)
 
 
 def _write_weights(gguf: Path, reader: Any, model: Any, folder: Path, shard: int) -> None:

@@ -1,7 +1,7 @@
 """Load a language model and its tokenizer; texts as tokens, begun as the model was trained."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from itertools import accumulate, pairwise
@@ -17,14 +17,28 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from sparc3.base import params
 from sparc3.base.errors import InputError
-from sparc3.model.families import family
+from sparc3.model.families import body, context, family, logits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+EVERY_WEIGHT: dict[str, Any] = {  # no pickle, no made-up weight without a word
+    "use_safetensors": True,
+    "output_loading_info": True,
+    "ignore_mismatched_sizes": True,
+}
+KEPT = (  # of a tokenizer's settings, those that its tokenizer.json leaves out
+    "chat_template",
+    "model_max_length",
+    "model_input_names",
+    "padding_side",
+    "truncation_side",
+    "clean_up_tokenization_spaces",
+)
 NAME = "name a folder with config.json, safetensors and tokenizer.json"
 ROUNDED = 2**-16  # relative error of a product: 2^-22 in float32, 2^-11 in TF32, 2^-8 in bfloat16
 SHORT = 64  # tokens up to which a CPU's flash attention takes longer than the plain one
@@ -36,26 +50,94 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     `device`, a torch device or "auto" to spread the layers over all devices, goes before that of
     `spec`. Nothing is asked of the hub, and no code or pickle of the folder is run.
 
-    InputError: unknown family, or nothing that transformers can load at `spec.path`.
+    InputError: unknown family, nothing that transformers can load at `spec.path`, weights that are
+    not those of the configuration, or one whose attention is not what is computed here.
     """
     prefer_onednn()
     device = device or spec.device
     with _reading(spec.path) as folder:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
         family(config.model_type)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
             folder,
             **LOCAL,
+            **EVERY_WEIGHT,
             config=config,
-            use_safetensors=True,
             dtype=DTYPES[spec.dtype],
             attn_implementation="sdpa",
             device_map="auto" if device == "auto" else None,
         )
+    require_weights(f"model.path: {spec.path}", found)
     model = cast(PreTrainedModel, model)
     if device != "auto":
         nn.Module.to(model, torch.device(device))
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    _require_attention(model, spec.path)
+    return model
+
+
+def require_weights(where: str, found: Mapping[str, Any]) -> None:
+    """InputError unless a checkpoint's weights are the model's: transformers makes up the others.
+
+    `found` is what `from_pretrained` with EVERY_WEIGHT gives beside the model.
+    """
+    kinds = {
+        "missing": sorted(found["missing_keys"]),
+        "of another shape": sorted(found["mismatched_keys"]),
+        "not the model's": sorted(found["unexpected_keys"]),
+    }
+    odd = [
+        f"{names[0]} {f'and {len(names) - 1} more are' if names[1:] else 'is'} {kind}"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if odd:
+        raise InputError(
+            f"{where}: weights and config.json are of different models: {'; '.join(odd)}; "
+            "get both again from one place"
+        )
+
+
+@torch.inference_mode()
+def _require_attention(model: PreTrainedModel, path: str) -> None:
+    """InputError unless a short text has the logits of eager attention, which knows all settings.
+
+    Longer than a small sliding window; 8 tokens without one.
+    """
+    config = model.config
+    window = getattr(config, "sliding_window", None) or 0
+    length = int(min(window + 8, SHORT, context(config.to_dict())))
+    ids = (torch.arange(1, length + 1) * 7919 % config.vocab_size)[None].to(input_device(model))
+    with attention(ids):
+        used = logits(model, body(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    model.set_attn_implementation("eager")
+    eager = model(input_ids=ids, use_cache=False).logits
+    model.set_attn_implementation("sdpa")
+    used, eager = (values.float() - values.float().mean(-1, True) for values in (used, eager))
+    if (used - eager).norm() > torch.finfo(model.dtype).eps ** 0.5 * eager.norm():  # NaN is not
+        usual = type(config)().to_dict()
+        odd = [
+            f"{key}: {value}"
+            for key, value in config.to_dict().items()
+            if "att" in key and isinstance(value, bool) and value != usual.get(key)
+        ]
+        raise InputError(
+            f"model.path: {path} has other logits with the attention used here (sdpa) than with "
+            f"its own (eager), by {', '.join(odd) or f'its model_type {config.model_type}'} in "
+            "config.json, which sdpa does not know; take a model without"
+        )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer as tokenizer.json has it, with its special tokens.
+
+    Under the name of another class, such as LlamaTokenizer, transformers 5 builds a tokenizer of
+    its own from the vocabulary, which need not be this one: SmolLM2's lost every space.
+    """
+    kept = {name: getattr(tokenizer, name) for name in KEPT if getattr(tokenizer, name) is not None}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **kept
+    ).save_pretrained(folder)
 
 
 def tokenizer(spec: params.Model) -> PreTrainedTokenizerBase:
