@@ -31,7 +31,7 @@ def resampled_circuits(
     groups of either set, and at least two.
     """
     rng = np.random.default_rng(seed)
-    sets = []
+    sets: list[tuple[Scores, list[Array]]] = []
     for given in (reference, behaviour):
         codes = np.unique(given.groups, return_inverse=True)[1]
         sets.append((given, [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]))
@@ -45,7 +45,8 @@ def resampled_circuits(
     for size in sizes:
         chosen = np.empty((resamples, k), dtype=np.int64)
         for draw in range(resamples):
-            first, second = (drawn(*one, size / len(behaviour.values)) for one in sets)
+            share = size / len(behaviour.values)
+            first, second = (drawn(given, groups, share) for given, groups in sets)
             values = contrast(first, second)[0]
             chosen[draw] = np.argsort(values, kind="stable")[:k]
         by_size.append(chosen)
