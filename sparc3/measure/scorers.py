@@ -27,7 +27,7 @@ from tqdm import tqdm
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, digest
 from sparc3.base.params import Scorer as Spec
-from sparc3.model.families import context
+from sparc3.model.families import EVERY_WEIGHT, context, require_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,8 +100,6 @@ def _describe_profanity(spec: Spec) -> dict[str, str]:
 
 def _classifier(spec: Spec, device: str) -> Scorer:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from sparc3.model.loading import EVERY_WEIGHT, require_weights
 
     path, revision = _pinned(spec), spec.revision
     try:

@@ -40,6 +40,13 @@ FAMILIES: dict[str, Family] = {  # by config.model_type
 }
 
 
+EVERY_WEIGHT: dict[str, Any] = {  # no pickle, no made-up weight without a word
+    "use_safetensors": True,
+    "output_loading_info": True,
+    "ignore_mismatched_sizes": True,
+}
+
+
 class MLP(NamedTuple):
     """The projections of one layer's MLP; `down` is the output projection."""
 
@@ -54,6 +61,28 @@ def family(model_type: str) -> Family:
         known = ", ".join(sorted(FAMILIES))
         raise InputError(f"model: family {model_type!r} is not known; choose one of: {known}")
     return FAMILIES[model_type]
+
+
+def require_weights(where: str, found: Mapping[str, Any]) -> None:
+    """InputError unless a checkpoint's weights are the model's: transformers makes up the others.
+
+    `found` is what `from_pretrained` with EVERY_WEIGHT gives beside the model.
+    """
+    kinds = {
+        "missing": sorted(found["missing_keys"]),
+        "of another shape": sorted(found["mismatched_keys"]),
+        "not the model's": sorted(found["unexpected_keys"]),
+    }
+    odd = [
+        f"{names[0]} {f'and {len(names) - 1} more are' if names[1:] else 'is'} {kind}"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if odd:
+        raise InputError(
+            f"{where}: weights and config.json are of different models: {'; '.join(odd)}; "
+            "get both again from one place"
+        )
 
 
 def context(config: Mapping[str, Any]) -> float:

@@ -1,7 +1,7 @@
 """Load a language model and its tokenizer; texts as tokens, begun as the model was trained."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from itertools import accumulate, pairwise
@@ -22,15 +22,17 @@ from transformers import (
 
 from sparc3.base import params
 from sparc3.base.errors import InputError
-from sparc3.model.families import body, context, family, logits
+from sparc3.model.families import (
+    EVERY_WEIGHT,
+    body,
+    context,
+    family,
+    logits,
+    require_weights,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-EVERY_WEIGHT: dict[str, Any] = {  # no pickle, no made-up weight without a word
-    "use_safetensors": True,
-    "output_loading_info": True,
-    "ignore_mismatched_sizes": True,
-}
 KEPT = (  # of a tokenizer's settings, those that its tokenizer.json leaves out
     "chat_template",
     "model_max_length",
@@ -58,7 +60,7 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     with _reading(spec.path) as folder:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
         family(config.model_type)
-        model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             **LOCAL,
             **EVERY_WEIGHT,
@@ -67,35 +69,13 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
             attn_implementation="sdpa",
             device_map="auto" if device == "auto" else None,
         )
+    model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     require_weights(f"model.path: {spec.path}", found)
-    model = cast(PreTrainedModel, model)
     if device != "auto":
         nn.Module.to(model, torch.device(device))
     model.eval().requires_grad_(False)
     _require_attention(model, spec.path)
     return model
-
-
-def require_weights(where: str, found: Mapping[str, Any]) -> None:
-    """InputError unless a checkpoint's weights are the model's: transformers makes up the others.
-
-    `found` is what `from_pretrained` with EVERY_WEIGHT gives beside the model.
-    """
-    kinds = {
-        "missing": sorted(found["missing_keys"]),
-        "of another shape": sorted(found["mismatched_keys"]),
-        "not the model's": sorted(found["unexpected_keys"]),
-    }
-    odd = [
-        f"{names[0]} {f'and {len(names) - 1} more are' if names[1:] else 'is'} {kind}"
-        for kind, names in kinds.items()
-        if names
-    ]
-    if odd:
-        raise InputError(
-            f"{where}: weights and config.json are of different models: {'; '.join(odd)}; "
-            "get both again from one place"
-        )
 
 
 @torch.inference_mode()
