@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -24,6 +25,7 @@ from sparc3.commands import ui
 from sparc3.commands.stage import as_metrics
 
 REPOSITORY = Path(__file__).parent.parent
+AWKWARD = "what? a%20b ä #x"  # a checkout's name of all that means something else in an address
 FOREIGN = re.compile(r"MLFLOW_|DVC_|SPARC3_|HF_TOKEN|GIT_")
 STAGE = """
     import signal, sys, time
@@ -78,7 +80,8 @@ def commit(folder):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A git checkout with one stage, whose database three processes found missing at once."""
-    folder = tmp_path_factory.mktemp("a project")  # with a space: MLflow quotes its addresses
+    folder = tmp_path_factory.mktemp("root") / AWKWARD
+    folder.mkdir()
     (folder / "stage.py").write_text(textwrap.dedent(STAGE))
     (folder / "params.yaml").write_text("k: 1\n")
     (folder / ".gitignore").write_text("/mlflow.db*\n/mlruns/\nnote.txt\n")
@@ -116,7 +119,7 @@ def all_runs(folder, name):
     """Every run of an experiment, read with a client of its own."""
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    client = MlflowClient(store.sqlite_uri(folder / "mlflow.db"))
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None
     return client.search_runs([experiment.experiment_id], max_results=1000)
@@ -149,6 +152,7 @@ def test_processes_that_find_no_database_create_one(project):
         (".dvc/tmp/exps/standalone/tmp1", "sqlite:///runs/a.db", "{root}/runs/a.db"),
         (".dvc/tmp/exps/standalone/tmp1", "sqlite:////elsewhere/a.db", "/elsewhere/a.db"),
         ("", "sqlite:////else%20where/a.db", "/else where/a.db"),
+        ("", "sqlite:////elsewhere/a.db?timeout=60", "/elsewhere/a.db?timeout=60"),
     ],
 )
 def test_sqlite_addresses_are_absolute_and_outlive_dvcs_copy(
@@ -181,6 +185,62 @@ def test_a_users_database_gets_the_experiment_and_keeps_its_artifacts(here, tmp_
     with opened() as run:
         run.log_artifact(tmp_path / "a.txt")
     assert [p.name for p in (tmp_path / "mlruns").rglob("*.txt")] == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", ["a%20b", "what?", "ä b", "#x", "it's", "a:b"])
+def test_a_store_that_was_copied_with_its_checkout_works_there(
+    here, tmp_path, monkeypatch, name, caplog, request
+):
+    """As an old version left it, addresses being plain paths, and in any folder."""
+    write_text(tmp_path / "a.txt", "a")
+    with opened() as kept:
+        kept.log_artifact(tmp_path / "a.txt")
+    with opened() as left:
+        left.log_artifact(tmp_path / "a.txt")
+    with opened() as foreign:
+        pass
+    new, old = tmp_path / name / "again", tmp_path / "old"
+    for folder in (new, old):  # a copy, the original and what is not in the copy
+        shutil.copytree(here / "mlruns", folder / "mlruns")
+    shutil.rmtree(next((new / "mlruns").rglob(left.id)))
+    shutil.copy(here / "mlflow.db", new)
+    with closing(sqlite3.connect(new / "mlflow.db")) as connection, connection:
+        root = store.artifact_root(here / "mlflow.db")
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            change = f"update {table} set {column} = replace({column}, ?, ?)"
+            connection.execute(change, (root, str(old / "mlruns")))
+        change = "update runs set artifact_uri = 's3://a/b' where run_uuid = ?"
+        connection.execute(change, (foreign.id,))
+    monkeypatch.chdir(new)
+    caplog.set_level("INFO")
+    with opened() as run:
+        run.log_artifact(tmp_path / "a.txt")
+    (said,) = [r.getMessage() for r in caplog.records if "was moved" in r.getMessage()]
+    assert str(new / "mlruns") in said
+    (said,) = [r.getMessage() for r in caplog.records if "elsewhere" in r.getMessage()]
+    assert ": 2 experiments and runs keep artifacts elsewhere" in said
+    assert [p.parent.parent.name for p in new.rglob(f"*{run.id}/artifacts/a.txt")] == [run.id]
+    next(new.rglob(f"{kept.id}/artifacts/a.txt")).write_text("the copy's")
+    for each, content in ((kept, "the copy's"), (left, "a"), (run, "a")):
+        assert Path(run.client.download_artifacts(each.id, "a.txt")).read_text() == content
+    assert f"/experiments/{run.experiment}/" in ui.ui_link()
+    assert not list(old.rglob(run.id))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"a.txt", "old", name})
+    caplog.clear()
+    with opened():
+        pass
+    assert not [r for r in caplog.records if r.name == "sparc3.base.store"], "said once"
+
+
+@pytest.mark.parametrize("content", [b"", b"a text\n" * 999, b"SQLite format 3\0 and no more"])
+def test_a_file_that_is_no_database_is_one_line(here, tmp_path, monkeypatch, content):
+    (tmp_path / "text.db").write_bytes(content)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'text.db'}")
+    if not content:  # as `touch` leaves it: becomes a database
+        assert "/experiments/" in ui.ui_link()
+        return
+    with pytest.raises(InputError, match=r"text\.db cannot be used: file is not a database$"):
+        ui.ui_link()
 
 
 def test_a_database_of_another_mlflow_is_one_line(here, monkeypatch, tmp_path):
@@ -265,7 +325,7 @@ def test_dirty_means_what_decides_results(here):
 
 
 def test_without_git_the_commit_is_not_made_up(here, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.sqlite_uri(here / "mlflow.db"))
     monkeypatch.chdir(tmp_path)
     with opened() as run:
         pass
@@ -364,7 +424,7 @@ def test_secrets_reach_neither_the_database_nor_the_artifacts(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.sqlite_uri(here / "mlflow.db"))
     monkeypatch.setattr(sys, "argv", ["sparc3", SECRET])
     write_text(tmp_path / ".env", lines)
     write_text(tmp_path / "completions.jsonl", f"... {SECRET} ...")
@@ -499,6 +559,7 @@ def test_mlflow_run_opens_the_stages_run_and_is_the_parent_of_mains(project):
 def test_an_experiment_in_dvcs_temporary_copy_is_kept(project, tmp_path):
     call(tmp_path, "git", "clone", "-q", str(project), "work")
     work = tmp_path / "work"
+    call(work, "git", "remote", "remove", "origin")  # DVC reads only ASCII addresses of remotes
     (work / "mlflow.db").write_bytes((project / "mlflow.db").read_bytes())
     call(work, "dvc", "init", "-q")
     write_text(
