@@ -9,10 +9,11 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -365,6 +366,155 @@ def test_signals_end_the_run_as_killed(project):
     assert codes == {"term": 128 + 15, "int": -signal.SIGINT}
     status = {str(r.info.run_name): r.info.status for r in all_runs(project, "sparc3")}
     assert {name: status[name] for name in sent} == dict.fromkeys(sent, "KILLED")
+
+
+def test_runs_whose_process_was_killed_are_ended_by_the_next(here, request):
+    name = request.node.name
+    started = [start(here, word, "600", MLFLOW_EXPERIMENT_NAME=name) for word in ("dead", "alive")]
+    try:
+        for process in started:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "open\n"
+        started[0].kill()
+        time.sleep(0.5)  # not waited for: a zombie is dead too
+        with opened("far") as far:
+            far.set_tags({"sparc3.host": "another.example", "sparc3.process": "1 1"})
+            far.client.update_run(far.id, status="RUNNING")
+            with opened("reused") as reused:  # its number is another process's by now
+                reused.set_tags({"sparc3.process": f"{os.getpid()} 1"})
+                with opened("next"):
+                    status = {r.info.run_name: r.info.status for r in all_runs(here, name)}
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    running = dict.fromkeys(("alive", "far", "next"), "RUNNING")
+    assert status == {**running, **dict.fromkeys(("dead", "reused"), "KILLED")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_run_is_created_ends_it(here, monkeypatch, number):
+    made, create = [], runs.create
+
+    def interrupted(*arguments):
+        made.append(create(*arguments))
+        signal.raise_signal(number)
+        return made[0]
+
+    monkeypatch.setattr(runs, "create", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)), opened():
+            pytest.fail("the block was entered")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert recorded(made[0]).info.status == "KILLED"
+
+
+# A store that does not answer
+
+
+@contextmanager
+def server(answer):
+    """The port of a server that gives this answer to every connection; None: it is silent."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            kept = []
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    kept.append(connection)
+                    if answer:
+                        connection.recv(65536)
+                        connection.sendall(answer)
+                        connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listening.getsockname()[1]
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("kind", ["refuses", "silent", "busy"])
+def test_a_server_that_is_down_is_one_line_in_ten_seconds(here, monkeypatch, kind):
+    busy = b"HTTP/1.1 503 Busy\r\nRetry-After: 600\r\nContent-Length: 0\r\n\r\n"
+    with server(busy if kind == "busy" else None) as port:
+        refusing = free_port()
+        address = f"127.0.0.1:{refusing if kind == 'refuses' else port}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{address}")
+        begun = time.monotonic()
+        with pytest.raises(InputError) as caught, opened():
+            pytest.fail("the block was entered")
+        assert time.monotonic() - begun < 11
+    said = str(caught.value)
+    assert said.startswith(f"MLFLOW_TRACKING_URI: http://{address} cannot be used: ")
+    assert "secret" not in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("uri", "problem"),
+    [
+        ("nonsense+x://a", "nonsense\\+x://a cannot be used: "),
+        ("mysql+nodriver://h/x", "mysql\\+nodriver://h/x cannot be used: .*nodriver"),
+        ("postgresql://[/x", "not an address"),
+        ("http://me:never/seen@host", "not an address"),
+    ],
+)
+def test_an_address_that_is_none_and_a_driver_that_is_missing_are_one_line(
+    here, monkeypatch, uri, problem
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(InputError, match=f"^MLFLOW_TRACKING_URI: {problem}[^\n]*$") as caught:
+        ui.ui_link()
+    assert "never" not in str(caught.value)
+
+
+def test_an_experiment_id_that_does_not_exist_is_one_line(here, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "987654")
+    with pytest.raises(InputError, match=r"cannot be used: [^\n]*987654[^\n]*$"), opened():
+        pytest.fail("the block was entered")
+
+
+def test_a_stage_whose_outputs_are_written_does_not_fail_where_they_are_not_logged(
+    here, tmp_path, monkeypatch, caplog
+):
+    write_text(tmp_path / "a.txt", "a")
+
+    def refuse(*arguments, **named):
+        raise OSError(f"no space left {SECRET}")
+
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    with opened() as run:
+        steps = {
+            "metrics": lambda: run.log_metrics({"a": 1.0}),
+            "a.txt": lambda: run.log_artifact(tmp_path / "a.txt"),
+            "digest": lambda: run.set_product("p"),
+        }
+        monkeypatch.setattr(run.client, "log_artifact", refuse)
+        runs.log_written(steps)
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "sparc3.base.runs"]
+    assert "lacks: a.txt, digest; to log the comparison later: python -m sparc3 report" in said
+    assert "(no space left ***)" in said
+    assert recorded(run).info.status == "FINISHED"
+    assert recorded(run).data.metrics == {"a": 1.0}
+    with pytest.raises(InputError, match="file not found"), opened():  # a defect of the stage's
+        runs.log_written({"b.txt": lambda: run.log_artifact(tmp_path / "b.txt")})
+
+
+@pytest.mark.parametrize("error", [None, KeyError("mine"), KeyboardInterrupt()])
+def test_a_store_that_dies_midway_hides_neither_success_nor_error(here, monkeypatch, caplog, error):
+    def refuse(*arguments, **named):
+        raise OSError("connection reset")
+
+    with pytest.raises(type(error)) if error else nullcontext(), opened() as run:
+        for call in ("log_batch", "set_terminated"):
+            monkeypatch.setattr(run.client, call, refuse)
+        if error:
+            raise error
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "sparc3.base.runs"]
+    assert f"run {run.id} is F" in said or f"run {run.id} is KILLED" in said
+    assert said.endswith("did not take: connection reset")
 
 
 def test_handlers_of_signals_are_put_back(here):

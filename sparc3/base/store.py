@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "sparc3"
+# A server is asked three times, in ten seconds at most; what the user sets counts more.
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 DVC_COPIES = "/.dvc/tmp/exps/"  # where `dvc exp run --temp` and --queue put their checkouts
 
 
@@ -56,6 +65,11 @@ def sqlite_uri(path: Path) -> str:
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or mlflow.db in the main checkout; a SQLite path is made absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    try:
+        _ = urlsplit(uri).port
+    except ValueError:  # which may show a part of the password
+        problem = "not an address; is a letter of the password, such as / or #, not quoted (%2F)?"
+        raise InputError(f"MLFLOW_TRACKING_URI: {problem}") from None
     path = database(uri)
     return uri if path is None else sqlite_uri(path) + "".join(uri.partition("?")[1:])
 
@@ -85,14 +99,19 @@ def _import(uri: str) -> "type[MlflowClient]":
     """MLflow's client, with what it will import for this address: 2 s, and 3 s with the garbage
     collector, which looks through the same million objects again and again.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # every retry is a warning
     collecting = gc.isenabled()
     gc.disable()
     try:
         from mlflow.tracking import MlflowClient
 
-        if database(uri):
+        if not uri.startswith("http"):
             import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+            from mlflow.store.db import utils
+
+            utils.MAX_RETRY_COUNT = 3  # ten would take 102 s
     finally:
         if collecting:
             gc.enable()
@@ -176,22 +195,34 @@ def _experiment(client: "MlflowClient", uri: str) -> str:
     return client.create_experiment(name, artifact_location=location)
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What is raised where the tracking store does not answer or does not take."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, sqlite3.Error, OSError
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """InputError, one line, where the tracking store cannot be used in the block."""
+    try:
+        yield
+    except (*refusals(), ImportError) as error:  # ImportError: of a database's driver
+        problem = f"{public_uri()} cannot be used: {first_line(error)}"
+        raise InputError(f"MLFLOW_TRACKING_URI: {problem}") from error
+
+
+@answering()
 def connect() -> tuple["MlflowClient", str]:
     """A client and the id of the experiment, both existing; InputError if that cannot be had."""
     uri = tracking_uri()
     mlflow_client = _import(uri)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with locked(uri):
-            path = database(uri)
-            if path and not (path.exists() and path.stat().st_size):
-                _create_database(path)
-            if path:
-                _readdress(path)
-            client = mlflow_client(uri)  # it would create a database that is not there
-            return client, _experiment(client, uri)
-    except (MlflowException, sqlite3.Error) as error:
-        raise InputError(
-            f"MLFLOW_TRACKING_URI: {public_uri()} cannot be used: {first_line(error)}"
-        ) from error
+    with locked(uri):
+        path = database(uri)
+        if path and not (path.exists() and path.stat().st_size):
+            _create_database(path)
+        if path:
+            _readdress(path)
+        client = mlflow_client(uri)  # it would create a database that is not there
+        return client, _experiment(client, uri)
