@@ -2,16 +2,18 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from sparc3.commands import ui
 from sparc3.commands.stage import as_metrics
 
 REPOSITORY = Path(__file__).parent.parent
+AWKWARD = "what? a%20b ä #x"  # a checkout's name of all that means something else in an address
 FOREIGN = re.compile(r"MLFLOW_|DVC_|SPARC3_|HF_TOKEN|GIT_")
 STAGE = """
     import signal, sys, time
@@ -78,7 +81,8 @@ def commit(folder):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A git checkout with one stage, whose database three processes found missing at once."""
-    folder = tmp_path_factory.mktemp("a project")  # with a space: MLflow quotes its addresses
+    folder = tmp_path_factory.mktemp("root") / AWKWARD
+    folder.mkdir()
     (folder / "stage.py").write_text(textwrap.dedent(STAGE))
     (folder / "params.yaml").write_text("k: 1\n")
     (folder / ".gitignore").write_text("/mlflow.db*\n/mlruns/\nnote.txt\n")
@@ -116,7 +120,7 @@ def all_runs(folder, name):
     """Every run of an experiment, read with a client of its own."""
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    client = MlflowClient(store.sqlite_uri(folder / "mlflow.db"))
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None
     return client.search_runs([experiment.experiment_id], max_results=1000)
@@ -149,6 +153,7 @@ def test_processes_that_find_no_database_create_one(project):
         (".dvc/tmp/exps/standalone/tmp1", "sqlite:///runs/a.db", "{root}/runs/a.db"),
         (".dvc/tmp/exps/standalone/tmp1", "sqlite:////elsewhere/a.db", "/elsewhere/a.db"),
         ("", "sqlite:////else%20where/a.db", "/else where/a.db"),
+        ("", "sqlite:////elsewhere/a.db?timeout=60", "/elsewhere/a.db?timeout=60"),
     ],
 )
 def test_sqlite_addresses_are_absolute_and_outlive_dvcs_copy(
@@ -181,6 +186,62 @@ def test_a_users_database_gets_the_experiment_and_keeps_its_artifacts(here, tmp_
     with opened() as run:
         run.log_artifact(tmp_path / "a.txt")
     assert [p.name for p in (tmp_path / "mlruns").rglob("*.txt")] == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", ["a%20b", "what?", "ä b", "#x", "it's", "a:b"])
+def test_a_store_that_was_copied_with_its_checkout_works_there(
+    here, tmp_path, monkeypatch, name, caplog, request
+):
+    """As an old version left it, addresses being plain paths, and in any folder."""
+    write_text(tmp_path / "a.txt", "a")
+    with opened() as kept:
+        kept.log_artifact(tmp_path / "a.txt")
+    with opened() as left:
+        left.log_artifact(tmp_path / "a.txt")
+    with opened() as foreign:
+        pass
+    new, old = tmp_path / name / "again", tmp_path / "old"
+    for folder in (new, old):  # a copy, the original and what is not in the copy
+        shutil.copytree(here / "mlruns", folder / "mlruns")
+    shutil.rmtree(next((new / "mlruns").rglob(left.id)))
+    shutil.copy(here / "mlflow.db", new)
+    with closing(sqlite3.connect(new / "mlflow.db")) as connection, connection:
+        root = store.artifact_root(here / "mlflow.db")
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            change = f"update {table} set {column} = replace({column}, ?, ?)"
+            connection.execute(change, (root, str(old / "mlruns")))
+        change = "update runs set artifact_uri = 's3://a/b' where run_uuid = ?"
+        connection.execute(change, (foreign.id,))
+    monkeypatch.chdir(new)
+    caplog.set_level("INFO")
+    with opened() as run:
+        run.log_artifact(tmp_path / "a.txt")
+    (said,) = [r.getMessage() for r in caplog.records if "was moved" in r.getMessage()]
+    assert str(new / "mlruns") in said
+    (said,) = [r.getMessage() for r in caplog.records if "elsewhere" in r.getMessage()]
+    assert ": 2 experiments and runs keep artifacts elsewhere" in said
+    assert [p.parent.parent.name for p in new.rglob(f"*{run.id}/artifacts/a.txt")] == [run.id]
+    next(new.rglob(f"{kept.id}/artifacts/a.txt")).write_text("the copy's")
+    for each, content in ((kept, "the copy's"), (left, "a"), (run, "a")):
+        assert Path(run.client.download_artifacts(each.id, "a.txt")).read_text() == content
+    assert f"/experiments/{run.experiment}/" in ui.ui_link()
+    assert not list(old.rglob(run.id))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"a.txt", "old", name})
+    caplog.clear()
+    with opened():
+        pass
+    assert not [r for r in caplog.records if r.name == "sparc3.base.store"], "said once"
+
+
+@pytest.mark.parametrize("content", [b"", b"a text\n" * 999, b"SQLite format 3\0 and no more"])
+def test_a_file_that_is_no_database_is_one_line(here, tmp_path, monkeypatch, content):
+    (tmp_path / "text.db").write_bytes(content)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'text.db'}")
+    if not content:  # as `touch` leaves it: becomes a database
+        assert "/experiments/" in ui.ui_link()
+        return
+    with pytest.raises(InputError, match=r"text\.db cannot be used: file is not a database$"):
+        ui.ui_link()
 
 
 def test_a_database_of_another_mlflow_is_one_line(here, monkeypatch, tmp_path):
@@ -265,7 +326,7 @@ def test_dirty_means_what_decides_results(here):
 
 
 def test_without_git_the_commit_is_not_made_up(here, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.sqlite_uri(here / "mlflow.db"))
     monkeypatch.chdir(tmp_path)
     with opened() as run:
         pass
@@ -305,6 +366,155 @@ def test_signals_end_the_run_as_killed(project):
     assert codes == {"term": 128 + 15, "int": -signal.SIGINT}
     status = {str(r.info.run_name): r.info.status for r in all_runs(project, "sparc3")}
     assert {name: status[name] for name in sent} == dict.fromkeys(sent, "KILLED")
+
+
+def test_runs_whose_process_was_killed_are_ended_by_the_next(here, request):
+    name = request.node.name
+    started = [start(here, word, "600", MLFLOW_EXPERIMENT_NAME=name) for word in ("dead", "alive")]
+    try:
+        for process in started:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "open\n"
+        started[0].kill()
+        time.sleep(0.5)  # not waited for: a zombie is dead too
+        with opened("far") as far:
+            far.set_tags({"sparc3.host": "another.example", "sparc3.process": "1 1"})
+            far.client.update_run(far.id, status="RUNNING")
+            with opened("reused") as reused:  # its number is another process's by now
+                reused.set_tags({"sparc3.process": f"{os.getpid()} 1"})
+                with opened("next"):
+                    status = {r.info.run_name: r.info.status for r in all_runs(here, name)}
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    running = dict.fromkeys(("alive", "far", "next"), "RUNNING")
+    assert status == {**running, **dict.fromkeys(("dead", "reused"), "KILLED")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_run_is_created_ends_it(here, monkeypatch, number):
+    made, create = [], runs.create
+
+    def interrupted(*arguments):
+        made.append(create(*arguments))
+        signal.raise_signal(number)
+        return made[0]
+
+    monkeypatch.setattr(runs, "create", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)), opened():
+            pytest.fail("the block was entered")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert recorded(made[0]).info.status == "KILLED"
+
+
+# A store that does not answer
+
+
+@contextmanager
+def server(answer):
+    """The port of a server that gives this answer to every connection; None: it is silent."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            kept = []
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    kept.append(connection)
+                    if answer:
+                        connection.recv(65536)
+                        connection.sendall(answer)
+                        connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listening.getsockname()[1]
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("kind", ["refuses", "silent", "busy"])
+def test_a_server_that_is_down_is_one_line_in_ten_seconds(here, monkeypatch, kind):
+    busy = b"HTTP/1.1 503 Busy\r\nRetry-After: 600\r\nContent-Length: 0\r\n\r\n"
+    with server(busy if kind == "busy" else None) as port:
+        refusing = free_port()
+        address = f"127.0.0.1:{refusing if kind == 'refuses' else port}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{address}")
+        begun = time.monotonic()
+        with pytest.raises(InputError) as caught, opened():
+            pytest.fail("the block was entered")
+        assert time.monotonic() - begun < 11
+    said = str(caught.value)
+    assert said.startswith(f"MLFLOW_TRACKING_URI: http://{address} cannot be used: ")
+    assert "secret" not in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("uri", "problem"),
+    [
+        ("nonsense+x://a", "nonsense\\+x://a cannot be used: "),
+        ("mysql+nodriver://h/x", "mysql\\+nodriver://h/x cannot be used: .*nodriver"),
+        ("postgresql://[/x", "not an address"),
+        ("http://me:never/seen@host", "not an address"),
+    ],
+)
+def test_an_address_that_is_none_and_a_driver_that_is_missing_are_one_line(
+    here, monkeypatch, uri, problem
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(InputError, match=f"^MLFLOW_TRACKING_URI: {problem}[^\n]*$") as caught:
+        ui.ui_link()
+    assert "never" not in str(caught.value)
+
+
+def test_an_experiment_id_that_does_not_exist_is_one_line(here, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "987654")
+    with pytest.raises(InputError, match=r"cannot be used: [^\n]*987654[^\n]*$"), opened():
+        pytest.fail("the block was entered")
+
+
+def test_a_stage_whose_outputs_are_written_does_not_fail_where_they_are_not_logged(
+    here, tmp_path, monkeypatch, caplog
+):
+    write_text(tmp_path / "a.txt", "a")
+
+    def refuse(*arguments, **named):
+        raise OSError(f"no space left {SECRET}")
+
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    with opened() as run:
+        steps = {
+            "metrics": lambda: run.log_metrics({"a": 1.0}),
+            "a.txt": lambda: run.log_artifact(tmp_path / "a.txt"),
+            "digest": lambda: run.set_product("p"),
+        }
+        monkeypatch.setattr(run.client, "log_artifact", refuse)
+        runs.log_written(steps)
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "sparc3.base.runs"]
+    assert "lacks: a.txt, digest; to log the comparison later: python -m sparc3 report" in said
+    assert "(no space left ***)" in said
+    assert recorded(run).info.status == "FINISHED"
+    assert recorded(run).data.metrics == {"a": 1.0}
+    with pytest.raises(InputError, match="file not found"), opened():  # a defect of the stage's
+        runs.log_written({"b.txt": lambda: run.log_artifact(tmp_path / "b.txt")})
+
+
+@pytest.mark.parametrize("error", [None, KeyError("mine"), KeyboardInterrupt()])
+def test_a_store_that_dies_midway_hides_neither_success_nor_error(here, monkeypatch, caplog, error):
+    def refuse(*arguments, **named):
+        raise OSError("connection reset")
+
+    with pytest.raises(type(error)) if error else nullcontext(), opened() as run:
+        for call in ("log_batch", "set_terminated"):
+            monkeypatch.setattr(run.client, call, refuse)
+        if error:
+            raise error
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "sparc3.base.runs"]
+    assert f"run {run.id} is F" in said or f"run {run.id} is KILLED" in said
+    assert said.endswith("did not take: connection reset")
 
 
 def test_handlers_of_signals_are_put_back(here):
@@ -364,7 +574,7 @@ def test_secrets_reach_neither_the_database_nor_the_artifacts(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.sqlite_uri(here / "mlflow.db"))
     monkeypatch.setattr(sys, "argv", ["sparc3", SECRET])
     write_text(tmp_path / ".env", lines)
     write_text(tmp_path / "completions.jsonl", f"... {SECRET} ...")
@@ -499,6 +709,7 @@ def test_mlflow_run_opens_the_stages_run_and_is_the_parent_of_mains(project):
 def test_an_experiment_in_dvcs_temporary_copy_is_kept(project, tmp_path):
     call(tmp_path, "git", "clone", "-q", str(project), "work")
     work = tmp_path / "work"
+    call(work, "git", "remote", "remove", "origin")  # DVC reads only ASCII addresses of remotes
     (work / "mlflow.db").write_bytes((project / "mlflow.db").read_bytes())
     call(work, "dvc", "init", "-q")
     write_text(

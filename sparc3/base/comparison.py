@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparc3.base.runs import PARENT, Run, closing, create, given, source
-from sparc3.base.store import connect, locked, tracking_uri
+from sparc3.base.store import answering, connect, locked, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as Record
@@ -117,6 +117,7 @@ def _maker(report: Run, name: str, digest: str) -> "Record | None":
     return next((r for r in records if r.info.status == "FINISHED"), None)
 
 
+@answering()
 def latest_metrics(names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Name of a stage run -> these metrics of its latest finished run that has them all."""
     client, experiment = connect()

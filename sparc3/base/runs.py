@@ -2,21 +2,24 @@
 
 Tags of a stage's run: `sparc3.stage`, `sparc3.name` (stage@axes), `sparc3.dvc_stage`,
 `sparc3.dvc_experiment`, `sparc3.dirty`, `sparc3.product` (digest of what the stage wrote),
-`sparc3.error`, MLflow's own for the git commit and the parent run, and what the caller adds.
+`sparc3.error`, `sparc3.host` and `sparc3.process` (where it runs), MLflow's own for the git commit
+and the parent run, and what the caller adds.
 Every run is addressed by its id through the client; nothing depends on an "active run" hidden in
 the process.
 """
 
 import json
+import logging
 import math
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,12 +27,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparc3.base.errors import InputError
 from sparc3.base.secrets import first_line, masked, secrets
-from sparc3.base.store import connect, public_uri
+from sparc3.base.store import answering, connect, public_uri, refusals
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
+log = logging.getLogger(__name__)
 PARENT = "SPARC3_PARENT_RUN_ID"
 DECISIVE = ("sparc3", "params.yaml", "dvc.yaml", "data.dvc", "requirements.txt")
 MAX_PARAM, MAX_TAG, MAX_BATCH = 6000, 5000, 100  # MLflow's limits, common to all its stores
@@ -161,6 +165,46 @@ def _signals_raise() -> Iterator[None]:
 
 
 @contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals that would end the process take effect after the block."""
+    came: list[int] = []
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in ends}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def _began(process: int) -> str | None:
+    """When a process of this host began, in clock ticks since boot; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]  # a zombie has ended
+
+
+def _process() -> dict[str, str]:
+    """The tags by which a later process sees whether this one has ended."""
+    pid = os.getpid()
+    return {"sparc3.host": socket.gethostname(), "sparc3.process": f"{pid} {_began(pid)}"}
+
+
+def _end_dead(client: "MlflowClient", experiment: str) -> None:
+    """Mark the runs KILLED that processes of this host, killed themselves, left RUNNING."""
+    mine = f"status = 'RUNNING' and tags.`sparc3.host` = '{socket.gethostname()}'"
+    for record in client.search_runs([experiment], mine):
+        pid, began = record.data.tags["sparc3.process"].split()
+        ended, run_id = _began(int(pid)) != began, record.info.run_id
+        if ended and client.get_run(run_id).info.status == "RUNNING":  # not well, since the search
+            client.set_terminated(run_id, "KILLED")
+
+
+@contextmanager
 def stage_run(
     stage: str,
     axes: Mapping[str, str],
@@ -188,33 +232,61 @@ def stage_run(
         "sparc3.stage": stage,
         "sparc3.name": name,
         **{f"sparc3.{tag}": os.environ[v] for tag, v in started.items() if os.environ.get(v)},
+        **_process(),
         **source(),
         **(tags or {}),
     }
-    with _signals_raise():
+    with _signals_raise(), ExitStack() as stack:
         client, experiment = connect()
-        run = given(client, "MLFLOW_RUN_ID")
-        if run is None:
-            run = create(client, experiment, given(client, PARENT))
-        with closing(run):
+        with answering():
+            _end_dead(client, experiment)
+            parent = given(client, PARENT)
+            with _signals_wait():  # a run that is created is also ended
+                run = given(client, "MLFLOW_RUN_ID") or create(client, experiment, parent)
+                stack.enter_context(closing(run))
             run.set_tags(described)
             run.log_params({**axes, **params})
-            yield run
+        yield run
 
 
 @contextmanager
 def closing(run: Run) -> Iterator[None]:
-    """The run ends with the block, and as the block does."""
+    """The run ends with the block, and as the block does, whether or not the store can take it."""
     try:
         yield
-        run.client.set_terminated(run.id, "FINISHED")
+        _end(run, "FINISHED")
     except (KeyboardInterrupt, _Killed):
-        run.client.set_terminated(run.id, "KILLED")
+        _end(run, "KILLED")
         raise
     except BaseException as error:
-        run.set_tags({"sparc3.error": f"{type(error).__name__}: {first_line(error)}"})
-        run.client.set_terminated(run.id, "FAILED")
+        _end(run, "FAILED", {"sparc3.error": f"{type(error).__name__}: {first_line(error)}"})
         raise
+
+
+def _end(run: Run, status: str, tags: Mapping[str, str] | None = None) -> None:
+    try:
+        run.set_tags(tags or {})
+        run.client.set_terminated(run.id, status)
+    except refusals() as problem:
+        said = "run %s is %s, which %s did not take: %s"
+        log.warning(said, run.id, status, public_uri(), first_line(problem))
+
+
+def log_written(steps: Mapping[str, Callable[[], object]]) -> None:
+    """Log what a stage has written, step by step, each named by what it logs.
+
+    Where the tracking store does not take a step, that and all after it are named, and the stage
+    has still done its work: its outputs exist.
+    """
+    left = dict(steps)
+    try:
+        for name, step in steps.items():
+            step()
+            del left[name]
+    except refusals() as error:
+        said = "outputs are written, but %s lacks: %s; to log the comparison later: "
+        said += "python -m sparc3 report (%s)"
+        log.warning(said, public_uri(), ", ".join(left), first_line(error))
 
 
 def given(client: "MlflowClient", variable: str) -> Run | None:
@@ -234,7 +306,7 @@ def given(client: "MlflowClient", variable: str) -> Run | None:
 def create(client: "MlflowClient", experiment: str, parent: Run | None) -> Run:
     """A new run, in the experiment of its parent if it has one: nesting ends at the experiment."""
     command = masked(shlex.join(sys.argv), MAX_TAG)
-    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": command}
+    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": command, **_process()}
     if parent:
         experiment, tags["mlflow.parentRunId"] = parent.experiment, parent.id
     return Run(client, experiment, client.create_run(experiment, tags=tags).info.run_id)

@@ -5,12 +5,14 @@ MLflow is imported only when a run begins: what reads no more than an address ne
 
 import fcntl
 import gc
+import logging
 import os
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import replacing
@@ -20,7 +22,17 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
+log = logging.getLogger(__name__)
 EXPERIMENT = "sparc3"
+# A server is asked three times, in ten seconds at most; what the user sets counts more.
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 DVC_COPIES = "/.dvc/tmp/exps/"  # where `dvc exp run --temp` and --queue put their checkouts
 
 
@@ -35,15 +47,31 @@ def checkout() -> Path:
 
 def database(uri: str) -> Path | None:
     """The file of a SQLite address, absolute; None for any other kind of address."""
-    scheme, separator, path = uri.partition(":///")
-    return checkout() / unquote(path) if (scheme, separator) == ("sqlite", ":///") else None
+    scheme, separator, path = uri.partition("?")[0].partition(":///")
+    if scheme not in ("sqlite", "sqlite+pysqlite") or not separator:
+        return None
+    return checkout() / unquote(path)
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of a SQLite file; what SQLAlchemy would read otherwise than it stands is quoted.
+
+    Then the driver is named: for sqlite:/// MLflow makes the file's folder, of the quoted name.
+    """
+    quoted = str(path).replace("%", "%25").replace("?", "%3F")
+    return f"sqlite{'' if quoted == str(path) else '+pysqlite'}:///{quoted}"
 
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or mlflow.db in the main checkout; a SQLite path is made absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    try:
+        _ = urlsplit(uri).port
+    except ValueError:  # which may show a part of the password
+        problem = "not an address; is a letter of the password, such as / or #, not quoted (%2F)?"
+        raise InputError(f"MLFLOW_TRACKING_URI: {problem}") from None
     path = database(uri)
-    return uri if path is None else f"sqlite:///{path}"
+    return uri if path is None else sqlite_uri(path) + "".join(uri.partition("?")[1:])
 
 
 def public_uri() -> str:
@@ -71,14 +99,19 @@ def _import(uri: str) -> "type[MlflowClient]":
     """MLflow's client, with what it will import for this address: 2 s, and 3 s with the garbage
     collector, which looks through the same million objects again and again.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # every retry is a warning
     collecting = gc.isenabled()
     gc.disable()
     try:
         from mlflow.tracking import MlflowClient
 
-        if database(uri):
+        if not uri.startswith("http"):
             import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+            from mlflow.store.db import utils
+
+            utils.MAX_RETRY_COUNT = 3  # ten would take 102 s
     finally:
         if collecting:
             gc.enable()
@@ -90,7 +123,50 @@ def _create_database(path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     with replacing(path) as temporary:
-        SqlAlchemyStore(f"sqlite:///{temporary}", str(path.parent / "mlruns")).engine.dispose()
+        SqlAlchemyStore(sqlite_uri(temporary), artifact_root(path)).engine.dispose()
+
+
+def artifact_root(path: Path) -> str:
+    """The address of the folder beside a SQLite file that keeps its artifacts."""
+    return (path.parent / "mlruns").as_uri()
+
+
+def _readdress(path: Path) -> None:
+    """What a moved or copied store of this checkout keeps beside it is addressed here again.
+
+    MLflow's addresses are absolute, and experiment 0 has the one with which the store was made.
+    A run whose artifacts stayed behind keeps its address; how many do is said.
+    """
+    new, places = artifact_root(path), {"experiments": "artifact_location", "runs": "artifact_uri"}
+    with closing(sqlite3.connect(path, timeout=60)) as connection, connection:
+
+        def addresses(table: str) -> list[tuple[int, str]]:
+            return connection.execute(f"select rowid, {places[table]} from {table}").fetchall()
+
+        old = dict(addresses("experiments")).get(0, "").removesuffix("/0")
+        ours = path.is_relative_to(checkout()) and old.startswith(("/", "file:///"))
+        if old == new or not ours or Path(old).name != "mlruns":
+            return
+        for table, column in places.items():
+            for row, address in addresses(table):
+                moved = new + quote(unquote(address.removeprefix(old)))
+                here = (
+                    table == "experiments" or _file(moved).exists() or not _file(address).exists()
+                )
+                if here and address.startswith(f"{old}/"):
+                    update = f"update {table} set {column} = ? where rowid = ?"
+                    connection.execute(update, (moved, row))
+        if _file(old) != _file(new):
+            log.info("%s was moved: artifacts of its runs are in %s now", path, _file(new))
+        every = [address for table in places for _, address in addresses(table)]
+        if elsewhere := [address for address in every if not address.startswith(f"{new}/")]:
+            said = "%s: %d experiments and runs keep artifacts elsewhere, as in %s"
+            log.warning(said, path, len(elsewhere), masked(elsewhere[0]))
+
+
+def _file(address: str) -> Path:
+    """Where MLflow finds a local artifact address: it resolves %-escapes of plain paths too."""
+    return Path(unquote(urlsplit(address).path if address.startswith("file:") else address))
 
 
 def _experiment(client: "MlflowClient", uri: str) -> str:
@@ -115,23 +191,38 @@ def _experiment(client: "MlflowClient", uri: str) -> str:
     if ours and client.get_experiment("0").name == "Default":
         client.rename_experiment("0", name)
         return "0"
-    return client.create_experiment(name, artifact_location=str(path.parent / "mlruns" / name))
+    location = f"{artifact_root(path)}/{quote(name, safe='')}"
+    return client.create_experiment(name, artifact_location=location)
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What is raised where the tracking store does not answer or does not take."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, sqlite3.Error, OSError
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """InputError, one line, where the tracking store cannot be used in the block."""
+    try:
+        yield
+    except (*refusals(), ImportError) as error:  # ImportError: of a database's driver
+        problem = f"{public_uri()} cannot be used: {first_line(error)}"
+        raise InputError(f"MLFLOW_TRACKING_URI: {problem}") from error
+
+
+@answering()
 def connect() -> tuple["MlflowClient", str]:
     """A client and the id of the experiment, both existing; InputError if that cannot be had."""
     uri = tracking_uri()
     mlflow_client = _import(uri)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with locked(uri):
-            path = database(uri)
-            if path and not path.exists():
-                _create_database(path)
-            client = mlflow_client(uri)  # it would create a database that is not there
-            return client, _experiment(client, uri)
-    except MlflowException as error:
-        raise InputError(
-            f"MLFLOW_TRACKING_URI: {public_uri()} cannot be used: {first_line(error)}"
-        ) from error
+    with locked(uri):
+        path = database(uri)
+        if path and not (path.exists() and path.stat().st_size):
+            _create_database(path)
+        if path:
+            _readdress(path)
+        client = mlflow_client(uri)  # it would create a database that is not there
+        return client, _experiment(client, uri)

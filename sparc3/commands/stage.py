@@ -9,7 +9,8 @@ import importlib
 import json
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,18 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
         metrics = module.run(params, **options)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         cost = {"seconds": time.monotonic() - sparc3.STARTED, "peak_megabytes": memory}
-        opened.log_metrics({**metrics, **cost})
-        if word not in STAGES:
-            return
+        steps: dict[str, Callable[[], object]] = {
+            "metrics": lambda: opened.log_metrics({**metrics, **cost})
+        }
         value = next(iter(axes.values()), None)
-        for path in shown_files(word, value):
-            opened.log_artifact(path)
+        if word in STAGES and word != "report":
+            product = digest(metrics_path(word, value))
+            steps["digest of the product"] = lambda: opened.set_product(product)
+        for path in shown_files(word, value) if word in STAGES else ():
+            steps[str(path)] = partial(opened.log_artifact, path)
         if word == "report":
-            compare(params, opened)
-        else:
-            opened.set_product(digest(metrics_path(word, value)))
+            steps["comparison"] = lambda: compare(params, opened)
+        runs.log_written(steps)
 
 
 def parameters(params: Params, word: str, axes: Mapping[str, str]) -> dict[str, Any]:
