@@ -371,4 +371,5 @@ def test_a_large_model_takes_little_more_memory_than_its_weights(tmp_path: Path)
         f"assert sum(p.numel() for p in model.parameters()) == {parameters}",
         folder,
     )
-    assert loading < 1.2 * 2 * parameters
+    # The weights are all read once, by the check of attention; the process itself takes 0.9 GB.
+    assert loading - peak("from sparc3.model import loading", folder) < 1.05 * 2 * parameters

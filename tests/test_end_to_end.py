@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
     "select": {"resamples": 10},
     "evaluate": {
         "texts": 6,
-        "prompts": 12,
+        "prompts": 16,  # all of the test split, as transfer reads them
         "items": 36,
         "completions": 2,
         "completed": ["lrp", "aura", "random-layer-matched"],
@@ -294,7 +294,7 @@ def test_a_fourth_behaviour_needs_only_params(finished: tuple[Path, str], run_in
                     "prompts": "profession",
                     "reference": "general-pairs",
                     "method": "lrp",
-                    "measure": "pairs",
+                    "instruments": ["pairs"],
                     "on_fail": "warn",
                 }
             },
