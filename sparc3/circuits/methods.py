@@ -1,5 +1,7 @@
 """Methods of params: random ones' noise, and who takes the number of neurons from whom."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from sparc3.base.files import Array, digest_text
@@ -26,10 +28,11 @@ def is_control(method: Method) -> bool:
     return method.score == "random" or method.contrast in ("reversed-difference", "reference-only")
 
 
+def swept(methods: Mapping[str, Method]) -> dict[str, Method]:
+    """The methods that choose their own number of neurons, in their order."""
+    return {n: m for n, m in methods.items() if m.match is None and m.layers is None}
+
+
 def independent(params: Params) -> list[str]:
-    """The methods that choose their own number of neurons, once."""
-    return [
-        name
-        for name, method in params.methods.items()
-        if method.match is None and method.layers is None and method.draws == 1
-    ]
+    """Those of them that choose once: whom others can follow."""
+    return [name for name, method in swept(params.methods).items() if method.draws == 1]

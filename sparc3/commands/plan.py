@@ -23,6 +23,7 @@ from sparc3.base.artifacts import circuit_names, prompts_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.params import Params, PromptSet, Sweep, Transfer, scores_of, sets_of
 from sparc3.base.secrets import first_line, hub_token
+from sparc3.circuits.methods import swept
 from sparc3.commands import cost
 from sparc3.commands.cost import Shape, Work
 from sparc3.measure import likelihood
@@ -210,8 +211,7 @@ class Plan:
 
     def _sweep(self, name: str) -> Work:
         params, sweep = self.params, self.params.sweep
-        tuned = [m for m in params.methods.values() if m.match is None and m.layers is None]
-        points = len(tuned) * len(sweep.protect) * len(sweep.num_neurons)
+        points = len(swept(params.methods)) * len(sweep.protect) * len(sweep.num_neurons)
         if not points:
             return Work()
         texts = self.tokens(params.differential.general, "tune", sweep.texts)

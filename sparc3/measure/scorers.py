@@ -27,6 +27,7 @@ from tqdm import tqdm
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, digest
 from sparc3.base.params import Scorer as Spec
+from sparc3.base.secrets import first_line
 from sparc3.model.families import EVERY_WEIGHT, context, require_weights
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def _index(label: str | None, labels: Sequence[str], where: str) -> int:
 
 
 def _cannot_load(path: str, error: Exception) -> InputError:
-    reason = str(error).strip().split("\n")[0]
+    reason = first_line(error)
     return InputError(f"scorer: cannot load {path} ({reason}); give a folder, or a name on the hub")
 
 

@@ -22,6 +22,7 @@ from transformers import (
 
 from sparc3.base import params
 from sparc3.base.errors import InputError
+from sparc3.base.secrets import first_line
 from sparc3.model.families import (
     EVERY_WEIGHT,
     body,
@@ -134,7 +135,7 @@ def _reading(path: str) -> Iterator[str]:
     try:
         yield path
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise InputError(f"model.path: cannot load {path} ({reason}); {NAME}") from None
 
 

@@ -23,7 +23,7 @@ from sparc3.base.params import Behaviour, Params
 from sparc3.circuits.methods import is_control
 from sparc3.measure import inference
 from sparc3.measure.instrument import Instrument, Value
-from sparc3.measure.instruments import instruments_of, primary_of
+from sparc3.measure.instruments import instruments_of, primary_of, swept_of
 
 FOLDER = OUTPUTS / "report"
 TABLE = METRICS / "table.md"
@@ -44,8 +44,8 @@ def first_split(params: Params) -> str:
 
 
 def swept(spec: Behaviour) -> Instrument:
-    """The instrument that sweep and transfer read."""
-    return next(each for each in instruments_of(spec).values() if each.swept)
+    """The instrument that the sweep maximises, and the transfer matrix shows."""
+    return next(iter(swept_of(spec).values()))
 
 
 def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sparc3.base.files import write_csv, write_json
 from sparc3.base.params import Method, Params
 from sparc3.circuits.choose import circuit_at, read_differential
 from sparc3.circuits.circuit import INTACT, Circuit
+from sparc3.circuits.methods import swept
 from sparc3.measure.instrument import How, Instrument, Measured, Reading
 from sparc3.measure.instruments import perplexity, swept_of
 from sparc3.model import loading
@@ -67,20 +68,16 @@ def measure(
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    swept = swept_of(params.behaviours[behaviour])
-    methods = {
-        name: method
-        for name, method in params.methods.items()
-        if method.match is None and method.layers is None
-    }
+    instruments = swept_of(params.behaviours[behaviour])
+    methods = swept(params.methods)
     points, circuits = curves(params, behaviour, methods)
     if len(points) == 1:  # num_neurons and protect are fixed, and nothing has to be tuned
         write_csv(sweep_path(behaviour), [], COLUMNS)
         write_json(metrics_path("sweep", behaviour), {"points": 0.0})
         return {"points": 0.0}
     tokenizer = loading.tokenizer(params.model)
-    by_circuit, general, groups = measure(params, behaviour, swept, circuits, tokenizer)
-    leading, instrument = next(iter(swept.items()))
+    by_circuit, general, groups = measure(params, behaviour, instruments, circuits, tokenizer)
+    leading, instrument = next(iter(instruments.items()))
     objective = next(iter(instrument.objectives.values()))
     before = Measured(by_circuit[0][leading], general[0])
     columns = list(COLUMNS)
