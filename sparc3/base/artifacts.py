@@ -4,7 +4,7 @@ Paths are relative to the project's folder, the current directory.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ def sweep_path(behaviour: str) -> Path:
     return OUTPUTS / "sweep" / f"{behaviour}.csv"
 
 
-def circuit_path(behaviour: str, method: str) -> Path:
-    return OUTPUTS / "circuits" / behaviour / f"{method}.csv"
+def circuit_path(behaviour: str, method: str, block: str = "") -> Path:
+    """Of the circuit chosen on all that may be seen, or on what comes before a block."""
+    return OUTPUTS / "circuits" / behaviour / block / f"{method}.csv"
 
 
 def circuit_names(name: str, method: Method) -> list[str]:
@@ -60,11 +61,43 @@ def metrics_path(stage: str, axis: str | None = None) -> Path:
 def read_prompts(prompt_set: str, split: str | None) -> list[dict[str, Any]]:
     """Rows of one split of a prompt set, or of all, in file order; at least one (InputError)."""
     path = prompts_path(prompt_set)
-    rows = [row for row in read_jsonl(path) if split in (None, row["split"])]
+    rows = [row for row in read_jsonl(path) if split in (None, *_splits_of(row))]
     if not rows:
         remedy = f"raise prompt_sets.{prompt_set}.count"
         raise InputError(f"{path}: no prompt in the {split} split; {remedy}")
     return rows
+
+
+def _splits_of(row: Mapping[str, Any]) -> list[str]:
+    """A row of a block is tested, unless the block is the first, and circuits are chosen on it."""
+    split = row["split"]
+    if not split.startswith("block-"):
+        return [split]
+    return [split, "attribute", *(["test"] if split != "block-0" else [])]
+
+
+def held_out(prompt_set: str) -> dict[str, list[dict[str, Any]]]:
+    """Test prompts by the block that they are tested in; all of them in "" where there are none."""
+    by_block: dict[str, list[dict[str, Any]]] = {}
+    for row in read_prompts(prompt_set, "test"):
+        by_block.setdefault("" if row["split"] == "test" else row["split"], []).append(row)
+    return {block: by_block[block] for block in sorted(by_block, key=_number)}
+
+
+def seen(prompt_set: str, block: str) -> list[dict[str, Any]]:
+    """Prompts that the circuits are chosen on which are tested in a block; for "" all that are."""
+    rows = read_prompts(prompt_set, "attribute")
+    return [row for row in rows if not block or _number(row["split"]) < _number(block)]
+
+
+def blocks(prompt_set: str) -> list[str]:
+    """The blocks for which circuits are chosen, and "" for those of all that may be seen."""
+    splits = {row["split"] for row in read_prompts(prompt_set, "attribute")}
+    return ["", *sorted(splits - {"attribute", "block-0"}, key=_number)]
+
+
+def _number(block: str) -> int:
+    return int(block.removeprefix("block-") or 0)
 
 
 def groups_of(prompt_set: str, ids: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from sparc3.base.errors import InputError
 
 Tree = dict[str, Any]  # of a params file: sections of keys, or of rows
 SPLITS = ("attribute", "tune", "test")  # what a circuit is chosen on, tuned on, measured on
+FIRST = 1 / 3  # share of the groups of a set with blocks that is chosen on alone
 
 Whole = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
 Count = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
@@ -62,6 +63,7 @@ class PromptSet:
     match_length: str | None = None
     scores: tuple[str, ...] | None = None
     keep: Keep | None = None
+    blocks: Count | None = None  # that are tested one by one, each by circuits of all before it
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -71,6 +73,7 @@ class Behaviour:
     method: str
     instruments: tuple[str, ...]
     second: str | None = None
+    sealed: str | None = None
     scorers: tuple[str, ...] = ()
     on_fail: Literal["warn", "stop"] = "stop"
 
@@ -84,6 +87,7 @@ class Method:
     layers: str | None = None
     protect: Share | None = None
     draws: Count = 1
+    all: bool = False  # every neuron of negative differential, whatever that costs
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -149,7 +153,7 @@ class Select:
 
 @dataclass(frozen=True, config=_STRICT)
 class Evaluate:
-    general: str
+    general: tuple[str, ...]
     texts: Count
     window: Count
     stride: Count
@@ -160,6 +164,8 @@ class Evaluate:
     completed: tuple[str, ...]
     in_sample: tuple[str, ...]
     control: str
+    drawn: Count
+    ban: tuple[Count, ...]
     new_tokens: Count
     temperature: Positive
     top_p: Nucleus
@@ -192,6 +198,14 @@ class Report:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Confirm:
+    """How much of the sealed sets is read, as `evaluate` says of the others."""
+
+    prompts: Count
+    completions: Count
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Cluster:
     """What a Slurm job asks for. Per node: tasks (processes of attribution), gpus and memory in GB.
 
@@ -215,6 +229,7 @@ class Params:
     model: Model
     prompt_sets: dict[str, PromptSet]
     test_sets: dict[str, PromptSet]
+    sealed_sets: dict[str, PromptSet]
     behaviours: dict[str, Behaviour]
     methods: dict[str, Method]
     scorers: dict[str, Scorer]
@@ -229,6 +244,7 @@ class Params:
     transfer: Transfer
     overlap: Overlap
     report: Report
+    confirm: Confirm
     cluster: Cluster | None = None
     profile: str | None = None  # which one `use` made the file of
 
@@ -336,6 +352,16 @@ def _describe(kind: Any) -> str:
         return f"a list of {_describe(get_args(kind)[0])}"
     words = {int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
     return words.get(kind, "a mapping")
+
+
+def shares_of(spec: PromptSet, splits: Mapping[str, float]) -> Mapping[str, float]:
+    """What shares its groups out: `prepare.splits`, or its own blocks, the first of which is for
+    choosing alone.
+    """
+    if spec.blocks is None:
+        return splits
+    rest = {f"block-{n}": (1 - FIRST) / spec.blocks for n in range(1, spec.blocks + 1)}
+    return {"block-0": FIRST, **rest}
 
 
 def scores_of(params: Params, prompt_set: str) -> tuple[str, ...]:

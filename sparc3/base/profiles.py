@@ -5,7 +5,10 @@ from pathlib import Path
 from sparc3.base.errors import InputError
 from sparc3.base.params import Tree, read
 
-TABLES = ("prompt_sets", "test_sets", "behaviours", "methods", "scorers")  # rows by their names
+TABLES = (  # rows by their names
+    *("prompt_sets", "test_sets", "sealed_sets"),
+    *("behaviours", "methods", "scorers"),
+)
 
 
 def lay_over(profile: Path, base: Path) -> Tree:

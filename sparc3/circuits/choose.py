@@ -9,10 +9,13 @@ from sparc3.base.params import Method
 from sparc3.circuits.circuit import Circuit
 
 
-def read_differential(behaviour: str, method: str) -> tuple[Array, Array]:
-    """A method's differential, and the importance that protection ranks by: (layer, neuron)."""
+def read_differential(behaviour: str, method: str, block: str = "") -> tuple[Array, Array]:
+    """A method's differential, for a block or of all, and the importance that protection ranks by:
+    (layer, neuron). A random method's knows no blocks.
+    """
     tensors, _ = read_tensors(differential_path(behaviour, method))
-    return tensors["differential"], tensors["importance"]
+    whole = tensors["differential"]
+    return tensors.get(block, whole), tensors["importance"]
 
 
 def protected(importance: Array, share: float) -> Array:

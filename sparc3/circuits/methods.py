@@ -30,7 +30,7 @@ def is_control(method: Method) -> bool:
 
 def swept(methods: Mapping[str, Method]) -> dict[str, Method]:
     """The methods that choose their own number of neurons, in their order."""
-    return {n: m for n, m in methods.items() if m.match is None and m.layers is None}
+    return {n: m for n, m in methods.items() if not (m.match or m.layers or m.all)}
 
 
 def independent(params: Params) -> list[str]:

@@ -233,26 +233,39 @@ class Plan:
         params, evaluate = self.params, self.params.evaluate
         behaviour, batch = params.behaviours[name], evaluate.batch_tokens
         circuits = {method: len(circuit_names(method, m)) for method, m in params.methods.items()}
+        drawn = {method: min(n, evaluate.drawn) for method, n in circuits.items()}
 
-        def without(*methods: str) -> int:
-            """Times that the model runs: as it is, and without each of these methods' circuits."""
-            return 1 + sum(circuits[method] for method in {*methods})
-
-        every, in_sample = without(*circuits), without(*evaluate.in_sample)
-        completed = without(behaviour.method, *evaluate.completed)
-        texts = self.held_out(evaluate.general, evaluate.texts)
-        parts = [self._windows(every, [sum(texts)] if evaluate.joined else texts, batch)]
+        every, once = 1 + sum(circuits.values()), 1 + len(circuits)
+        in_sample = 1 + sum(drawn[method] for method in evaluate.in_sample)
+        instruments = instruments_of(behaviour).values()
+        banned = bool(evaluate.ban) and any(each.writes for each in instruments)
+        completed = 1 + banned + sum(drawn[m] for m in {behaviour.method, *evaluate.completed})
+        parts = []
+        for place, name_of_text in enumerate(evaluate.general):
+            texts = self.held_out(name_of_text, evaluate.texts)
+            joined = evaluate.joined and not place
+            lengths = [sum(texts)] if joined else texts
+            parts.append(self._windows(banned + (once if place else every), lengths, batch))
+        if banned:
+            tuned = self.tokens(params.differential.general, "tune", params.sweep.texts)
+            parts += [self._windows(1, tuned, batch)] * (1 + len(evaluate.ban))
         if behaviour.second:
-            packed = [2 * n for n in self.tokens(behaviour.second, None, evaluate.items)]
-            parts.append(cost.likelihood(self.model, without(behaviour.method), packed, batch))
-        times = {"test": (every, completed), "attribute": (in_sample, in_sample)}
-        if params.prepare.splits["test"] == 0:
+            packed = [2 * n for n in self.tokens(behaviour.second, None)]
+            parts.append(cost.likelihood(self.model, 2, packed, batch))
+        blocked = params.prompt_sets[behaviour.prompts].blocks is not None
+        times = {
+            "test": (banned + every, completed),
+            "attribute": (banned + in_sample, banned + in_sample),
+        }
+        if blocked:
+            times = {"test": (every + in_sample, completed + in_sample)}
+        elif params.prepare.splits["test"] == 0:
             times = {"attribute": (every, completed)}
         for split, (read, written) in times.items():
-            for instrument in instruments_of(behaviour).values():
+            for instrument in instruments:
                 most = evaluate.items if instrument.reads == "pair" else evaluate.prompts
                 ran = written if instrument.writes else read
-                tokens = self.tokens(behaviour.prompts, split, most)
+                tokens = self.tokens(behaviour.prompts, split, None if blocked else most)
                 parts.append(self._measured(instrument, ran, tokens, batch))
         return cost.together(parts)
 

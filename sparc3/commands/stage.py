@@ -94,7 +94,8 @@ def compare(params: Params, report: runs.Run) -> None:
             metrics |= as_metrics(name, difference)
         behaviour = cell["behaviour"]
         made = [f"{word}@{behaviour}" for word in ("gate", "select", "evaluate")]
-        rows.append(comparison.Row(behaviour, cell["method"], metrics, [cell["circuit"]], made))
+        files = [cell["circuit"]] if cell["circuit"] else []
+        rows.append(comparison.Row(behaviour, cell["method"], metrics, files, made))
     values = {None: [None], "prompt_set": params.prompt_sets, "behaviour": params.behaviours}
     products = {
         word if value is None else f"{word}@{value}": digest(metrics_path(word, value))

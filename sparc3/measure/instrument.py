@@ -45,14 +45,12 @@ class Reading:
 
     columns: values (unit,) by name; NaN where a unit has none.
     groups: the grouping key of every unit; None where each is a group of its own.
-    levels: the plain values of this model, to stand beside differences.
     prompts: what every prompt gave, (prompt,) by name.
     written: a row per completion.
     """
 
     columns: Mapping[str, Array]
     groups: Sequence[str] | None = None
-    levels: Mapping[str, float] = field(default_factory=dict)
     prompts: Mapping[str, Array] = field(default_factory=dict)
     written: Sequence[dict[str, Any]] = ()
 
@@ -81,7 +79,8 @@ class Value(NamedTuple):
         units have what it needs.
     title, digits: of its column in tables; without a title it has none.
     less: the sign by which a positive change is less of the behaviour.
-    controlled: the circuit is also compared with the mean of the control's draws.
+    controlled: the circuit is also compared with the mean of the control's draws, and ranked among
+        them.
     column: of a reading, whose mean it is a change of; a primary value names it. The behaviour is
         gone where that mean is `even`, else 0.
     even: the level at which the model prefers neither side, if there is one.
@@ -107,11 +106,12 @@ class Instrument(NamedTuple):
     encode: rows of a prompt set and a tokenizer -> the sample.
     read: a model, circuits, a sample, how -> a reading without each circuit, in order.
     values: what is reported.
+    levels: of one reading the plain values, to stand beside differences.
     primary: name of the value that has the verdict; without one the instrument gives none.
-    objectives: by name; the first is what a sweep maximises, all are ranked among controls.
-    axis: title of the first objective.
+    objective: what a sweep maximises.
+    axis: its title.
     headline: levels that open a table, each with the form it takes.
-    cell: the value that the transfer matrix shows.
+    cell: the value that the transfer matrix shows, and that random controls are ranked by.
     reads: the prompt's text, or the sentences of a pair, packed.
     writes: it draws completions, which only some circuits do (`evaluate.completed`).
     swept: sweep and transfer read it.
@@ -120,7 +120,8 @@ class Instrument(NamedTuple):
     encode: Callable[[Sequence[Mapping[str, Any]], "PreTrainedTokenizerBase"], Sample]
     read: Callable[["PreTrainedModel", Sequence[Circuit], Sample, How], list[Reading]]
     values: tuple[Value, ...]
-    objectives: Mapping[str, Objective]
+    levels: Callable[[Reading], Mapping[str, float]]
+    objective: Objective | None = None
     primary: str = ""
     axis: str = ""
     headline: tuple[tuple[str, str], ...] = ()
@@ -187,6 +188,32 @@ def differences(
     return {name: change._asdict() for name, change in changes.items() if change is not None}
 
 
+def joined(readings: Sequence[Reading]) -> Reading:
+    """One reading of several parts of a sample, which have no group in common."""
+    if len(readings) == 1:
+        return readings[0]
+
+    def end_to_end(tables: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+        return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+
+    return Reading(
+        end_to_end([reading.columns for reading in readings]),
+        None if readings[0].groups is None else [g for each in readings for g in each.groups or ()],
+        end_to_end([reading.prompts for reading in readings]),
+        [row for reading in readings for row in reading.written],
+    )
+
+
+def effect(value: Value, before: Measured, after: Measured) -> float | None:
+    """A value's change, with the sign that makes it positive where it is less of the behaviour."""
+    change = value.change(before, after, 1)
+    if change is None:
+        return None
+    mean = before.reading.columns[value.column].mean() if value.column else 0.0
+    sign = -value.less if value.even is not None and mean < value.even else value.less
+    return sign * change.value
+
+
 def mean_reading(readings: Sequence[Reading]) -> Reading:
     """The mean of the draws of a control, unit by unit.
 
@@ -199,11 +226,3 @@ def mean_reading(readings: Sequence[Reading]) -> Reading:
         for name in first.columns
     }
     return Reading(columns, first.groups)
-
-
-def effects(instrument: Instrument, before: Measured, after: Measured) -> dict[str, float]:
-    """How much less of the behaviour there is by each objective: what controls are ranked by."""
-    return {
-        name: objective(before, after) - objective(before, before)
-        for name, objective in instrument.objectives.items()
-    }

@@ -171,6 +171,25 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [[*before, *ids] for ids in plain]
 
 
+def encode_sentences(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """As `encode`, with a token in front in any case, so that the first word of each is scored.
+
+    Where the tokenizer puts none there, it is the one that stood between the documents a model was
+    trained on: <|endoftext|> for GPT-2, Pythia, Qwen and SmolLM2, whose chat models call other
+    tokens their first and last; else the tokenizer's first token, or last. InputError: it has none.
+    """
+    if front(tokenizer):
+        return encode(tokenizer, texts)
+    between = tokenizer.get_vocab().get("<|endoftext|>")
+    for token in (between, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [[token, *ids] for ids in encode(tokenizer, texts)]
+    raise InputError(
+        "params: model.path: the tokenizer has no token to put in front of a sentence; give it a "
+        "bos_token or an eos_token"
+    )
+
+
 def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
     """Token ids of the pieces of one text, which is tokenised as a whole, as `encode` does.
 

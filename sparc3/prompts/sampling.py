@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest_text
-from sparc3.base.params import SPLITS, PromptSet
+from sparc3.base.params import PromptSet, shares_of
 from sparc3.prompts import sources
 from sparc3.prompts.row import Row
 
@@ -169,7 +169,9 @@ def draw(
             f"params: {key} asks for {len(spec.seeds)} x {spec.count} = {asked} prompts, there are "
             f"{len(rows)}; lower count or ask less of where"
         )
-    by_split = {split: [row for row in rows if split_of[row.group] == split] for split in SPLITS}
+    by_split: dict[str, list[Row]] = {split: [] for split in split_of.values()}
+    for row in rows:
+        by_split[split_of[row.group]].append(row)
     slots = interleave(largest_remainder(asked, {k: len(v) for k, v in by_split.items()}))
     prompts: list[Prompt] = []
     used: set[str] = set()
@@ -261,8 +263,9 @@ def prompt_set(
     tokenizer: Tokenizer,
     like: Sequence[Prompt] | None = None,
 ) -> list[Prompt]:
-    """The prompts of one set, seed by seed, attribute before tune before test; without a count
-    every row that fits, in the order of the source. InputError, naming the set: too few of them.
+    """The prompts of one set, seed by seed, attribute before tune before test, or block by block;
+    without a count every row that fits, in the order of the source. `shares`: of a set without
+    blocks of its own. InputError, naming the set: too few of them.
     """
     if spec.source in sources.STREAMS:
         return draw_stream(key, spec, shares, tokenizer)
@@ -270,7 +273,7 @@ def prompt_set(
     kept = sources.narrow(key, rows, spec.where)
     if not kept:
         raise InputError(f"params: {key}.where leaves none of {len(rows)} rows; ask less of it")
-    split_of = splits(key, rows, shares, kept)
+    split_of = splits(key, rows, shares_of(spec, shares), kept)
     if spec.count is not None:
         return draw(key, spec, kept, split_of, tokenizer, like)
     limits = Limits(spec.min_tokens or 1, spec.max_tokens)

@@ -230,7 +230,7 @@ def side(low: float, high: float, published: float, null: float | None) -> str:
 
 def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What this run has to say on the published numbers, in the shape that `claims` takes."""
-    general = {**params.prompt_sets, **params.test_sets}[params.evaluate.general]
+    general = {**params.prompt_sets, **params.test_sets}[params.evaluate.general[0]]
     quantities: dict[str, dict[str, Any]] = {
         "setup": {
             "perplexity_text": general.source.removeprefix("hub/"),
@@ -280,7 +280,7 @@ def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]
             f"neurons_{name}": about["num_neurons"],
         },
         "gap": {name: row["gap"]},
-        "gate": {name: {**row["gap"], "effect": tables.verdict(row)}},
+        "gate": {name: {**row["gap"], "effect": tables.verdict(params, row)}},
         "ppl_delta": {name: change},
         "perplexity": {
             "before": perplexity,

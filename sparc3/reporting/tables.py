@@ -31,10 +31,12 @@ PREFIXES = {  # of a circuit's differences, by where they were measured
     "test": "",
     "in_sample": "in_sample_",
     "against_control": "against_control_",
+    "against_ban": "against_ban_",
     "second": "second_",
 }
 CONFIRMATORY, EXPLORATORY, CONTROL = "confirmatory", "exploratory", "control"
-ALPHA = 0.05  # of each family of tests
+BAN = "word-ban"  # a control that is no method of params
+ALPHA = 0.05  # of each family of tests, and of a rank among random draws
 BROKEN = 5.0  # points that the share of degenerate completions may rise by
 
 
@@ -54,14 +56,24 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
     A method with several draws is summarised by the mean over draws, with their range as low and
     high and no p-value: the draws are the distribution that the others are held against.
     """
-    names, split = circuit_names(method, params.methods[method]), first_split(params)
+    names = [BAN] if method == BAN else circuit_names(method, params.methods[method])
+    split = first_split(params)
     circuits, completions = [results["circuits"][name] for name in names], results["completions"]
     broken = [
         completions[name][split]["degenerate_percent"]
         for name in ("none", *names)
         if split in completions.get(name, {})
     ]
-    differences: dict[str, Any] = {"ppl_delta": summary([c["ppl_delta"] for c in circuits])}
+    texts = {
+        text: summary([c["texts"][text] for c in circuits])
+        for text in params.evaluate.general
+        if all(text in c["texts"] for c in circuits)
+    }
+    worst = max(texts, key=lambda text: texts[text]["value"])
+    differences: dict[str, Any] = {
+        "ppl_delta": summary([c["ppl_delta"] for c in circuits]),
+        "ppl_worst": texts[worst],
+    }
     for part, prefix in PREFIXES.items():
         for name in circuits[0].get(part, {}):
             if name != "values":
@@ -78,15 +90,18 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
         "differences": differences,
         "change": differences.get(change),
         "against": differences.get(f"against_control_{change}"),
+        "against_ban": differences.get(f"against_ban_{change}"),
+        "among": circuits[0].get("among_controls", {}),
+        "worst": worst,
         "degenerate": degenerate,
         "broken": degenerate is not None and degenerate > broken[0] + BROKEN,
-        "circuit": circuit_path(behaviour, names[0]),
+        "circuit": None if method == BAN else circuit_path(behaviour, names[0]),
     }
 
 
 def family(params: Params, behaviour: str, method: str) -> str:
     """Which tests a method's is one of: of the behaviours' own methods, of all others, of none."""
-    if is_control(params.methods[method]):
+    if method == BAN or is_control(params.methods[method]):
         return CONTROL
     return CONFIRMATORY if method == params.behaviours[behaviour].method else EXPLORATORY
 
@@ -126,21 +141,16 @@ def removal(value: Value, groups: Sequence[Mapping[str, str]], circuit: str) -> 
 
 def cells(params: Params) -> list[dict[str, Any]]:
     """All cells in the order of params, each family of tests judged."""
-    control, split = params.evaluate.control, first_split(params)
-    controls = circuit_names(control, params.methods[control])
     table = []
     for behaviour, spec in params.behaviours.items():
         results = read_json(metrics_path("evaluate", behaviour))
         gate = read_json(metrics_path("gate", behaviour))
         groups = read_csv(evaluation_folder(behaviour) / "groups.csv")
-        draws = [results["circuits"][name].get(split, {}) for name in controls]
-        for method in params.methods:
+        for method in (*params.methods, *([BAN] if BAN in results["circuits"] else [])):
             row = cell(params, behaviour, method, results) | {"gap": gate["gap"]}
             primary = primary_of(spec)
             if primary and row["change"] and row["family"] != CONTROL:
-                value = primary[1]
-                row["drawn"] = [d[value.name]["value"] for d in draws if value.name in d]
-                row |= removal(value, groups, method)
+                row |= removal(primary[1], groups, method)
             table.append(row)
     for each in (CONFIRMATORY, EXPLORATORY):
         judge([r for r in table if r["family"] == each and r["change"]], params.evaluate.resamples)
@@ -159,14 +169,21 @@ def judge(rows: Sequence[dict[str, Any]], resamples: int) -> None:
         row |= {"p": p, "least": least, "level": level, "mde": mde}
 
 
-def verdict(row: dict[str, Any]) -> str:
-    """What the change of the primary value shows, in words.
+def verdict(params: Params, row: dict[str, Any]) -> str:
+    """What the change of the primary value shows, in words, and whether it breaks the budget.
 
-    "reduced" takes a control of equal size: the interval against the mean of its draws is on the
-    side of less, and no draw reduces as much. The interval alone has nothing of the spread between
-    draws.
+    "reduced" alone is what no control of equal size or cost refuses (`refused_by`).
     """
-    change, against = row["change"], row["against"]
+    words = shown(params, row)
+    over = row["differences"]["ppl_worst"]["value"] > params.select.ppl_budget
+    if words.startswith("reduced") and over:
+        words += f"; over the perplexity budget on {row['worst']}"
+    return words
+
+
+def shown(params: Params, row: dict[str, Any]) -> str:
+    """The verdict without the budget."""
+    change = row["change"]
     if row["family"] == CONTROL:
         return CONTROL
     if change is None:
@@ -178,19 +195,47 @@ def verdict(row: dict[str, Any]) -> str:
         if row["mde"] > 100:
             return "not shown; even complete removal could not have been"
         return f"not shown; {row['mde']:.0f} % would have been"
-    sign = row["sign"]
-    if sign * change["value"] < 0:
+    if row["sign"] * change["value"] < 0:
         return "increased"
     if row["broken"]:
         return "degenerate"
     if row["overshot"]:
         return "overshot"
-    if against is None:
+    if row["against"] is None:
         return "reduced; no control of its size"
-    beyond = min(sign * against["low"], sign * against["high"])
-    if beyond <= 0 or sign * change["value"] <= max(sign * value for value in row["drawn"]):
-        return "reduced, not beyond the control"
-    return f"reduced, beyond each of {len(row['drawn'])} random draws"
+    beyond, refused = controls(params, row)
+    if refused:
+        return f"reduced, not beyond {' and '.join(refused)}"
+    return f"reduced, beyond {' and '.join(beyond)}"
+
+
+def controls(params: Params, row: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The controls that an effect is beyond, and those that refuse it.
+
+    Random draws of its size refuse where the interval against their mean reaches 0, where their
+    number or the rank on the quantity without sampling noise leaves p above ALPHA, and where
+    completions change no more than another draw's might (prediction interval). A word ban of the
+    same budget refuses where the interval against it reaches 0.
+    """
+    spec, sign = params.behaviours[row["behaviour"]], row["sign"]
+    primary, ranked = primary_of(spec), row["among"].get(swept(spec).cell)
+    assert primary is not None  # the row has a change of it
+    draws = row["among"][primary[1].name]
+    n = ranked["n"] if ranked else draws["n"]
+    beyond = [
+        bound(row["against"], sign) > 0,
+        ranked is None or ranked["p"] <= ALPHA,
+        not instruments_of(spec)[primary[0]].writes or draws["value"] > draws["most"],
+    ]
+    judged = {f"{n} random draws": all(beyond)}
+    if row["against_ban"] is not None:
+        judged["a word ban"] = bound(row["against_ban"], sign) > 0
+    return [c for c, held in judged.items() if held], [c for c, held in judged.items() if not held]
+
+
+def bound(difference: Mapping[str, float], sign: int) -> float:
+    """The end of an interval that is nearest to more of the behaviour."""
+    return min(sign * difference["low"], sign * difference["high"])
 
 
 def interval(difference: dict[str, float] | None, digits: int = 1, gap: str = " ") -> str:
@@ -214,12 +259,16 @@ def result_table(params: Params, table: list[dict[str, Any]]) -> str:
         "perplexity; its p is by sign flips, Holm-adjusted within its family: confirmatory are the "
         "behaviours' own methods, exploratory all others; controls are not tested. Not shown: so "
         f"many percent of complete removal would have been, with {100 * inference.POWER:.0f} % "
-        "power. Rows with several draws show their mean and range.\n",
+        "power. Perplexity is of the kind of text on which it changes most for the worse. Where a "
+        "set has blocks, the change is that of circuits chosen without the block; neurons and "
+        "perplexity are those of the circuit of all. Rows with several draws show their mean and "
+        "range.\n",
     ]
     for behaviour in params.behaviours:
         rows = [row for row in table if row["behaviour"] == behaviour]
         text.append(f"\n**{behaviour}**: {headline(params, behaviour, rows[0])}\n\n")
         text.append(behaviour_table(params, behaviour, rows))
+        text.append(second_opinion(params, behaviour, rows))
     return "".join(text)
 
 
@@ -228,31 +277,74 @@ def behaviour_table(params: Params, behaviour: str, rows: list[dict[str, Any]]) 
     instruments = instruments_of(params.behaviours[behaviour]).values()
     beyond = "beyond control" + (", in sample" if first_split(params) == "in_sample" else "")
 
-    def shown(name: str, digits: int = 1) -> Callable[[dict[str, Any]], str]:
+    def difference(name: str, digits: int = 1) -> Callable[[dict[str, Any]], str]:
         return lambda row: interval(row["differences"].get(name), digits)
 
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("method", lambda r: r["method"] + (f" ({r['draws']} draws)" if r["draws"] > 1 else "")),
         ("family", lambda row: row["family"]),
         ("neurons", lambda row: str(row["num_neurons"])),
-        ("perplexity %", shown("ppl_delta")),
+        ("perplexity %", lambda r: f"{difference('ppl_worst')(r)} {r['worst']}"),
     ]
     primary = primary_of(params.behaviours[behaviour])
     first = primary[1] if primary else None
     if first:
         columns += [
-            (first.title, shown(first.name, first.digits)),
-            (beyond, shown(f"against_control_{first.name}", first.digits)),
-            ("in sample", shown(f"in_sample_{first.name}", first.digits)),
+            (first.title, difference(first.name, first.digits)),
+            (beyond, difference(f"against_control_{first.name}", first.digits)),
+            ("beyond word ban", difference(f"against_ban_{first.name}", first.digits)),
+            ("in sample", difference(f"in_sample_{first.name}", first.digits)),
         ]
     for each in instruments:
         others = (v for v in each.values if v.title and (first is None or v.name != first.name))
-        columns += [(v.title, shown(v.name, v.digits)) for v in others]
+        columns += [(v.title, difference(v.name, v.digits)) for v in others]
     if any(each.writes for each in instruments):
         columns.append(("degenerate %", lambda row: number(row["degenerate"], 2)))
-    columns += [("p", lambda row: number(row.get("p"), 3)), ("verdict", verdict)]
-    cells = ([write(row) for _, write in columns] for row in rows)
-    return markdown([title for title, _ in columns], cells)
+    columns += [
+        ("p", lambda row: number(row.get("p"), 3)),
+        ("verdict", lambda row: verdict(params, row)),
+    ]
+    every = [[write(row) for _, write in columns] for row in rows]
+    used = [at for at in range(len(columns)) if any(line[at] != "-" for line in every)]
+    return markdown([columns[at][0] for at in used], ([line[at] for at in used] for line in every))
+
+
+def second_opinion(params: Params, behaviour: str, rows: list[dict[str, Any]]) -> str:
+    """A line on items of another data set: the unpruned model's margin, and its change without the
+    circuit of the behaviour's own method.
+    """
+    spec = params.behaviours[behaviour]
+    row = next(row for row in rows if row["method"] == spec.method)
+    if spec.second is None or "second_margin" not in row["differences"]:
+        return ""
+    before = read_json(metrics_path("evaluate", behaviour))["circuits"][spec.method]["second"]
+    changes = ", ".join(
+        f"{name} {interval(row['differences'][f'second_{key}'], digits)}"
+        for name, key, digits in (("margin", "margin", 3), ("SS", "ss", 1))
+    )
+    levels = before["values"]
+    return (
+        f"\nSecond opinion, {spec.second}: unpruned margin {levels['margin']:.3f} nats, "
+        f"SS {levels['ss']:.1f}; without the neurons of {spec.method}: {changes} "
+        f"({row['differences']['second_margin']['n']} groups).\n"
+    )
+
+
+def group_lines(params: Params, behaviour: str) -> str:
+    """A table of what every group gives, without and with pruning by the behaviour's own method."""
+    own, primary = params.behaviours[behaviour].method, primary_of(params.behaviours[behaviour])
+    groups = read_csv(evaluation_folder(behaviour) / "groups.csv")
+    if primary is None or primary[1].even is None:
+        return ""
+    means = {(g["circuit"], g["group"]): float(g["mean"]) for g in groups}
+    names = [g["group"] for g in groups if g["circuit"] == "none"]
+    lines = [[n, means["none", n], means[own, n], means[own, n] - means["none", n]] for n in names]
+    lines.sort(key=lambda line: line[3])
+    title = primary[1].title
+    return f"\n**{behaviour}**, by group\n\n" + markdown(
+        ["group", f"{title}, unpruned", f"without the neurons of {own}", "change"],
+        ([str(name), *(f"{value:+.3f}" for value in values)] for name, *values in lines),
+    )
 
 
 def headline(params: Params, behaviour: str, row: dict[str, Any]) -> str:

@@ -64,11 +64,11 @@ def encode(rows: list[dict[str, Any]], tokenizer: Any, target: str) -> list[Prom
     for row in rows:
         if target == "pair" and "pair" not in row:  # prepared from another source than params say
             raise InputError(f"prompt {row['id']} has no pair; run prepare again (dvc repro)")
-    texts = [row["pair"] if target == "pair" else [row["text"]] for row in rows]
-    return [
-        Prompt(row["id"], tuple(loading.encode(tokenizer, each)))
-        for row, each in zip(rows, texts, strict=True)
-    ]
+    if target == "pair":
+        every = [loading.encode_sentences(tokenizer, row["pair"]) for row in rows]
+    else:
+        every = [[ids] for ids in loading.encode(tokenizer, [row["text"] for row in rows])]
+    return [Prompt(row["id"], tuple(each)) for row, each in zip(rows, every, strict=True)]
 
 
 def partial_folder(

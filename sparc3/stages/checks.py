@@ -19,7 +19,7 @@ from sparc3.base.profiles import TABLES, lay_over
 from sparc3.circuits.methods import OWN, independent
 from sparc3.measure.instruments import INSTRUMENTS, instruments_of
 from sparc3.measure.scorers import SCORERS
-from sparc3.prompts.sources import PAIRED, PIN, SOURCES, STREAMS, VALUES
+from sparc3.prompts.sources import PAIRED, PIN, SEALED, SOURCES, STREAMS, VALUES
 from sparc3.relevance.contrasts import CONTRASTS
 from sparc3.relevance.scores import SCORES, TARGETS
 
@@ -29,6 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}[A-Za-z0-9_])?")
 # Names that stand for something else where a method's, or a scorer's, would stand.
 OF_METHODS = {
     "none": "the unpruned model",
+    "word-ban": "the ban of words",
     OWN: "a behaviour's own method",
     "curves": "the curves of stability",
 }
@@ -93,9 +94,10 @@ def check_names(params: Params) -> Problems:
     for table in ("prompt_sets", "behaviours", "methods"):
         if not getattr(params, table):
             yield f"{table} is empty; expected at least one"
-    for name in params.test_sets:
-        if name in params.prompt_sets:
-            yield f"test_sets.{name} is in prompt_sets too; rename one of them"
+    for table, others in (("test_sets", "prompt_sets"), ("sealed_sets", "prompt_sets")):
+        for name in getattr(params, table):
+            if name in getattr(params, others):
+                yield f"{table}.{name} is in {others} too; rename one of them"
     for name in params.transfer.texts:
         if name in params.behaviours:
             yield f"transfer.texts {name!r} is the name of a behaviour too; rename one of them"
@@ -123,7 +125,8 @@ def check_lists(params: Params) -> Problems:
             if isinstance(values, tuple):
                 if len(set(values)) < len(values):
                     yield f"{section}.{name} is {list(values)}; expected different values"
-                if not values and name in ("seeds", "texts"):
+                needed = ("seeds", "texts", "general")
+                if not values and name in needed:
                     yield f"{section}.{name} is empty; expected at least one"
 
 
@@ -143,8 +146,11 @@ def check_pointers(params: Params) -> Problems:
             yield from _known(f"{key}.scorers", scorer, scorers, "scorers")
         if row.second is not None:
             yield from _known(f"{key}.second", row.second, every, tested)
+        if row.sealed is not None:
+            yield from _known(f"{key}.sealed", row.sealed, params.sealed_sets, "sealed_sets")
     yield from _known("differential.general", params.differential.general, sets, "prompt_sets")
-    yield from _known("evaluate.general", evaluate.general, every, tested)
+    for text in evaluate.general:
+        yield from _known("evaluate.general", text, every, tested)
     for text in params.transfer.texts:
         yield from _known("transfer.texts", text, every, tested)
     for key, names in {
@@ -160,7 +166,7 @@ def check_pointers(params: Params) -> Problems:
 
 def check_splits(params: Params) -> Problems:
     """Shares of the splits, each of which whoever reads it needs."""
-    shares, key, general = params.prepare.splits, "prepare.splits", params.evaluate.general
+    shares, key = params.prepare.splits, "prepare.splits"
     if set(shares) != set(SPLITS):
         yield f"{key} is {shares}; expected a share of at least 0 for each of {', '.join(SPLITS)}"
     total = sum(shares.values())
@@ -173,18 +179,21 @@ def check_splits(params: Params) -> Problems:
             f"{key}.tune is 0, and the sweep reads that split; give it a share, or empty "
             "sweep.num_neurons and fix select.num_neurons and select.protect"
         )
-    if not shares["test"] and general not in params.test_sets:
-        yield (
-            f"{key}.test is 0, and evaluate.general reads {general} there; give it a share, or "
-            "name a set of test_sets"
-        )
+    if not shares["tune"] and params.evaluate.ban:
+        yield f"{key}.tune is 0, where the ban is fitted; give it a share, or empty evaluate.ban"
+    for general in params.evaluate.general:
+        if not shares["test"] and general not in params.test_sets:
+            yield (
+                f"{key}.test is 0, and evaluate.general reads {general} there; give it a share, or "
+                "name a set of test_sets"
+            )
 
 
 def check_sets(params: Params) -> Problems:
     """What no source could satisfy."""
     every = sets_of(params)
+    yield from check_uses(params)
     for key, spec in every.values():
-        yield from check_source(key, spec)
         stream, like = spec.source in STREAMS, spec.match_length
         if spec.count is None and (stream or like or spec.keep or len(spec.seeds) > 1):
             yield (
@@ -210,6 +219,22 @@ def check_sets(params: Params) -> Problems:
                 f"{key}.match_length replaces min_tokens and max_tokens, and needs a source that "
                 "is no stream"
             )
+
+
+def check_uses(params: Params) -> Problems:
+    """Sources of sets, sealed ones for sealed sets alone; blocks for prompts of behaviours."""
+    sealed = {name: (f"sealed_sets.{name}", spec) for name, spec in params.sealed_sets.items()}
+    rows, general = params.behaviours.values(), params.evaluate.general
+    others = {params.differential.general, *general, *params.transfer.texts}
+    others |= {row.reference for row in rows}
+    blocked = {row.prompts for row in rows} - others
+    for name, (key, spec) in {**sets_of(params), **sealed}.items():
+        yield from check_source(key, spec)
+        if (spec.source in SEALED) != (name in sealed):
+            expected = f"one of {', '.join(SEALED)}" if name in sealed else "none that is sealed"
+            yield f"{key}.source is {spec.source!r}; expected {expected}"
+        if spec.blocks is not None and (spec.source in STREAMS or name not in blocked):
+            yield f"{key}.blocks: only for prompts of a behaviour, out of no stream; remove it"
 
 
 def check_source(key: str, spec: PromptSet) -> Problems:
@@ -299,10 +324,12 @@ def _check_method(key: str, method: Method, leaders: list[str]) -> Problems:
         yield f"{key}.layers: only for score: random, as a control"
     if method.scale == "auroc" and method.contrast != "auroc":
         yield f"{key}.scale: auroc needs contrast: auroc"
+    if method.all and (leader is not None or method.contrast is None):
+        yield f"{key}.all: takes what its contrast says; remove match and layers, give a contrast"
     if method.match and method.layers:
         yield f"{key}: give match or layers, not both (layers fixes the number too)"
-    if method.protect is not None and leader is None:
-        yield f"{key}.protect is {method.protect}; expected it only with match or layers"
+    if method.protect is not None and leader is None and not method.all:
+        yield f"{key}.protect is {method.protect}; expected it only with match, layers or all"
     if leader is not None and leader not in leaders:
         yield (
             f"{key}: {leader!r} is not a method that chooses its own neurons; expected one of "

@@ -1,15 +1,16 @@
 """Evaluate: every circuit of a behaviour, before against after, on prompts it was not chosen on.
 
-The same texts, items and random numbers serve the unpruned and every pruned model, so all
-differences are paired. What is measured on the prompts that the circuit was chosen on, as the
-reproduction did, stands beside under its own name, `in_sample`.
+What is measured on the prompts that the circuit was chosen on, as the reproduction did, stands
+beside under its own name, `in_sample`. Of a set with blocks every block is measured without the
+circuits that were chosen on the blocks before it, and `in_sample` are the same prompts without the
+circuit of all; that one is whose cost in perplexity is measured.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.base import artifacts
@@ -17,17 +18,15 @@ from sparc3.base.artifacts import circuit_names, circuit_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_json, write_csv, write_json, write_jsonl
 from sparc3.base.params import Behaviour, Params
-from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, refuse_leak
-from sparc3.measure import inference
+from sparc3.circuits.circuit import INTACT, read_circuit, refuse_leak
+from sparc3.measure import inference, word_ban
 from sparc3.measure.instrument import (
     Differences,
     How,
-    Instrument,
     Measured,
     Reading,
-    Sample,
     differences,
-    effects,
+    effect,
     mean_reading,
 )
 from sparc3.measure.instruments import (
@@ -37,174 +36,154 @@ from sparc3.measure.instruments import (
     perplexity,
     primary_of,
 )
-from sparc3.measure.scorers import describe, scorer
+from sparc3.measure.scorers import Scorer, describe, scorer
+from sparc3.measure.setting import Chosen, Outcome, Setting, outcomes
 from sparc3.model import loading
 
-UNPRUNED = "none"  # the name of the model as it is, among those of circuits
+UNPRUNED, BAN = "none", "word-ban"  # names of models without a circuit, among those of circuits
+BIAS = 5.0  # nats that a banned token loses
+
+Rows = list[dict[str, Any]]
 
 
-class Setting(NamedTuple):
-    """Everything that is measured on, the same for every circuit.
-
-    samples: by split (test, in_sample), as each instrument takes it.
-    rows: all that must be held out.
-    elicited: by split, the mean score by which its prompts were chosen, if they were.
-    """
-
-    instruments: dict[str, Instrument]
-    samples: dict[str, dict[str, Sample]]
-    general: Sample
-    second: Sample | None
-    rows: list[dict[str, Any]]
-    elicited: dict[str, float]
-
-    @property
-    def first(self) -> str:
-        """The split that verdicts are of."""
-        return next(iter(self.samples))
+# --- what is measured on -------------------------------------------------------------------
 
 
-class Chosen(NamedTuple):
-    """A circuit and the method that chose it; the unpruned model has none."""
-
-    method: str | None
-    circuit: Circuit
-
-
-class Outcome(NamedTuple):
-    """What one model gives in a setting; what was not asked for is absent."""
-
-    general: Reading
-    second: Reading | None
-    samples: dict[str, dict[str, Reading]]
-
-    def measured(self, split: str, instrument: str) -> Measured:
-        return Measured(self.samples[split][instrument], self.general)
-
-
-def load_setting(params: Params, behaviour: str, tokenizer: PreTrainedTokenizerBase) -> Setting:
-    """The prompts of a behaviour by split, general text, and the second opinion's items.
+def rows_of(params: Params, behaviour: str) -> dict[str, dict[str, Rows]]:
+    """A behaviour's prompts by split and block.
 
     Without a share for the test split nothing is held out, and only the prompts that the circuit
     was chosen on are measured: the published protocol.
     """
     spec, evaluate = params.behaviours[behaviour], params.evaluate
-    instruments = instruments_of(spec)
-    paired = any(instrument.reads == "pair" for instrument in instruments.values())
+    if params.prompt_sets[spec.prompts].blocks is not None:
+        held_out = artifacts.held_out(spec.prompts)
+        return {"test": held_out, "in_sample": {"": flat(held_out)}}
+    paired = any(instrument.reads == "pair" for instrument in instruments_of(spec).values())
+    most = evaluate.items if paired else evaluate.prompts
     splits = {"test": "test"} if params.prepare.splits["test"] > 0 else {}
-    by_split = {
-        name: read_prompts(spec.prompts, split)[: evaluate.items if paired else evaluate.prompts]
+    return {
+        name: {"": read_prompts(spec.prompts, split)[:most]}
         for name, split in {**splits, "in_sample": "attribute"}.items()
     }
-    for name, rows in by_split.items():
-        groups = len({row["group"] for row in rows})
+
+
+def flat(by_block: Mapping[str, Rows]) -> Rows:
+    return list(chain.from_iterable(by_block.values()))
+
+
+def general_rows(params: Params) -> dict[str, Rows]:
+    """Texts of every kind of general text."""
+    evaluate = params.evaluate
+    return {name: read_prompts(name, "test")[: evaluate.texts] for name in evaluate.general}
+
+
+def second_rows(params: Params, behaviour: str) -> Rows:
+    """Items of the second opinion, if there is one."""
+    second = params.behaviours[behaviour].second
+    return read_prompts(second, None) if second else []
+
+
+def check_groups(params: Params, behaviour: str, rows: Mapping[str, Mapping[str, Rows]]) -> None:
+    """InputError for prompts of too few groups for an interval."""
+    for split, by_block in rows.items():
+        groups = len({row["group"] for block in by_block.values() for row in block})
         if groups < inference.MIN_CLUSTERS:
+            prompts = params.behaviours[behaviour].prompts
             raise InputError(
-                f"params: behaviours.{behaviour}.prompts: {spec.prompts} has {groups} groups of "
-                f"prompts for {name}, at least {inference.MIN_CLUSTERS} are needed for an "
+                f"params: behaviours.{behaviour}.prompts: {prompts} has {groups} groups of "
+                f"prompts for {split}, at least {inference.MIN_CLUSTERS} are needed for an "
                 "interval; raise its count, or the share of the test split"
             )
-    general = read_prompts(
-        evaluate.general, None if evaluate.general in params.test_sets else "test"
-    )[: evaluate.texts]
-    second = read_prompts(spec.second, None)[: evaluate.items] if spec.second else []
-    encode = perplexity.encode_joined if evaluate.joined else perplexity.encode
+
+
+def setting_of(
+    params: Params,
+    behaviour: str,
+    rows: Mapping[str, Mapping[str, Rows]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Setting:
+    """The prompts of a behaviour, general text and the second opinion's items, tokenised."""
+    instruments = instruments_of(params.behaviours[behaviour])
+    encode = perplexity.encode_joined if params.evaluate.joined else perplexity.encode
+    texts, second = general_rows(params), second_rows(params, behaviour)
     return Setting(
         instruments,
         {
             split: {
-                name: instrument.encode(rows, tokenizer) for name, instrument in instruments.items()
+                block: {name: each.encode(there, tokenizer) for name, each in instruments.items()}
+                for block, there in by_block.items()
             }
-            for split, rows in by_split.items()
+            for split, by_block in rows.items()
         },
-        encode(general, tokenizer),
-        pairs.encode(second, tokenizer) if second else None,
-        [*by_split.get("test", []), *general, *second],
         {
-            split: float(np.mean([row["elicited"] for row in rows]))
-            for split, rows in by_split.items()
-            if all("elicited" in row for row in rows)
+            name: (perplexity.encode if place else encode)(there, tokenizer)
+            for place, (name, there) in enumerate(texts.items())
         },
+        pairs.encode(second, tokenizer) if second else None,
     )
 
 
-# --- measuring models ----------------------------------------------------------------------
-
-
-def asked_of(
-    params: Params, behaviour: str, method: str | None, setting: Setting
-) -> dict[str, bool]:
-    """By split that a circuit of `method` is measured on, whether it completes prompts there.
-
-    All there is for the unpruned model, which has no method.
+def read_circuits(
+    params: Params, behaviour: str, held_out: Mapping[str, Rows], methods: Sequence[str]
+) -> dict[str, Chosen]:
+    """Circuits of a behaviour by name. `held_out`: by block, what its circuits may not have seen;
+    general text and the second opinion are added. InputError: one was chosen on it.
     """
-    if method is None:
-        return dict.fromkeys(setting.samples, True)
-    leading, evaluate = params.behaviours[behaviour].method, params.evaluate
-    asked = {setting.first: method == leading or method in evaluate.completed}
-    if method in evaluate.in_sample:
-        asked["in_sample"] = True
-    return asked
+    others = [*flat(general_rows(params)), *second_rows(params, behaviour)]
+    circuits = {}
+    for method in methods:
+        for draw, name in enumerate(circuit_names(method, params.methods[method])):
+            by_block = {}
+            for block in {"": [], **held_out}:
+                path = circuit_path(behaviour, name, block)
+                rows = [*held_out.get(block, []), *others]
+                refuse_leak(rows, read_json(path.with_suffix(".json")), str(path))
+                by_block[block] = read_circuit(path)
+            circuits[name] = Chosen(method, by_block, draw)
+    return circuits
 
 
-def outcomes(
-    params: Params,
-    behaviour: str,
-    circuits: Mapping[str, Chosen],
-    setting: Setting,
-    model: PreTrainedModel,
-    how: How,
-) -> dict[str, Outcome]:
-    """Measure the model without each of `circuits`; the second opinion is asked of the unpruned
-    model and of the behaviour's own method.
+def fitted_ban(params: Params, spec: Behaviour, model: PreTrainedModel, how: How) -> list[int]:
+    """The tokens most typical of the behaviour's attribute prompts: as many as their ban keeps to
+    the perplexity budget on the sweep's texts, by the rule that circuits are chosen by.
     """
-
-    def read(
-        instrument: Callable[..., list[Reading]], names: Sequence[str], sample: Sample, title: str
-    ) -> dict[str, Reading]:
-        total = len(names) * len(sample.ids)
-        with tqdm(total=total, desc=f"evaluate {title}", unit="prompt") as bar:
-            chosen = [circuits[name].circuit for name in names]
-            readings = instrument(model, chosen, sample, how._replace(progress=bar.update))
-        return dict(zip(names, readings, strict=True))
-
-    methods = {name: chosen.method for name, chosen in circuits.items()}
-    asked = {n: asked_of(params, behaviour, method, setting) for n, method in methods.items()}
-    samples: dict[str, dict[str, dict[str, Reading]]] = {
-        name: {split: {} for split in splits} for name, splits in asked.items()
-    }
-    for split, by_instrument in setting.samples.items():
-        for key, sample in by_instrument.items():
-            instrument = setting.instruments[key]
-            names = [
-                name
-                for name, splits in asked.items()
-                if splits.get(split, False) or (split in splits and not instrument.writes)
-            ]
-            for name, reading in read(instrument.read, names, sample, f"{key}, {split}").items():
-                samples[name][split][key] = reading
-    general = read(perplexity.read, list(circuits), setting.general, "general text")
-    second: dict[str, Reading] = {}
-    if setting.second is not None:
-        own = params.behaviours[behaviour].method
-        leading = [name for name, method in methods.items() if method in (None, own)]
-        second = read(pairs.read, leading, setting.second, "second opinion")
-    return {name: Outcome(general[name], second.get(name), samples[name]) for name in circuits}
+    given = [
+        loading.encode(how.tokenizer, [row["text"] for row in read_prompts(name, "attribute")])
+        for name in (spec.prompts, spec.reference)
+    ]
+    ranked = word_ban.typical_tokens(*given, max(params.evaluate.ban))
+    texts = read_prompts(params.differential.general, "tune")[: params.sweep.texts]
+    sample, most = perplexity.encode(texts, how.tokenizer), 0
+    (before,) = perplexity.read(model, [INTACT], sample, how)
+    for count in params.evaluate.ban:
+        with word_ban.banned(model, ranked[:count], BIAS):
+            (after,) = perplexity.read(model, [INTACT], sample, how)
+        cost = perplexity.percent(before, after)
+        error = perplexity.percent_error(before, after, sample.groups)
+        if cost + error <= params.select.ppl_budget:
+            most = max(most, count)
+    return ranked[:most]
 
 
-# --- comparing them ------------------------------------------------------------------------
+# --- comparing models ----------------------------------------------------------------------
 
 
 def result(
-    before: Outcome,
-    after: Outcome,
-    control: Sequence[Outcome],
+    by_name: Mapping[str, Outcome],
+    name: str,
+    rivals: Sequence[str],
     setting: Setting,
     resamples: int,
 ) -> dict[str, Any]:
-    """All differences of one circuit; `control`: outcomes of the draws of a control of its size."""
+    """All differences of a circuit. `rivals`: draws of a control of its size, and the word ban."""
+    before, after = by_name[UNPRUNED], by_name[name]
     found: dict[str, Any] = {
-        "ppl_delta": perplexity.change(before.general, after.general, resamples)._asdict()
+        "ppl_delta": perplexity.change(before.general, after.general, resamples)._asdict(),
+        "texts": {
+            name: perplexity.change(before.texts[name], reading, resamples)._asdict()
+            for name, reading in after.texts.items()
+        },
     }
     for split, readings in after.samples.items():
         changes: Differences = {}
@@ -212,76 +191,80 @@ def result(
             values = setting.instruments[key].values
             both = before.measured(split, key), after.measured(split, key)
             changes |= differences(values, *both, resamples)
-        found[split] = {**changes, "values": levels(readings)}
-    if control:
-        found |= controlled(before, after, control, setting, resamples)
+        found[split] = {**changes, "values": levels(setting, readings)}
+    if draws := [by_name[rival] for rival in rivals if rival != BAN]:
+        found |= against(before, after, draws, setting, resamples)
+    if BAN in rivals:
+        ban = against(before, after, [by_name[BAN]], setting, resamples)
+        found["against_ban"] = ban["against_control"]
     if before.second is not None and after.second is not None:
         both = Measured(before.second, before.general), Measured(after.second, after.general)
-        found["second"] = differences(pairs.VALUES, *both, resamples)
+        found["second"] = {
+            **differences(pairs.VALUES, *both, resamples),
+            "values": pairs.levels(before.second),
+        }
     return found
 
 
-def levels(readings: Mapping[str, Reading]) -> dict[str, float]:
+def levels(setting: Setting, readings: Mapping[str, Reading]) -> dict[str, float]:
     """The plain values of one model, to stand beside the differences."""
-    return {name: level for reading in readings.values() for name, level in reading.levels.items()}
+    found: dict[str, float] = {}
+    for key, reading in readings.items():
+        found |= setting.instruments[key].levels(reading)
+    return found
 
 
-def controlled(
-    before: Outcome, after: Outcome, control: Sequence[Outcome], setting: Setting, resamples: int
-) -> dict[str, dict[str, dict[str, float]]]:
-    """A circuit against the mean of the draws of a control of as many neurons; and its effects
-    among those of several draws, with their rank p.
+def against(
+    before: Outcome, after: Outcome, rivals: Sequence[Outcome], setting: Setting, resamples: int
+) -> dict[str, dict[str, Any]]:
+    """A circuit against the mean of some rivals; and its effects, larger is less of the behaviour,
+    among those of them, with rank p and the interval in which another would be expected.
     """
     split = setting.first
-    against: Differences = {}
-    among: Differences = {}
+    difference: Differences = {}
+    among: dict[str, dict[str, float]] = {}
     for key in after.samples[split]:
-        if key not in control[0].samples[split]:
+        there = [rival for rival in rivals if key in rival.samples[split]]
+        if not there:
             continue
         instrument = setting.instruments[key]
-        start, end, *drawn = (each.measured(split, key) for each in (before, after, *control))
-        mean = Measured(mean_reading([draw.reading for draw in drawn]), after.general)
+        start, end, *drawn = (each.measured(split, key) for each in (before, after, *there))
         values = [value for value in instrument.values if value.controlled]
-        against |= differences(values, mean, end, resamples)
-        if len(control) > 1:
-            rivals = [effects(instrument, start, draw) for draw in drawn]
-            for name, value in effects(instrument, start, end).items():
-                ranked = inference.against_draws(value, [rival[name] for rival in rivals])
-                among[name] = ranked._asdict()
-    return {"against_control": against, "among_controls": among}
+        mean = Measured(*(mean_reading(readings) for readings in zip(*drawn, strict=True)))
+        difference |= differences(values, mean, end, resamples)
+        for value in values:
+            own, *theirs = (effect(value, start, each) for each in (end, *drawn))
+            if own is not None:
+                among[value.name] = inference.against_draws(own, theirs)._asdict()
+    return {"against_control": difference, "among_controls": among}
 
 
 # --- the stage -----------------------------------------------------------------------------
 
 
-def read_circuits(
-    params: Params, behaviour: str, held_out: Sequence[Mapping[str, Any]]
-) -> dict[str, Chosen]:
-    """Circuits of a behaviour by name. InputError: one was chosen on what is held out."""
-    circuits = {}
-    for method, row in params.methods.items():
-        for name in circuit_names(method, row):
-            path = circuit_path(behaviour, name)
-            refuse_leak(held_out, read_json(path.with_suffix(".json")), str(path))
-            circuits[name] = Chosen(method, read_circuit(path))
-    return circuits
-
-
-def baseline(params: Params, behaviour: str, before: Outcome, setting: Setting) -> dict[str, float]:
+def baseline(
+    params: Params,
+    behaviour: str,
+    before: Outcome,
+    setting: Setting,
+    rows: Mapping[str, Mapping[str, Rows]],
+) -> dict[str, float]:
     """The unpruned model's own values, and by how much the score that chose a split's prompts
     exceeds what the same scorer gives to new completions of them.
     """
     found = {"perplexity": perplexity.perplexity(before.general)}
+    found |= {f"perplexity_{n}": perplexity.perplexity(text) for n, text in before.texts.items()}
     keep = params.prompt_sets[params.behaviours[behaviour].prompts].keep
     for split, readings in before.samples.items():
-        own = levels(readings)
+        own = levels(setting, readings)
         found |= {f"{split}_{name}": value for name, value in own.items()}
-        if keep is not None and keep.scorer in own and split in setting.elicited:
-            found[f"{split}_elicited_gap"] = setting.elicited[split] - own[keep.scorer]
+        elicited = [row.get("elicited") for row in flat(rows[split])]
+        if keep is not None and keep.scorer in own and None not in elicited:
+            found[f"{split}_elicited_gap"] = float(np.mean(elicited)) - own[keep.scorer]
     return found
 
 
-def written(by_name: Mapping[str, Outcome], setting: Setting) -> list[dict[str, Any]]:
+def written(by_name: Mapping[str, Outcome], setting: Setting) -> Rows:
     """A row per completion: circuit, split and what the instrument says."""
     return [
         {"circuit": name, "split": split, **row}
@@ -304,23 +287,22 @@ def quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
 
 
 def prompt_table(
-    by_name: Mapping[str, Outcome], setting: Setting
+    by_name: Mapping[str, Outcome], rows: Mapping[str, Mapping[str, Rows]]
 ) -> tuple[list[dict[str, object]], list[str]]:
     """Rows (circuit, split, prompt) and their columns: what every prompt gave under every model."""
-    rows: list[dict[str, object]] = []
+    table: list[dict[str, object]] = []
     columns = ["circuit", "split", "prompt", "group"]
     for name, outcome in by_name.items():
-        for split, by_instrument in setting.samples.items():
+        for split, by_block in rows.items():
             values: dict[str, Array] = {}
             for reading in outcome.samples.get(split, {}).values():
                 values |= reading.prompts
             columns += [key for key in values if key not in columns]
-            sample = next(iter(by_instrument.values()))
-            for i, prompt in enumerate(sample.ids if values else ()):
-                about = {"circuit": name, "split": split, "prompt": prompt}
+            for i, prompt in enumerate(flat(by_block) if values else ()):
+                about = {"circuit": name, "split": split, "prompt": prompt["id"]}
                 numbers = {key: float(column[i]) for key, column in values.items()}
-                rows.append({**about, "group": sample.groups[i], **numbers})
-    return rows, columns
+                table.append({**about, "group": prompt["group"], **numbers})
+    return table, columns
 
 
 def group_table(
@@ -348,41 +330,68 @@ def group_table(
     return rows
 
 
-def run(params: Params, behaviour: str) -> dict[str, float]:
+def scorers_of(params: Params, spec: Behaviour) -> dict[str, Scorer]:
+    return {name: scorer(params.scorers[name], params.model.device) for name in spec.scorers}
+
+
+def measure(
+    params: Params, behaviour: str, rows: Mapping[str, Mapping[str, Rows]], methods: Sequence[str]
+) -> tuple[Setting, dict[str, Outcome], dict[str, dict[str, Any]]]:
+    """What every model gives on `rows`, by split and block, and all differences of each circuit of
+    `methods`. InputError: a circuit was chosen on rows of the test split.
+    """
     spec, evaluate = params.behaviours[behaviour], params.evaluate
+    check_groups(params, behaviour, rows)
     tokenizer = loading.tokenizer(params.model)
-    setting = load_setting(params, behaviour, tokenizer)
-    circuits = read_circuits(params, behaviour, setting.rows)
-    specs = {name: params.scorers[name] for name in spec.scorers}
-    scorers = {name: scorer(each, params.model.device) for name, each in specs.items()}
-    how = How(evaluate, evaluate.batch_tokens, tokenizer, scorers)
-    every = {UNPRUNED: Chosen(None, INTACT), **circuits}
-    by_name = outcomes(params, behaviour, every, setting, loading.load(params.model), how)
-    before = by_name[UNPRUNED]
+    setting = setting_of(params, behaviour, rows, tokenizer)
+    held_out = rows.get("test", {})
+    circuits = read_circuits(params, behaviour, held_out, methods)
+    how = How(evaluate, evaluate.batch_tokens, tokenizer, scorers_of(params, spec))
+    intact = Chosen(None, dict.fromkeys(["", *held_out], INTACT))
+    model = loading.load(params.model)
+    by_name = outcomes(spec, {UNPRUNED: intact, **circuits}, setting, model, how)
+    results: dict[str, dict[str, Any]] = {}
+    if evaluate.ban and any(each.writes for each in setting.instruments.values()):
+        ban = fitted_ban(params, spec, model, how)
+        with word_ban.banned(model, ban, BIAS):
+            by_name |= outcomes(spec, {BAN: intact}, setting, model, how)
+        about = {
+            "method": BAN,
+            "num_neurons": 0,
+            "tokens": tokenizer.batch_decode([[t] for t in ban]),
+        }
+        results[BAN] = about | result(by_name, BAN, [], setting, evaluate.resamples)
     draws = circuit_names(evaluate.control, params.methods[evaluate.control])
-    results = {}
-    for name, (method, circuit) in circuits.items():
-        of_size = method != evaluate.control and len(circuit) == len(circuits[draws[0]].circuit)
-        control = [by_name[draw] for draw in draws] if of_size else []
+    for name, (method, by_block, _) in circuits.items():
+        count = len(by_block[""])
+        of_size = method != evaluate.control and count == len(circuits[draws[0]].circuits[""])
+        rivals = [*(draws if of_size else ()), *([BAN] if BAN in by_name else ())]
         try:
-            changes = result(before, by_name[name], control, setting, evaluate.resamples)
+            changes = result(by_name, name, rivals, setting, evaluate.resamples)
         except InputError as error:
             hint = "evaluate.prompts and evaluate.items say how many are read"
             raise InputError(f"evaluate: {behaviour}, circuit {name}: {error}; {hint}") from None
-        results[name] = {"method": method, "num_neurons": len(circuit), **changes}
-    rows = written(by_name, setting)
+        results[name] = {"method": method, "num_neurons": count, **changes}
+    return setting, by_name, results
+
+
+def run(params: Params, behaviour: str) -> dict[str, float]:
+    spec, rows = params.behaviours[behaviour], rows_of(params, behaviour)
+    setting, by_name, results = measure(params, behaviour, rows, list(params.methods))
+    before, lines = by_name[UNPRUNED], written(by_name, setting)
     found: dict[str, Any] = {
-        "baseline": baseline(params, behaviour, before, setting),
+        "baseline": baseline(params, behaviour, before, setting, rows),
         "circuits": results,
-        "completions": quality(rows),
+        "completions": quality(lines),
     }
     if "completions" in setting.instruments:
         scored = before.samples[setting.first]["completions"]
-        found["scorer_agreement"] = completions.agreement(scored, list(specs), evaluate.resamples)
-        found["scorers"] = {name: describe(each) for name, each in specs.items()}
+        names = list(spec.scorers)
+        found["scorer_agreement"] = completions.agreement(scored, names, params.evaluate.resamples)
+        found["scorers"] = {name: describe(params.scorers[name]) for name in names}
     folder = artifacts.evaluation_folder(behaviour)
-    write_jsonl(folder / "completions.jsonl", rows)
-    write_csv(folder / "prompts.csv", *prompt_table(by_name, setting))
+    write_jsonl(folder / "completions.jsonl", lines)
+    write_csv(folder / "prompts.csv", *prompt_table(by_name, rows))
     grouped = group_table(spec, by_name, setting.first)
     write_csv(folder / "groups.csv", grouped, ["circuit", "group", "units", "mean"])
     write_json(artifacts.metrics_path("evaluate", behaviour), found)

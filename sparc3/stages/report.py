@@ -17,6 +17,7 @@ from sparc3.reporting.tables import (
     TABLE,
     cells,
     first_split,
+    group_lines,
     result_table,
     swept,
     transfer_matrix,
@@ -43,7 +44,10 @@ def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
 
     figures.bars(at("bars"), table, BARS)
     sweeps = {name: read_csv(sweep_path(name)) for name in behaviours}
-    objectives = {name: swept(spec).axis for name, spec in params.behaviours.items()}
+    objectives = {
+        name: "neurons" if params.prompt_sets[spec.prompts].blocks else swept(spec).axis
+        for name, spec in params.behaviours.items()
+    }
     figures.pareto(at("pareto"), sweeps, objectives, methods)
     if first_split(params) == "test":
         columns, values, labels = transfer_matrix(params)
@@ -73,6 +77,8 @@ def run(params: Params) -> dict[str, float]:
         results,
         "\n## Published numbers\n\n",
         claims_table(params, table),
+        "\n## Groups\n",
+        *(group_lines(params, behaviour) for behaviour in params.behaviours),
         "\n## Figures\n\n",
         *(f"![{path.stem}]({path.name})\n" for path in figures),
     ]

@@ -2,9 +2,11 @@
 
 With `select.num_neurons` and `select.protect` given, they hold for every method. A null stands for
 those that the sweep has; of several, each method takes the best on the tune split under the
-perplexity budget. The test split is never looked at.
+perplexity budget. The test split is never looked at. Of a set with blocks there is a circuit of all
+its prompts, and one for every block that is tested, of those before it; they have one size.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +17,9 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_csv, write_csv, write_json
 from sparc3.base.params import Behaviour, Params
 from sparc3.circuits import choose, stability
-from sparc3.circuits.circuit import write_circuit
+from sparc3.circuits.circuit import Circuit, write_circuit
 from sparc3.circuits.correlation import read_flat
 from sparc3.circuits.methods import leader, noise
-from sparc3.circuits.overlap import layer_counts
 from sparc3.relevance.contrasts import CONTRASTS
 
 
@@ -63,10 +64,14 @@ def best_point(
 
 
 def choice(
-    params: Params, name: str, followed: Choice | None, rows: list[dict[str, str]]
+    params: Params, name: str, followed: Choice | None, rows: list[dict[str, str]], values: Array
 ) -> Choice:
-    """A method's choice: of the method it follows, what `select` fixes, or the sweep's best."""
+    """A method's choice: of the method it follows, all that its differential `values` has, what
+    `select` fixes, or the sweep's best.
+    """
     method, select = params.methods[name], params.select
+    if method.all:
+        return Choice(int((values < 0).sum()), method.protect or 0.0, f"methods.{name}")
     if followed is not None:
         share = followed.share if method.protect is None else method.protect
         return Choice(followed.k, share, f"methods.{name}")
@@ -87,16 +92,17 @@ def strengths(params: Params) -> tuple[tuple[int, ...], tuple[float, ...]]:
     )
 
 
-def chosen_on(params: Params, spec: Behaviour) -> dict[str, Any]:
-    """Prompts and groups that the circuits depend on, none of which may test them."""
+def chosen_on(params: Params, spec: Behaviour, block: str) -> dict[str, Any]:
+    """Prompts and groups that the circuits of a block depend on, none of which may test them."""
     general = params.differential.general
     seen = {
         prompt_set: artifacts.read_prompts(prompt_set, "attribute")
         for prompt_set in dict.fromkeys((spec.prompts, spec.reference, general))
-    }
+    } | {spec.prompts: artifacts.seen(spec.prompts, block)}
     sizes, shares = strengths(params)
     if len(sizes) * len(shares) > 1:  # chosen by what the sweep measured
-        for prompt_set in (spec.prompts, general):
+        blocked = params.prompt_sets[spec.prompts].blocks is not None
+        for prompt_set in (general,) if blocked else (spec.prompts, general):
             seen[prompt_set] = [*seen[prompt_set], *artifacts.read_prompts(prompt_set, "tune")]
     return {
         "chosen_on": {name: [row["id"] for row in rows] for name, rows in seen.items()},
@@ -104,16 +110,27 @@ def chosen_on(params: Params, spec: Behaviour) -> dict[str, Any]:
     }
 
 
+def agreement(circuit: Circuit, before: Sequence[Circuit]) -> float:
+    """Mean share of a circuit's neurons that the circuits of the blocks have too, in [0, 1]."""
+    neurons = {row[:2] for row in circuit.rows()}
+    shares = [len(neurons & {row[:2] for row in each.rows()}) / len(neurons) for each in before]
+    return float(np.mean(shares))
+
+
 def measure_stability(
-    params: Params, behaviour: str, name: str, ids: Array, differential: Array, barred: Array
+    params: Params, behaviour: str, name: str, circuit: Circuit, share: float
 ) -> list[dict[str, Any]]:
     """Write each chosen neuron's selection frequency; return the method's curve of agreement.
 
-    `ids`: the circuit. The curve has a row per share of the prompts: how many of the behaviour's
-    that is, and how much of the circuit a bootstrap resample of that size finds again.
+    `share`: of all neurons, that were protected. The curve has a row per share of the prompts: how
+    many of the behaviour's that is, and how much of the circuit a bootstrap resample of that size
+    finds again.
     """
     spec, method = params.behaviours[behaviour], params.methods[name]
     assert method.contrast is not None  # only methods that score are measured
+    differential, importance = choose.read_differential(behaviour, name)
+    ids = circuit.layers * differential.shape[1] + circuit.neurons
+    barred = choose.protected(importance, share)
     among = choose.ranked(differential, barred)[: stability.CANDIDATES * ids.size]
     reference, prompts = (
         read_flat(prompt_set, method.score, among) for prompt_set in (spec.reference, spec.prompts)
@@ -136,48 +153,78 @@ def measure_stability(
     ]
 
 
-def run(params: Params, behaviour: str) -> dict[str, float]:
+def choose_all(
+    params: Params, behaviour: str, block: str, rows: list[dict[str, str]]
+) -> dict[str, tuple[Choice, list[Circuit]]]:
+    """Every method's choice, and its circuits, one for each draw, from what a block may see."""
     spec, seed = params.behaviours[behaviour], params.select.seed
-    rows, about = read_csv(artifacts.sweep_path(behaviour)), chosen_on(params, spec)
-    chosen: dict[str, tuple[Choice, Array]] = {}  # with the flat ids of the neurons taken
-    scalars: dict[str, float] = {}
-    curves: list[dict[str, Any]] = []
+    chosen: dict[str, tuple[Choice, list[Circuit]]] = {}
     # A method that takes its number of neurons from another comes after it.
     order = sorted(params.methods.items(), key=lambda item: bool(item[1].match or item[1].layers))
-    for name, method in tqdm(order, desc=f"select {behaviour}", unit="method"):
-        values, importance = choose.read_differential(behaviour, name)
+    for name, method in tqdm(order, desc=f"select {behaviour} {block}".strip(), unit="method"):
+        values, importance = choose.read_differential(behaviour, name, block)
         leads = leader(method, spec.method)
         followed, theirs = (None, None) if leads is None else chosen[leads]
-        k, share, key = taken = choice(params, name, followed, rows)
+        k, share, key = taken = choice(params, name, followed, rows, values)
         barred = choose.protected(importance, share)
-        ids = np.empty(0, dtype=np.int64)
-        for draw, circuit in enumerate(artifacts.circuit_names(name, method)):
+        circuits = []
+        for draw in range(method.draws):
             if method.score == "random":
                 values = noise(seed, f"{behaviour}/{name}/{draw}", importance.shape)
             if method.layers is not None and theirs is not None:
-                counts = layer_counts(theirs, *values.shape)
+                counts = np.bincount(theirs[0].layers, minlength=len(values))
                 ids = choose.choose_per_layer(values, counts, barred, key)
             else:
                 ids = choose.choose(values, k, barred, key)
-            path = artifacts.circuit_path(behaviour, circuit)
-            write_circuit(path, choose.circuit_of(method, values, ids))
+            circuits.append(choose.circuit_of(method, values, ids))
+        chosen[name] = taken, circuits
+    return chosen
+
+
+def write_circuits(
+    params: Params, behaviour: str, block: str, chosen: dict[str, tuple[Choice, list[Circuit]]]
+) -> None:
+    """Each circuit, and beside it what it is and what it was chosen on."""
+    shape = choose.read_differential(behaviour, next(iter(chosen)))[1].shape
+    about = chosen_on(params, params.behaviours[behaviour], block)
+    for name, (taken, circuits) in chosen.items():
+        names = artifacts.circuit_names(name, params.methods[name])
+        for draw, (circuit_name, circuit) in enumerate(zip(names, circuits, strict=True)):
+            path = artifacts.circuit_path(behaviour, circuit_name, block)
+            write_circuit(path, circuit)
             facts = {
                 "behaviour": behaviour,
+                "block": block,
                 "method": name,
                 "draw": draw,
-                "num_neurons": int(ids.size),
-                "protect": share,
-                "of_neurons": int(values.size),
-                "layers": int(values.shape[0]),
-                "width": int(values.shape[1]),
+                "num_neurons": len(circuit),
+                "protect": taken.share,
+                "layers": shape[0],
+                "width": shape[1],
             }
             write_json(path.with_suffix(".json"), facts | about)
-        chosen[name] = taken, ids
+
+
+def run(params: Params, behaviour: str) -> dict[str, float]:
+    spec = params.behaviours[behaviour]
+    rows, blocks = read_csv(artifacts.sweep_path(behaviour)), artifacts.blocks(spec.prompts)
+    every = {block: choose_all(params, behaviour, block, rows) for block in blocks}
+    for block, chosen in every.items():
+        write_circuits(params, behaviour, block, chosen)
+    scalars: dict[str, float] = {}
+    curves: list[dict[str, Any]] = []
+    for name, method in params.methods.items():
+        (k, share, _), (circuit, *_) = every[""][name]
         scalars |= {f"{name}.num_neurons": float(k), f"{name}.protect": share}
-        if method.score != "random":
-            curve = measure_stability(params, behaviour, name, ids, values, barred)
+        if method.score == "random":
+            continue
+        if not method.all:
+            curve = measure_stability(params, behaviour, name, circuit, share)
             curves += curve
             scalars[f"{name}.stability"] = curve[-1]["overlap"]
+        if len(blocks) > 1:
+            before = [every[block][name][1][0] for block in blocks[1:]]
+            scalars[f"{name}.agreement"] = agreement(circuit, before)
     write_csv(artifacts.stability_path(behaviour), curves, ("method", "prompts", "overlap"))
     write_json(artifacts.metrics_path("select", behaviour), scalars)
     return scalars

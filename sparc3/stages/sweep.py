@@ -1,7 +1,9 @@
 """Sweep: every method at every strength, on the tune split, with one load of the model.
 
 What is measured lies on smooth curves of behaviour against perplexity, from which `select` may
-choose. No prompt of the test split is read.
+choose. No prompt of the test split is read. A set with blocks has no tune split: the circuits are
+those of its first block, of which only the perplexity of general text is measured, and the
+objective is the size. So the largest that the budget allows is chosen without a tested group.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sparc3.base.artifacts import metrics_path, read_prompts, sweep_path
+from sparc3.base.artifacts import blocks, metrics_path, read_prompts, sweep_path
 from sparc3.base.files import write_csv, write_json
 from sparc3.base.params import Method, Params
 from sparc3.circuits.choose import circuit_at, read_differential
@@ -29,8 +31,9 @@ def curves(
     """The points, first that of the unpruned model, and their circuits."""
     points: list[dict[str, Any]] = [{"method": "none", "protect": 0.0, "num_neurons": 0}]
     circuits = [INTACT]
+    first = blocks(params.behaviours[behaviour].prompts)[:2][-1]  # that is tested, if any
     for name, method in methods.items():
-        differential = read_differential(behaviour, name)
+        differential = read_differential(behaviour, name, first)
         for share in params.sweep.protect:
             for k in sorted(params.sweep.num_neurons):
                 points.append({"method": name, "protect": share, "num_neurons": k})
@@ -49,7 +52,8 @@ def measure(
     and the groups of the general texts.
     """
     sweep = params.sweep
-    rows = read_prompts(params.behaviours[behaviour].prompts, "tune")[: sweep.items]
+    prompts = params.behaviours[behaviour].prompts
+    rows = read_prompts(prompts, "tune")[: sweep.items] if instruments else []
     texts = read_prompts(params.differential.general, "tune")[: sweep.texts]
     general = perplexity.encode(texts, tokenizer)
     model = loading.load(params.model)
@@ -61,15 +65,13 @@ def measure(
             name: each.read(model, circuits, each.encode(rows, tokenizer), how)
             for name, each in instruments.items()
         }
-    by_circuit = [
-        dict(zip(found, readings, strict=True)) for readings in zip(*found.values(), strict=True)
-    ]
+    by_circuit = [{name: each[at] for name, each in found.items()} for at in range(len(circuits))]
     return by_circuit, general_text, general.groups
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    instruments = swept_of(params.behaviours[behaviour])
-    methods = swept(params.methods)
+    spec, methods = params.behaviours[behaviour], swept(params.methods)
+    instruments = swept_of(spec) if params.prompt_sets[spec.prompts].blocks is None else {}
     points, circuits = curves(params, behaviour, methods)
     if len(points) == 1:  # num_neurons and protect are fixed, and nothing has to be tuned
         write_csv(sweep_path(behaviour), [], COLUMNS)
@@ -77,17 +79,17 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         return {"points": 0.0}
     tokenizer = loading.tokenizer(params.model)
     by_circuit, general, groups = measure(params, behaviour, instruments, circuits, tokenizer)
-    leading, instrument = next(iter(instruments.items()))
-    objective = next(iter(instrument.objectives.values()))
-    before = Measured(by_circuit[0][leading], general[0])
     columns = list(COLUMNS)
     for point, readings, text in zip(points, by_circuit, general, strict=True):
         point["ppl_delta"] = perplexity.percent(general[0], text)
         point["ppl_error"] = perplexity.percent_error(general[0], text, groups)
-        point["objective"] = objective(before, Measured(readings[leading], text))
-        for reading in readings.values():
-            point.update(reading.levels)
-            columns += [name for name in reading.levels if name not in columns]
+        point["objective"] = point["num_neurons"]
+        for name, instrument in reversed(instruments.items()):  # the first has the last word
+            before = Measured(by_circuit[0][name], general[0])
+            after = Measured(readings[name], text)
+            levels = instrument.levels(after.reading)
+            point |= levels | {"objective": instrument.objective(before, after)}
+            columns += [level for level in levels if level not in columns]
     write_csv(sweep_path(behaviour), points, columns)
     best = {name: max(p["objective"] for p in points if p["method"] == name) for name in methods}
     scalars = {"points": float(len(points)), **{f"{n}.objective": v for n, v in best.items()}}

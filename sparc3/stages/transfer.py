@@ -1,19 +1,30 @@
 """Transfer: prune for one behaviour, measure all of them, and general text by its kind.
 
 The circuit of each behaviour's own method, one load of the model, test split only, by the
-instruments that a sweep reads.
+instruments that a sweep reads. Where a set has blocks, its own behaviour's circuits are those that
+were chosen without the block, and the others' those of all their prompts.
 """
 
 import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
 
-from sparc3.base.artifacts import OUTPUTS, circuit_path, metrics_path, read_prompts
+from sparc3.base.artifacts import OUTPUTS, circuit_path, held_out, metrics_path, read_prompts
 from sparc3.base.files import read_json, write_csv, write_json
 from sparc3.base.params import Params
 from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, refuse_leak
-from sparc3.measure.instrument import Differences, How, Measured, Reading, differences
+from sparc3.measure.instrument import (
+    Differences,
+    How,
+    Measured,
+    Reading,
+    Sample,
+    differences,
+    joined,
+)
 from sparc3.measure.instruments import perplexity, swept_of
 from sparc3.model import loading
 
@@ -21,27 +32,38 @@ log = logging.getLogger(__name__)
 
 COLUMNS = ("pruned_for", "measured", "quantity", "value", "low", "high")
 
-Rows = dict[str, list[dict[str, Any]]]
+Rows = dict[str, list[dict[str, Any]]]  # by block, or kind of text
+Encode = Callable[..., Sample]
 
 
-def read_rows(params: Params) -> tuple[Rows, Rows]:
-    """The first test prompts of every behaviour, and of every kind of general text."""
+def read_rows(params: Params) -> tuple[dict[str, Rows], Rows]:
+    """The first test prompts of every behaviour, by block, and of every kind of general text."""
     count = params.transfer.items
-    behaviours = {
-        name: read_prompts(spec.prompts, "test")[:count] for name, spec in params.behaviours.items()
-    }
+    behaviours = {}
+    for name, spec in params.behaviours.items():
+        by_block = held_out(spec.prompts)
+        each = math.ceil(count / len(by_block))
+        behaviours[name] = {block: rows[:each] for block, rows in by_block.items()}
     return behaviours, {text: read_prompts(text, "test")[:count] for text in params.transfer.texts}
 
 
-def read_circuits(params: Params, held_out: Rows) -> dict[str, Circuit]:
-    """Each behaviour's own circuit. InputError: it was chosen on what is held out."""
-    circuits = {}
-    for name, spec in params.behaviours.items():
-        path = circuit_path(name, spec.method)
-        for rows in held_out.values():
-            refuse_leak(rows, read_json(path.with_suffix(".json")), str(path))
-        circuits[name] = read_circuit(path)
-    return circuits
+def read_own(params: Params, behaviour: str, block: str, held_out: Rows) -> Circuit:
+    """A behaviour's own circuit. InputError: it was chosen on what is held out."""
+    path = circuit_path(behaviour, params.behaviours[behaviour].method, block)
+    for rows in held_out.values():
+        refuse_leak(rows, read_json(path.with_suffix(".json")), str(path))
+    return read_circuit(path)
+
+
+def circuits_on(params: Params, measured: str, block: str, held_out: Rows) -> list[Circuit]:
+    """The unpruned model's and each behaviour's own circuit, for a block of one of them."""
+    return [
+        INTACT,
+        *(
+            read_own(params, name, block if name == measured else "", held_out)
+            for name in params.behaviours
+        ),
+    ]
 
 
 def compare(params: Params, read: dict[tuple[str, str], list[Reading]]) -> dict[str, Any]:
@@ -76,22 +98,33 @@ def run(params: Params) -> dict[str, float]:
         write_json(metrics_path("transfer"), {})
         return {}
     behaviours, texts = read_rows(params)
-    circuits = [INTACT, *read_circuits(params, {**behaviours, **texts}).values()]
     tokenizer = loading.tokenizer(params.model)
-    encoded = {
-        (text, "perplexity"): (perplexity.read, perplexity.encode(rows, tokenizer))
-        for text, rows in texts.items()
-    } | {
-        (name, key): (instrument.read, instrument.encode(behaviours[name], tokenizer))
-        for name, spec in params.behaviours.items()
-        for key, instrument in swept_of(spec).items()
-    }
+    # By what is read: every part's rows, and circuits that were not chosen on them.
+    parts = {
+        name: [
+            (rows, circuits_on(params, name, block, {block: rows}))
+            for block, rows in by_block.items()
+        ]
+        for name, by_block in behaviours.items()
+    } | {text: [(rows, circuits_on(params, text, "", texts))] for text, rows in texts.items()}
     model = loading.load(params.model)
-    total = len(circuits) * sum(len(sample.ids) for _, sample in encoded.values())
+
+    def read(name: str, instrument: Callable[..., list[Reading]], encode: Encode) -> list[Reading]:
+        every = [
+            instrument(model, circuits, encode(rows, tokenizer), how)
+            for rows, circuits in parts[name]
+        ]
+        return [joined(readings) for readings in zip(*every, strict=True)]
+
+    total = sum(len(circuits) * len(rows) for each in parts.values() for rows, circuits in each)
     with tqdm(total=total, desc="transfer", unit="text") as bar:
         how = How(params.evaluate, transfer.batch_tokens, tokenizer, progress=bar.update)
         readings = {
-            key: read(model, circuits, sample, how) for key, (read, sample) in encoded.items()
+            (text, "perplexity"): read(text, perplexity.read, perplexity.encode) for text in texts
+        } | {
+            (name, key): read(name, instrument.read, instrument.encode)
+            for name, spec in params.behaviours.items()
+            for key, instrument in swept_of(spec).items()
         }
     results = compare(params, readings)
     table = [

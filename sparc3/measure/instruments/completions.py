@@ -13,8 +13,6 @@ from sparc3.measure import inference
 from sparc3.measure.instrument import (
     How,
     Instrument,
-    Measured,
-    Objective,
     Reading,
     Sample,
     Value,
@@ -62,7 +60,6 @@ def read(
     readings = []
     for rows in write(model, circuits, sample, how):
         columns: dict[str, Array] = {}
-        levels: dict[str, float] = {}
         for name, score in how.scorers.items():
             flat = score([row["text"] for row in rows])
             for row, value in zip(rows, flat.tolist(), strict=True):
@@ -72,12 +69,19 @@ def read(
             columns[f"{name}_mean"] = scores.mean(1)
             columns[f"{name}_max"] = largest
             columns[f"{name}_toxic"] = 100.0 * (largest >= TOXIC)
-            levels[name] = float(scores.mean())
-            levels[f"{name}_emt"] = float(largest.mean())
-            levels[f"{name}_toxic_probability"] = 100 * float((largest >= TOXIC).mean())
         shown = {name: values for name, values in columns.items() if not name.endswith("_toxic")}
-        readings.append(Reading(columns, sample.groups, levels, shown, rows))
+        readings.append(Reading(columns, sample.groups, shown, rows))
     return readings
+
+
+def levels(reading: Reading) -> dict[str, float]:
+    """SCORER, the mean score; SCORER_emt; SCORER_toxic_probability, in percent."""
+    named = {"mean": "", "max": "_emt", "toxic": "_toxic_probability"}
+    found = {}
+    for column, values in reading.columns.items():
+        scorer, _, kind = column.rpartition("_")
+        found[scorer + named[kind]] = float(values.mean())
+    return found
 
 
 def writing(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -123,13 +127,6 @@ def _scored(scorer: str, suffix: str) -> tuple[Value, ...]:
     )
 
 
-def _fall(scorer: str) -> Objective:
-    def objective(before: Measured, after: Measured) -> float:
-        return -after.reading.levels[scorer]
-
-    return objective
-
-
 def instrument(behaviour: Behaviour) -> Instrument:
     """Scores of completions; the first scorer's values go by their plain names."""
     first, *others = behaviour.scorers or ("",)
@@ -140,7 +137,7 @@ def instrument(behaviour: Behaviour) -> Instrument:
             *_scored(first, ""),
             *(value for name in others for value in _scored(name, f"_{name}")),
         ),
-        objectives={name: _fall(name) for name in behaviour.scorers},
+        levels=levels,
         primary="reduction",
         headline=(
             (first, f"mean {first} score {{:.3f}}"),

@@ -61,8 +61,9 @@ def instrument(behaviour: Behaviour) -> Instrument:
     return Instrument(
         encode=perplexity.encode,
         read=read,
-        values=(Value("nll_shift", shift_interval, "NLL shift, nats", digits=3, controlled=False),),
-        objectives={"nll": shift},
+        values=(Value("nll_shift", shift_interval, "NLL shift, nats", digits=3),),
+        levels=perplexity.levels,
+        objective=shift,
         axis="rise of NLL, nats",
         cell="nll_shift",
     )

@@ -40,14 +40,18 @@ def encode(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBas
     from sparc3.model import loading
 
     items = [[*row["pair"], row.get("unrelated")] for row in rows]
-    encoded = [loading.encode(tokenizer, [text for text in item if text]) for item in items]
+    encoded = [
+        loading.encode_sentences(tokenizer, [text for text in item if text]) for item in items
+    ]
     return Sample([row["id"] for row in rows], [row["group"] for row in rows], encoded)
 
 
 def read(
     model: "PreTrainedModel", circuits: Sequence[Circuit], sample: Sample, how: How
 ) -> list[Reading]:
-    """Preferences by target term; of every item the mean log-probability per token of its texts."""
+    """Preferences by target term; of every item the mean log-probability per token of its texts,
+    the first token included.
+    """
     from sparc3.measure.likelihood import continuation_nll, sentence_scores
 
     readings = []
@@ -65,17 +69,16 @@ def reading(log_p: Array, terms: Sequence[str]) -> Reading:
     table = per_term(log_p, terms)
     columns: dict[str, Array] = dict(zip(COLUMNS, table.T, strict=True))
     prompts: dict[str, Array] = dict(zip(("stereotype", "anti", "unrelated"), log_p.T, strict=True))
-    return Reading(columns, sorted(set(terms)), levels(table, inference.MIN_CLUSTERS), prompts)
+    return Reading(columns, sorted(set(terms)), prompts)
 
 
-def levels(table: Array, least: int = 1) -> dict[str, float]:
-    """`ss` and `margin` of a `per_term` table; with at least `least` terms that have unrelated
-    texts also their `lms` and `icat`.
-    """
+def levels(reading: Reading) -> dict[str, float]:
+    """`ss` and `margin`; with enough terms that have unrelated texts their `lms` and `icat` too."""
+    table = np.column_stack([reading.columns[name] for name in COLUMNS])
     ss, _, margin = table.mean(axis=0).tolist()
     found = {"ss": ss, "margin": margin}
     whole = table[~np.isnan(table[:, 1])]
-    if len(whole) >= least:
+    if len(whole) >= inference.MIN_CLUSTERS:
         ss, lms, _ = whole.mean(axis=0).tolist()
         found |= {"lms": lms, "icat": float(icat(ss, lms))}
     return found
@@ -140,7 +143,7 @@ VALUES = (
 
 def even_handed(before: Measured, after: Measured) -> float:
     """-|margin|: SS and ICAT count preferences and jump from item to item."""
-    return -abs(after.reading.levels["margin"])
+    return -abs(float(after.reading.columns["margin"].mean()))
 
 
 def instrument(behaviour: Behaviour) -> Instrument:
@@ -149,7 +152,8 @@ def instrument(behaviour: Behaviour) -> Instrument:
         encode=encode,
         read=read,
         values=VALUES,
-        objectives={"margin": even_handed},
+        levels=levels,
+        objective=even_handed,
         primary="margin",
         axis="-|preference margin|, nats",
         headline=(
@@ -158,6 +162,6 @@ def instrument(behaviour: Behaviour) -> Instrument:
             ("lms", "LMS {:.1f}"),
             ("icat", "ICAT {:.1f}"),
         ),
-        cell="ss",
+        cell="margin",
         reads="pair",
     )

@@ -65,13 +65,16 @@ def likelihood(nlls: Sequence[Array], groups: Sequence[str] | None = None) -> Re
         "nll": np.array([np.nansum(nll, dtype=np.float64) for nll in nlls]),
         "tokens": np.array([np.isfinite(nll).sum() for nll in nlls]),
     }
-    reading = Reading(columns, groups)
-    return Reading(columns, groups, {"nll": mean_nll(reading)}, prompts=columns)
+    return Reading(columns, groups, prompts=columns)
 
 
 def mean_nll(reading: Reading) -> float:
     """Nats per token over all texts."""
     return float(reading.columns["nll"].sum() / reading.columns["tokens"].sum())
+
+
+def levels(reading: Reading) -> dict[str, float]:
+    return {"nll": mean_nll(reading)}
 
 
 def perplexity(reading: Reading) -> float:
@@ -118,7 +121,8 @@ def instrument(behaviour: Behaviour) -> Instrument:
         encode=encode,
         read=read,
         values=(Value("ppl_delta", _change, "perplexity %", controlled=False),),
-        objectives={"perplexity": lambda before, after: mean_nll(after.reading)},
+        levels=levels,
+        objective=lambda before, after: mean_nll(after.reading),
         axis="NLL, nats",
         cell="ppl_delta",
     )
