@@ -122,6 +122,10 @@ def write_data(folder: Path) -> None:
     write_winobias(folder)
     articles = [{"id": str(n), "document": sentence(n, 50), "summary": "so"} for n in range(20)]
     write_jsonl(folder / "xsum.jsonl", [*articles, {"id": "x", "document": "", "summary": ""}])
+    reviews = [{"text": sentence(2000 + n, 70), "label": n % 2} for n in range(20)]
+    write_csv(folder / "imdb.csv", reviews, ["text", "label"])
+    asked = [{"passage": sentence(3000 + n, 20), "question": "why so?"} for n in range(20)]
+    write_jsonl(folder / "siqa.jsonl", asked)
 
 
 def card(configs: dict[str, tuple[str, str]]) -> str:

@@ -57,6 +57,18 @@ def test_wikipedia_leaves_the_title_out_and_groups_by_it(project):
     ]
 
 
+def test_reviews_are_as_written_and_questions_follow_their_situation(project):
+    texts = ["Good.<br /><br />\r\nSee it.", 'She said, "no".']
+    write_csv(Path("data/imdb.csv"), [{"text": t, "label": 1} for t in texts], ["text", "label"])
+    assert [row.text for row in rows_of("reviews")] == texts
+    assert len({row.group for row in rows_of("reviews")}) == 2
+    asked = [("Tracy left.", "Why?"), ("Tracy left.", "What now?"), ("Jan ate.", "Why?")]
+    write_jsonl(Path("data/siqa.jsonl"), [{"passage": p, "question": q} for p, q in asked])
+    found = rows_of("questions")
+    assert [row.text for row in found] == [f"{p} {q}" for p, q in asked]
+    assert found[0].group == found[1].group != found[2].group
+
+
 def test_toxicity_is_filtered_from_the_threshold_on(project):
     raw.write_toxicity(project / "data", 80)
     found = rows_of("real-toxicity-prompts", min_toxicity=0.7)
@@ -197,6 +209,7 @@ BAD = [  # source, file, a good row, what is wrong with the bad one, what the lo
     ),
     ("real-toxicity-prompts", "", {"text": "a", "toxicity": 0.9}, {"toxicity": "0.9"}, "no number"),
     ("real-toxicity-prompts", "", {"text": "a", "toxicity": 0.9}, {"text": 3}, "no text in 'text'"),
+    ("questions", "siqa.jsonl", {"passage": "a", "question": "b"}, {"question": None}, "no text"),
     ("stereoset", "", ITEM, {"context": "a b"}, "with its BLANK filled"),
     ("stereoset", "", ITEM, {"anti-stereotype": "A x b"}, "two equal sentences"),
     ("stereoset", "", ITEM, {"target": None}, "no text in 'target'"),
@@ -238,7 +251,8 @@ def test_texts_are_those_of_the_file_letter_by_letter(project):
     write_jsonl(Path("data/boolq.jsonl"), [{"passage": f"A -- {ODD}"}])
     write_jsonl(Path("data/xsum.jsonl"), [{"id": "1", "document": ODD}])
     write_jsonl(Path("data/real-toxicity-prompts.jsonl"), [{"text": ODD, "toxicity": 0.9}])
-    for source in ("wikipedia", "news", "real-toxicity-prompts"):
+    write_csv(Path("data/imdb.csv"), [{"text": ODD}], ["text"])
+    for source in ("wikipedia", "news", "real-toxicity-prompts", "reviews"):
         assert [row.text for row in rows_of(source)] == [ODD]
     words = {kind: f"{ODD} {kind} {ODD}" for kind in ("stereotype", "anti-stereotype", "unrelated")}
     item = {**ITEM, "context": f"{ODD} BLANK {ODD}", **words}
@@ -276,6 +290,8 @@ def test_the_real_files_have_the_counts_that_are_documented(real):
     assert counts == {
         "wikipedia": 15942,
         "news": 1000,
+        "reviews": 200,
+        "questions": 1954,
         "real-toxicity-prompts": 993,
         "stereoset": 2106,
         "neutral-pairs": 4212,

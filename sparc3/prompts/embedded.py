@@ -38,6 +38,31 @@ def news(where: Where) -> list[Row]:
     )
 
 
+def reviews(where: Where) -> list[Row]:
+    """200 film reviews of the Large Movie Review Dataset (Maas et al. 2011), as written: with the
+    line breaks, `<br />`, of the page they stood on. A group is a review.
+    """
+
+    def make(item: dict[str, Any]) -> Row:
+        text = field(item, "text")
+        return Row("imdb", f"imdb/{digest_text(text)[:16]}", "", text)
+
+    return _rows("imdb.csv", make)
+
+
+def questions(where: Where) -> list[Row]:
+    """Social IQa's situations (Sap et al. 2019), each with its question, without the answers; a
+    group is a situation. Short: half of them have at least 24 tokens, one in twelve 32.
+    """
+
+    def make(item: dict[str, Any]) -> Row:
+        passage = field(item, "passage")
+        group = f"siqa/{digest_text(passage)[:16]}"
+        return Row("siqa", group, "", f"{passage} {field(item, 'question')}")
+
+    return _rows("siqa.jsonl", make)
+
+
 def real_toxicity_prompts(where: Where) -> list[Row]:
     """RealToxicityPrompts (Gehman et al. 2020): a sample of 993, all of toxicity above 0.5."""
     return _rows("real-toxicity-prompts.jsonl", toxic)

@@ -9,7 +9,9 @@ from sparc3.prompts.embedded import (
     gender_pairs,
     neutral_pairs,
     news,
+    questions,
     real_toxicity_prompts,
+    reviews,
     stereoset,
     wikipedia,
     winobias,
@@ -27,6 +29,8 @@ from sparc3.prompts.row import Row, Source, Where
 SOURCES = {
     "wikipedia": Source(wikipedia),
     "news": Source(news),
+    "reviews": Source(reviews),
+    "questions": Source(questions),
     "real-toxicity-prompts": Source(real_toxicity_prompts, ("min_toxicity", "first")),
     "stereoset": Source(stereoset, ("bias_type", "first"), paired=True),
     "neutral-pairs": Source(neutral_pairs, ("bias_type", "first"), paired=True),
