@@ -12,6 +12,8 @@ from sparc3.prompts.embedded import (
     questions,
     real_toxicity_prompts,
     reviews,
+    sealed_real_toxicity_prompts,
+    sealed_stereoset,
     stereoset,
     wikipedia,
     winobias,
@@ -37,6 +39,10 @@ SOURCES = {
     "crows-pairs": Source(crows_pairs, ("bias_type", "first"), paired=True),
     "winobias": Source(winobias, ("first",), paired=True),
     "gender-pairs": Source(gender_pairs, paired=True),
+    "sealed/real-toxicity-prompts": Source(
+        sealed_real_toxicity_prompts, ("min_toxicity",), sealed=True
+    ),
+    "sealed/stereoset": Source(sealed_stereoset, ("bias_type",), paired=True, sealed=True),
     "hub/real-toxicity-prompts": Source(hub_real_toxicity_prompts, (*PIN, "min_toxicity", "first")),
     "hub/stereoset": Source(hub_stereoset, (*PIN, "bias_type", "first"), paired=True),
     "hub/wikitext-2": Source(hub_wikitext_2, (*PIN, "first")),
@@ -45,6 +51,7 @@ SOURCES = {
 }
 PAIRED = tuple(name for name, source in SOURCES.items() if source.paired)
 STREAMS = tuple(name for name, source in SOURCES.items() if source.stream)
+SEALED = tuple(name for name, source in SOURCES.items() if source.sealed)
 
 # The values that the keys of `where` may have.
 VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
