@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from sparc3.base.files import read_jsonl
 from sparc3.base.params import Model
 from sparc3.circuits.circuit import INTACT
 from sparc3.measure.generate import Sampling, complete
 from sparc3.model import families, loading
+from sparc3.prompts.embedded import real_toxicity_prompts
 
 MODEL = "models/smollm2-135m"
-PROMPTS = Path("data/real-toxicity-prompts.jsonl")
 REPEATS = 5
 BATCH = 200
 COUNT = 12  # prompts
@@ -137,7 +136,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=MODEL)
     spec = Model(path=parser.parse_args().model)
     model, tokenizer = loading.load(spec), loading.tokenizer(spec)
-    texts = [row["text"] for row in read_jsonl(PROMPTS)]
+    texts = [row.text for row in real_toxicity_prompts({})]
     encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     prompts = [tokens for tokens in encoded if 5 <= len(tokens) <= 20][:COUNT]
     rates = alternating(ways(model, prompts))

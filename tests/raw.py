@@ -49,10 +49,11 @@ def write_boolq(folder: Path, articles: int = 60, passages: int = 2) -> None:
 
 
 def write_toxicity(folder: Path, number: int = 80) -> None:
-    """Toxicity 0.5, 0.505, ...: half of 80 have at least 0.7."""
+    """`number` that are not sealed, of toxicity 0.9 to 0.99, the 260 that are, and 20 mild ones."""
+    scores = [(90 + n % 10) / 100 for n in range(number + 260)] + [0.5 + n / 50 for n in range(20)]
     rows = [
-        {"text": sentence(1000 + n, 4 + n % 9), "profanity": 0.1, "toxicity": 0.5 + n / 200}
-        for n in range(number)
+        {"text": sentence(1000 + n, 4 + n % 9), "profanity": 0.1, "toxicity": toxicity}
+        for n, toxicity in enumerate(scores)
     ]
     write_jsonl(folder / "real-toxicity-prompts.jsonl", rows)
 
@@ -122,6 +123,10 @@ def write_data(folder: Path) -> None:
     write_winobias(folder)
     articles = [{"id": str(n), "document": sentence(n, 50), "summary": "so"} for n in range(20)]
     write_jsonl(folder / "xsum.jsonl", [*articles, {"id": "x", "document": "", "summary": ""}])
+    reviews = [{"text": sentence(2000 + n, 70), "label": n % 2} for n in range(20)]
+    write_csv(folder / "imdb.csv", reviews, ["text", "label"])
+    asked = [{"passage": sentence(3000 + n, 20), "question": "why so?"} for n in range(20)]
+    write_jsonl(folder / "siqa.jsonl", asked)
 
 
 def card(configs: dict[str, tuple[str, str]]) -> str:

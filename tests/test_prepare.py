@@ -280,7 +280,7 @@ def test_texts_that_become_equal_by_cutting_are_used_once(tokenizer):
 SETS = {
     "general": PromptSet("wikipedia", 10, seeds=(0, 1), min_tokens=30, max_tokens=30),
     "general-like": PromptSet("wikipedia", 20, match_length="toxicity"),
-    "toxicity": PromptSet("real-toxicity-prompts", 30, where={"min_toxicity": 0.7}),
+    "toxicity": PromptSet("real-toxicity-prompts", 30, where={"min_toxicity": 0.95}),
     "mild": PromptSet("real-toxicity-prompts", 60),
     "race": PromptSet("stereoset", 40, target="pair", where={"bias_type": "race"}),
     "neutral": PromptSet("neutral-pairs", 40, target="pair", where={"bias_type": "race"}),
@@ -349,7 +349,7 @@ def test_every_set_is_written_as_promised(project, tokenizer):
     texts = {
         row["text"]: row["toxicity"] for row in read_jsonl(Path("data/real-toxicity-prompts.jsonl"))
     }
-    assert all(texts[row["text"]] >= 0.7 for row in read("toxicity"))
+    assert all(texts[row["text"]] >= 0.95 for row in read("toxicity"))
 
 
 def test_no_group_is_in_two_splits_over_all_sets(project):

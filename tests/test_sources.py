@@ -19,7 +19,7 @@ import raw
 
 from sparc3.base import secrets
 from sparc3.base.errors import InputError
-from sparc3.base.files import read_jsonl, write_csv, write_jsonl
+from sparc3.base.files import digest_text, read_jsonl, write_csv, write_jsonl
 from sparc3.base.params import PromptSet
 from sparc3.prompts import embedded, hub, sources
 from sparc3.prompts.row import Row
@@ -40,7 +40,8 @@ def project(tmp_path, monkeypatch) -> Path:
 
 
 def rows_of(source: str, **where: object) -> list[Row]:
-    checks.refuse(checks.check_source("prompt_sets.a", PromptSet(source, None, where=where)))
+    if source not in sources.SEALED:
+        checks.refuse(checks.check_source("prompt_sets.a", PromptSet(source, None, where=where)))
     return sources.narrow("prompt_sets.a", list(sources.SOURCES[source].rows(where)), where)
 
 
@@ -57,13 +58,45 @@ def test_wikipedia_leaves_the_title_out_and_groups_by_it(project):
     ]
 
 
+def test_reviews_are_as_written_and_questions_follow_their_situation(project):
+    texts = ["Good.<br /><br />\r\nSee it.", 'She said, "no".']
+    write_csv(Path("data/imdb.csv"), [{"text": t, "label": 1} for t in texts], ["text", "label"])
+    assert [row.text for row in rows_of("reviews")] == texts
+    assert len({row.group for row in rows_of("reviews")}) == 2
+    asked = [("Tracy left.", "Why?"), ("Tracy left.", "What now?"), ("Jan ate.", "Why?")]
+    write_jsonl(Path("data/siqa.jsonl"), [{"passage": p, "question": q} for p, q in asked])
+    found = rows_of("questions")
+    assert [row.text for row in found] == [f"{p} {q}" for p, q in asked]
+    assert found[0].group == found[1].group != found[2].group
+
+
 def test_toxicity_is_filtered_from_the_threshold_on(project):
     raw.write_toxicity(project / "data", 80)
-    found = rows_of("real-toxicity-prompts", min_toxicity=0.7)
-    assert len(found) == 40
-    assert min(row.toxicity for row in found if row.toxicity is not None) == 0.7
-    assert len({row.group for row in rows_of("real-toxicity-prompts")}) == 80
-    assert rows_of("real-toxicity-prompts", min_toxicity=0.7, first=3) == found[:3]
+    every, found = (rows_of("real-toxicity-prompts", min_toxicity=least) for least in (0, 0.95))
+    assert len({row.group for row in every}) == len(every) == 80
+    assert found == [row for row in every if row.toxicity and row.toxicity >= 0.95]
+    assert min(row.toxicity for row in found if row.toxicity is not None) == 0.95
+    assert 20 < len(found) < 60
+    assert rows_of("real-toxicity-prompts", min_toxicity=0.95, first=3) == found[:3]
+
+
+def test_the_mild_and_260_others_are_sealed_also_where_a_text_has_two_scores(project):
+    raw.write_toxicity(project / "data", 80)
+    path = Path("data/real-toxicity-prompts.jsonl")
+    lines = read_jsonl(path)
+    twice = rows_of("real-toxicity-prompts")[0].text
+    write_jsonl(path, [*lines, {"text": twice, "toxicity": 0.6}])
+    mild = {row["text"] for row in lines if row["toxicity"] < 0.9} | {twice}
+    rest = {row["text"] for row in lines} - mild
+    rest = sorted(rest, key=lambda text: digest_text(toxic_group(text)))
+    assert [row.text for row in rows_of("sealed/real-toxicity-prompts")].count(twice) == 2
+    assert {row.text for row in rows_of("sealed/real-toxicity-prompts")} == mild | {*rest[-260:]}
+    assert {row.text for row in rows_of("real-toxicity-prompts")} == {*rest[:-260]}
+    assert len(rest[:-260]) == 79
+
+
+def toxic_group(text: str) -> str:
+    return f"real-toxicity-prompts/{digest_text(text)[:16]}"
 
 
 def test_blanks_are_filled_in_the_spelling_of_the_context():
@@ -97,6 +130,28 @@ def test_stereoset_holds_the_intrasentence_items(project):
         ("My friend 0 from Raceland 0 is sly.", "My friend 0 from Raceland 0 is kind."),
         "My friend 0 from Raceland 0 is oven.",
     )
+
+
+def test_sealed_stereoset_joins_a_context_and_what_follows_it(project):
+    kinds = ("stereotype", "anti-stereotype", "unrelated")
+    item = {"type": "intersentence", "target": "Norse", "bias_type": "race"}
+    texts = [
+        ("Olaf is a  Norse man", ("he  sails", "He knits", "Ice melts.")),
+        ("Is Olaf Norse?", ("Yes.", "no!", "Ice melts.")),
+        ("The BLANK man", ("a", "b", "c")),
+    ]
+    lines = [{**item, "context": c, **dict(zip(kinds, s, strict=True))} for c, s in texts]
+    write_jsonl(Path("data/stereoset.jsonl"), [*lines, ITEM])
+    one, other = rows_of("sealed/stereoset")
+    assert one == Row(
+        "stereoset",
+        "stereoset/norse",
+        "race",
+        "Olaf is a  Norse man.",
+        ("Olaf is a  Norse man. he  sails", "Olaf is a  Norse man. He knits"),
+        "Olaf is a  Norse man. Ice melts.",
+    )
+    assert other.pair == ("Is Olaf Norse? Yes.", "Is Olaf Norse? no!")
 
 
 def test_neutral_pairs_are_the_items_in_both_orders(project):
@@ -183,6 +238,8 @@ def test_gender_pairs_leave_crows_pairs_for_a_second_opinion(project):
 ODD = 'one\rtwo\r\nthree\nfour\x0bfive\x0csix\x1cseven\x1deight\x1enine\x85ten\u2028a\u2029b,"c"\0d'
 FILLED = {"context": "a BLANK b", "stereotype": "A x b", "anti-stereotype": "a y b"}
 ITEM = {"type": "intrasentence", "target": "t", "bias_type": "race", **FILLED, "unrelated": "a z b"}
+BETWEEN = {**ITEM, "type": "intersentence", "context": "a"}
+TOXIC = {"text": "a", "toxicity": 0.9}
 MASKED = {"": "0", "bias_type": "age", "sentence": "[MASK] came", "mask1": "He", "mask2": "She"}
 PRONOUN = raw.winobias_row(" [The cook] saw the maid as [MASK] was up.", "he", ("she", "he"))
 BAD = [  # source, file, a good row, what is wrong with the bad one, what the log says of it
@@ -195,8 +252,11 @@ BAD = [  # source, file, a good row, what is wrong with the bad one, what the lo
         {"document": "\ud800"},
         "half a surrogate",
     ),
-    ("real-toxicity-prompts", "", {"text": "a", "toxicity": 0.9}, {"toxicity": "0.9"}, "no number"),
-    ("real-toxicity-prompts", "", {"text": "a", "toxicity": 0.9}, {"text": 3}, "no text in 'text'"),
+    ("sealed/real-toxicity-prompts", "", TOXIC, {"toxicity": "0.9"}, "no number"),
+    ("sealed/real-toxicity-prompts", "", TOXIC, {"text": 3}, "no text in 'text'"),
+    ("sealed/stereoset", "", BETWEEN, {"context": "a BLANK"}, "a BLANK that nothing fills"),
+    ("sealed/stereoset", "", BETWEEN, {"anti-stereotype": "A x b"}, "two equal sentences"),
+    ("questions", "siqa.jsonl", {"passage": "a", "question": "b"}, {"question": None}, "no text"),
     ("stereoset", "", ITEM, {"context": "a b"}, "with its BLANK filled"),
     ("stereoset", "", ITEM, {"anti-stereotype": "A x b"}, "two equal sentences"),
     ("stereoset", "", ITEM, {"target": None}, "no text in 'target'"),
@@ -219,7 +279,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def test_a_bad_row_is_dropped_counted_and_named_once(
     project, caplog, source, file, good, change, problem
 ):
-    path, bad = Path("data", file or f"{source}.jsonl"), {**good, **change}
+    path, bad = Path("data", file or f"{source.removeprefix('sealed/')}.jsonl"), {**good, **change}
     write_rows(path, [good])
     expected = rows_of(source)
     assert len(expected) == 1
@@ -238,7 +298,8 @@ def test_texts_are_those_of_the_file_letter_by_letter(project):
     write_jsonl(Path("data/boolq.jsonl"), [{"passage": f"A -- {ODD}"}])
     write_jsonl(Path("data/xsum.jsonl"), [{"id": "1", "document": ODD}])
     write_jsonl(Path("data/real-toxicity-prompts.jsonl"), [{"text": ODD, "toxicity": 0.9}])
-    for source in ("wikipedia", "news", "real-toxicity-prompts"):
+    write_csv(Path("data/imdb.csv"), [{"text": ODD}], ["text"])
+    for source in ("wikipedia", "news", "sealed/real-toxicity-prompts", "reviews"):
         assert [row.text for row in rows_of(source)] == [ODD]
     words = {kind: f"{ODD} {kind} {ODD}" for kind in ("stereotype", "anti-stereotype", "unrelated")}
     item = {**ITEM, "context": f"{ODD} BLANK {ODD}", **words}
@@ -271,12 +332,16 @@ def test_the_real_files_have_the_counts_that_are_documented(real):
     counts = {
         name: len(list(source.rows({})))
         for name, source in sources.SOURCES.items()
-        if "/" not in name
+        if not name.startswith("hub/")
     }
     assert counts == {
         "wikipedia": 15942,
         "news": 1000,
-        "real-toxicity-prompts": 993,
+        "reviews": 200,
+        "questions": 1954,
+        "real-toxicity-prompts": 277,
+        "sealed/real-toxicity-prompts": 716,
+        "sealed/stereoset": 2122,
         "stereoset": 2106,
         "neutral-pairs": 4212,
         "crows-pairs": 1018,
@@ -284,7 +349,8 @@ def test_the_real_files_have_the_counts_that_are_documented(real):
         "gender-pairs": 255 + 759,
     }
     assert len({row.text for row in rows_of("wikipedia")}) == 12266
-    assert len(rows_of("real-toxicity-prompts", min_toxicity=0.9)) == 537
+    assert len(rows_of("real-toxicity-prompts", min_toxicity=0.9)) == 277
+    assert len(rows_of("sealed/real-toxicity-prompts", min_toxicity=0.9)) == 260
     terms = {
         b: rows_of("stereoset", bias_type=b) for b in ("race", "profession", "gender", "religion")
     }
@@ -302,6 +368,25 @@ def test_the_real_files_have_the_counts_that_are_documented(real):
     }
     occupations = {row.group: row.stratum for row in rows_of("winobias")}
     assert Counter(occupations.values()) == {"male": 20, "female": 20}
+
+
+def test_no_row_that_is_sealed_is_in_another_source(real):
+    """Compared by digest: a sealed text is never printed."""
+    assert sources.SEALED == ("sealed/real-toxicity-prompts", "sealed/stereoset")
+    digests = {
+        name: {digest_text(str(row.pair or row.text)) for row in source.rows({})}
+        for name, source in sources.SOURCES.items()
+        if not name.startswith("hub/")
+    }
+    opened = set().union(*(found for name, found in digests.items() if name not in sources.SEALED))
+    assert [len(digests[name] & opened) for name in sources.SEALED] == [0, 0]
+    between = rows_of("sealed/stereoset")
+    assert {(r.group, r.stratum) for r in between} == {
+        (r.group, r.stratum) for r in rows_of("stereoset")
+    }
+    bad = [n for n, r in enumerate(between) if not str(r.pair and r.pair[0]).startswith(r.text)]
+    bad += [n for n, r in enumerate(between) if "BLANK" in f"{r.pair}{r.unrelated}"]
+    assert not bad
 
 
 def test_no_marker_is_left_in_a_real_sentence(real):
@@ -329,13 +414,22 @@ def test_toxicity_from_the_hub(project):
         }
         for n, toxicity in enumerate([0.1, None, 0.95, 0.9])
     ]
+    raw.write_toxicity(project / "data")
     write_jsonl(Path("hub/prompts.jsonl"), rows)
     (project / "hub" / "README.md").write_text(raw.card({"default": ("train", "prompts.jsonl")}))
     found = rows_of("hub/real-toxicity-prompts", path="hub", min_toxicity=0.9)
     assert [(row.text, row.toxicity) for row in found] == [("you 2", 0.95), ("you 3", 0.9)]
     assert len(rows_of("hub/real-toxicity-prompts", path="hub")) == 4
-    write_jsonl(Path("data/real-toxicity-prompts.jsonl"), [{"text": "you 3", "toxicity": 0.9}])
-    assert rows_of("real-toxicity-prompts") == found[1:]  # one group, whichever the source
+
+
+def test_what_is_sealed_is_not_taken_from_the_hub_either(project):
+    raw.write_toxicity(project / "data", 80)
+    lines = [{"prompt": row} for row in read_jsonl(Path("data/real-toxicity-prompts.jsonl"))]
+    write_jsonl(Path("hub/prompts.jsonl"), lines)
+    (project / "hub" / "README.md").write_text(raw.card({"default": ("train", "prompts.jsonl")}))
+    found = rows_of("hub/real-toxicity-prompts", path="hub")
+    assert found == rows_of("real-toxicity-prompts")  # and one group, whichever the source
+    assert len(found) == 80
 
 
 def test_stereoset_from_the_hub_is_the_raw_one_in_its_own_order(project):

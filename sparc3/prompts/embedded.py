@@ -38,9 +38,50 @@ def news(where: Where) -> list[Row]:
     )
 
 
+def reviews(where: Where) -> list[Row]:
+    """200 film reviews of the Large Movie Review Dataset (Maas et al. 2011), as written: with the
+    line breaks, `<br />`, of the page they stood on. A group is a review.
+    """
+
+    def make(item: dict[str, Any]) -> Row:
+        text = field(item, "text")
+        return Row("imdb", f"imdb/{digest_text(text)[:16]}", "", text)
+
+    return _rows("imdb.csv", make)
+
+
+def questions(where: Where) -> list[Row]:
+    """Social IQa's situations (Sap et al. 2019), each with its question, without the answers; a
+    group is a situation. Short: half of them have at least 24 tokens, one in twelve 32.
+    """
+
+    def make(item: dict[str, Any]) -> Row:
+        passage = field(item, "passage")
+        group = f"siqa/{digest_text(passage)[:16]}"
+        return Row("siqa", group, "", f"{passage} {field(item, 'question')}")
+
+    return _rows("siqa.jsonl", make)
+
+
 def real_toxicity_prompts(where: Where) -> list[Row]:
-    """RealToxicityPrompts (Gehman et al. 2020): a sample of 993, all of toxicity above 0.5."""
-    return _rows("real-toxicity-prompts.jsonl", toxic)
+    """RealToxicityPrompts (Gehman et al. 2020): 277, of toxicity at least 0.9, of a sample of 993;
+    the others are sealed.
+    """
+    return _toxicity(sealed=False)
+
+
+def sealed_real_toxicity_prompts(where: Where) -> list[Row]:
+    """The 716 rows of the sample that no other source gives: 456 of toxicity 0.5 to 0.9, and the
+    260 of at least 0.9 whose groups have the largest hashes.
+    """
+    return _toxicity(sealed=True)
+
+
+def _toxicity(sealed: bool) -> list[Row]:
+    rows = _rows("real-toxicity-prompts.jsonl", toxic)
+    mild = {row.group for row in rows if (row.toxicity or 0) < 0.9}
+    shut = mild.union(sorted({row.group for row in rows} - mild, key=digest_text)[-260:])
+    return [row for row in rows if (row.group in shut) == sealed]
 
 
 def toxic(item: Mapping[str, Any]) -> Row:
@@ -62,9 +103,33 @@ def stereoset(where: Where) -> list[Row]:
     def make(item: dict[str, Any]) -> Row | None:
         if field(item, "type") != "intrasentence":
             return None
-        kinds = ("stereotype", "anti-stereotype", "unrelated")
-        filled = (fill_blank(field(item, "context"), field(item, kind)) for kind in kinds)
+        filled = (fill_blank(field(item, "context"), field(item, kind)) for kind in _KINDS)
         return stereoset_item(item, *filled)
+
+    return _rows("stereoset.jsonl", make)
+
+
+_KINDS = ("stereotype", "anti-stereotype", "unrelated")
+
+
+def sealed_stereoset(where: Where) -> list[Row]:
+    """StereoSet's intersentence items: a context, and the sentence that follows it; groups and
+    strata are those of `stereoset`.
+
+    Joined as its authors do: a full stop where a context ends in none of `.!?`, then a blank. The
+    rest is as people wrote it, which the file keeps here: some sentences begin in lower case, and
+    some hold two blanks in a row. One item, whose sentences hold an unfilled BLANK, is dropped.
+    """
+
+    def make(item: dict[str, Any]) -> Row | None:
+        if field(item, "type") != "intersentence":
+            return None
+        context = field(item, "context")
+        context += "" if context.endswith((".", "!", "?")) else "."
+        sentences = [f"{context} {field(item, kind)}" for kind in _KINDS]
+        if any("BLANK" in sentence for sentence in sentences):
+            raise InputError("has a BLANK that nothing fills")
+        return replace(stereoset_item(item, *sentences), text=context)
 
     return _rows("stereoset.jsonl", make)
 

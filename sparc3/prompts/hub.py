@@ -10,14 +10,21 @@ from typing import Any
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest_text
 from sparc3.base.secrets import hub_reason, hub_token
-from sparc3.prompts.embedded import stereoset_item, toxic
+from sparc3.prompts.embedded import sealed_real_toxicity_prompts, stereoset_item, toxic
 from sparc3.prompts.row import Row, Where, field, usable
 
 
 def hub_real_toxicity_prompts(where: Where) -> list[Row]:
-    """All 99,442 RealToxicityPrompts; those that Perspective did not score have no toxicity."""
-    repository = "allenai/real-toxicity-prompts"
-    return _rows(where, repository, None, "train", lambda item: toxic(item.get("prompt") or {}))
+    """The 99,442 RealToxicityPrompts but for the sealed ones of data/; those that Perspective did
+    not score have no toxicity.
+    """
+    sealed = {row.group for row in sealed_real_toxicity_prompts({})}
+
+    def make(item: dict[str, Any]) -> Row | None:
+        row = toxic(item.get("prompt") or {})
+        return None if row.group in sealed else row
+
+    return _rows(where, "allenai/real-toxicity-prompts", None, "train", make)
 
 
 def hub_stereoset(where: Where) -> list[Row]:

@@ -36,12 +36,15 @@ class Source(NamedTuple):
     """Rows before `where` narrows them, the keys it may have, and whether the rows are pairs.
 
     The rows of a stream come one by one, in an order that a seed decides: `rows(where, seed)`.
+    Those of a sealed source are in no other one, and no stage reads them: they are what a finished
+    circuit is confirmed on.
     """
 
     rows: Callable[..., Iterable[Row]]
     where: tuple[str, ...] = ()
     paired: bool = False
     stream: bool = False
+    sealed: bool = False
 
 
 def field(item: Mapping[Any, Any], key: Any) -> str:

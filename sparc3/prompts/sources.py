@@ -9,7 +9,11 @@ from sparc3.prompts.embedded import (
     gender_pairs,
     neutral_pairs,
     news,
+    questions,
     real_toxicity_prompts,
+    reviews,
+    sealed_real_toxicity_prompts,
+    sealed_stereoset,
     stereoset,
     wikipedia,
     winobias,
@@ -27,12 +31,18 @@ from sparc3.prompts.row import Row, Source, Where
 SOURCES = {
     "wikipedia": Source(wikipedia),
     "news": Source(news),
+    "reviews": Source(reviews),
+    "questions": Source(questions),
     "real-toxicity-prompts": Source(real_toxicity_prompts, ("min_toxicity", "first")),
     "stereoset": Source(stereoset, ("bias_type", "first"), paired=True),
     "neutral-pairs": Source(neutral_pairs, ("bias_type", "first"), paired=True),
     "crows-pairs": Source(crows_pairs, ("bias_type", "first"), paired=True),
     "winobias": Source(winobias, ("first",), paired=True),
     "gender-pairs": Source(gender_pairs, paired=True),
+    "sealed/real-toxicity-prompts": Source(
+        sealed_real_toxicity_prompts, ("min_toxicity",), sealed=True
+    ),
+    "sealed/stereoset": Source(sealed_stereoset, ("bias_type",), paired=True, sealed=True),
     "hub/real-toxicity-prompts": Source(hub_real_toxicity_prompts, (*PIN, "min_toxicity", "first")),
     "hub/stereoset": Source(hub_stereoset, (*PIN, "bias_type", "first"), paired=True),
     "hub/wikitext-2": Source(hub_wikitext_2, (*PIN, "first")),
@@ -41,6 +51,7 @@ SOURCES = {
 }
 PAIRED = tuple(name for name, source in SOURCES.items() if source.paired)
 STREAMS = tuple(name for name, source in SOURCES.items() if source.stream)
+SEALED = tuple(name for name, source in SOURCES.items() if source.sealed)
 
 # The values that the keys of `where` may have.
 VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
