@@ -140,6 +140,54 @@ def test_continuations_and_windows_without_each_circuit(llama, kind):
         np.testing.assert_array_equal(np.concatenate(one), np.concatenate(alone))
 
 
+@torch.no_grad()
+def naive_divergence(model, circuit, tokens):
+    """Full softmaxes in float64, one sequence at a time."""
+    ids = torch.tensor([tokens])
+    p = model(ids).logits[0, :-1].double().softmax(-1)
+    with pruned(model, circuit):
+        q = model(ids).logits[0, :-1].double().softmax(-1)
+    return (p * (p / q).log()).sum(-1).numpy()
+
+
+@FAMILIES
+@pytest.mark.parametrize(("batch_tokens", "chunk"), [(40, 5), (10_000, 256)])
+def test_divergence_equals_the_naive_way(family, batch_tokens, chunk, monkeypatch):
+    monkeypatch.setattr(likelihood, "CHUNK", chunk)
+    model = tiny.model(family)
+    circuits = [tiny.circuit(1), INTACT, tiny.circuit(0, 2), tiny.circuit(2, scale=0.9)]
+    sequences, done = tiny.sequences(LENGTHS), []
+    found = likelihood.divergence(
+        model, circuits, sequences, named(sequences), batch_tokens, done.append
+    )
+    assert sum(done) == (1 + len(circuits)) * len(sequences)
+    for circuit, by_sequence in zip(circuits, found, strict=True):
+        naive = [naive_divergence(model, circuit, tokens) for tokens in sequences]
+        assert_equal(by_sequence, naive)
+        every = np.concatenate(by_sequence)
+        if circuit is INTACT:
+            assert every.tolist() == [0] * len(every)
+        else:
+            assert every.min() > -1e-6
+            assert every.mean() > 1e-4
+
+
+def test_divergence_falls_with_the_square_of_a_small_change(llama):
+    """And is no smaller than the bound of Pinsker on what any one token's probability moved."""
+    sequences = tiny.sequences([30, 20])
+    circuits = [tiny.circuit(1, scale=1 - step) for step in (0.1, 0.2)]
+    small, twice = (
+        np.concatenate(each)
+        for each in likelihood.divergence(llama, circuits, sequences, named(sequences))
+    )
+    assert twice.mean() == pytest.approx(4 * small.mean(), rel=0.15)
+    whole, without = (
+        np.exp(-np.concatenate(each))
+        for each in likelihood.token_nll(llama, [INTACT, circuits[1]], sequences, ["a", "b"])
+    )
+    assert (twice >= 2 * (whole - without) ** 2 - 1e-6).all()
+
+
 def fed_shapes(model):
     """The shape of every batch of token ids that the model reads from now on."""
     shapes = []
@@ -307,6 +355,7 @@ def test_bad_input_is_named(llama, call, match):
 
 
 GIVEN = {  # a message's first words, for prompts named a and b of which b is bad
+    "divergence": ([[5], []], "prompt b has 0 tokens"),
     "token_nll": ([[5], []], "prompt b has 0 tokens"),
     "continuation_nll": ([[[5]], [[5], []]], "prompt b has 0 tokens"),
     "window_nll": ([[5, 6], [5]], "prompt b has 1 tokens"),

@@ -1,9 +1,9 @@
 """How likely a model finds given tokens, without each of some circuits: negative log-likelihood
-(NLL) in nats.
+(NLL) in nats; and how far its predictions are from the whole model's.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array
 from sparc3.circuits.ablate import without_each
-from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.measure.instrument import Progress
 from sparc3.model import families, loading
 from sparc3.model.families import context
@@ -52,6 +52,28 @@ def token_nll(
     _check_lengths(sequences, names, 1, context(model.config.to_dict()))
     rows = [_plain(*given, 1) for given in zip(names, sequences, strict=True)]
     return _score(model, circuits, rows, batch_tokens, progress)
+
+
+def divergence(
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    sequences: Sequence[Tokens],
+    names: Sequence[str],
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> list[list[Array]]:
+    """KL(whole model || model without a circuit) of the next token's distribution, in nats, at
+    least 0 up to rounding: float32 `(length - 1,)` for each sequence, by each of `circuits`.
+
+    At the positions of `token_nll`; `names`, batches and errors are as there. `progress` counts
+    the whole model as one more circuit. Memory: a batch's last hidden states for every circuit,
+    and the logits of one chunk.
+    """
+    _check_lengths(sequences, names, 1, context(model.config.to_dict()))
+    rows = [_plain(*given, 1) for given in zip(names, sequences, strict=True)]
+    return _by_circuit(
+        partial(_divergences, model, circuits, progress), circuits, rows, batch_tokens
+    )
 
 
 def continuation_nll(
@@ -217,7 +239,6 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-@torch.inference_mode()
 def _score(
     model: PreTrainedModel,
     circuits: Sequence[Circuit],
@@ -226,36 +247,81 @@ def _score(
     progress: Progress | None,
 ) -> list[list[Array]]:
     """NLL of each row's targets, in nats: float32 `(targets,)` for each row, by circuit."""
-    scored: list[dict[int, Array]] = [{} for _ in circuits]
+
+    def measure(batch: Sequence[_Row]) -> list[list[Array]]:
+        return without_each(model, circuits, partial(_score_batch, model, batch, progress))
+
+    return _by_circuit(measure, circuits, rows, batch_tokens)
+
+
+@torch.inference_mode()
+def _by_circuit(
+    measure: Callable[[Sequence[_Row]], list[list[Array]]],
+    circuits: Sequence[Circuit],
+    rows: Sequence[_Row],
+    batch_tokens: int,
+) -> list[list[Array]]:
+    """What `measure` gives for batches of rows, put together: for each row, by circuit."""
+    found: list[dict[int, Array]] = [{} for _ in circuits]
     for batch in _batches([len(row.tokens) for row in rows], batch_tokens):
-        run = partial(_score_batch, model, [rows[index] for index in batch], progress)
-        for by_row, nlls in zip(scored, without_each(model, circuits, run), strict=True):
-            by_row.update(zip(batch, nlls, strict=True))
-    return [[by_row[index] for index in range(len(rows))] for by_row in scored]
+        for by_row, values in zip(found, measure([rows[i] for i in batch]), strict=True):
+            by_row.update(zip(batch, values, strict=True))
+    return [[by_row[index] for index in range(len(rows))] for by_row in found]
 
 
 def _score_batch(
     model: PreTrainedModel, rows: Sequence[_Row], progress: Progress | None
 ) -> list[Array]:
-    counts = [len(row.targets) for row in rows]
-    row_index = torch.repeat_interleave(torch.tensor(counts))
-    predictors = torch.tensor([p for row in rows for p in row.predictors], dtype=torch.long)
-    hidden = _forward(model, rows)
-    hidden = hidden[row_index.to(hidden.device), predictors.to(hidden.device)]
+    states = _predicting(model, rows, progress)
     targets = torch.tensor([t for row in rows for t in row.targets], dtype=torch.long)
     pieces = [
-        _target_nll(families.logits(model, states).float(), wanted)
-        for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        _target_nll(families.logits(model, part).float(), wanted)
+        for part, wanted in zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
     ]
-    nlls = np.split(torch.cat(pieces).cpu().numpy(), np.cumsum(counts)[:-1])
-    for row, nll in zip(rows, nlls, strict=True):
-        if not np.isfinite(nll).all():
+    return _by_row(model, rows, torch.cat(pieces))
+
+
+def _divergences(
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    progress: Progress | None,
+    rows: Sequence[_Row],
+) -> list[list[Array]]:
+    """Chunk by chunk through all circuits, so that the whole model's logits are computed once."""
+    states = without_each(model, [INTACT, *circuits], partial(_predicting, model, rows, progress))
+    pieces: list[list[torch.Tensor]] = [[] for _ in circuits]
+    for whole, *without in zip(*(each.split(CHUNK) for each in states), strict=True):
+        log_p = families.logits(model, whole).float().log_softmax(1)
+        p = log_p.exp()
+        for of_circuit, part in zip(pieces, without, strict=True):
+            log_q = families.logits(model, part).float().log_softmax(1)
+            of_circuit.append(torch.einsum("nv,nv->n", p, torch.sub(log_p, log_q, out=log_q)))
+    return [_by_row(model, rows, torch.cat(of_circuit)) for of_circuit in pieces]
+
+
+def _predicting(
+    model: PreTrainedModel, rows: Sequence[_Row], progress: Progress | None
+) -> torch.Tensor:
+    """Last hidden states `(predictors of all rows, width)`."""
+    counts = torch.tensor([len(row.predictors) for row in rows])
+    predictors = torch.tensor([p for row in rows for p in row.predictors], dtype=torch.long)
+    hidden = _forward(model, rows)
+    if progress:
+        progress(len(rows))
+    at = torch.repeat_interleave(counts), predictors
+    return hidden[tuple(index.to(hidden.device) for index in at)]
+
+
+def _by_row(model: PreTrainedModel, rows: Sequence[_Row], values: torch.Tensor) -> list[Array]:
+    """Values `(targets of all rows,)` for each row; InputError for a row with one not finite."""
+    ends = np.cumsum([len(row.targets) for row in rows])[:-1]
+    found = np.split(values.cpu().numpy(), ends)
+    for row, each in zip(rows, found, strict=True):
+        if not np.isfinite(each).all():
             raise InputError(
                 f"prompt {row.name}: logits are not finite; {loading.not_finite(model)}"
             )
-    if progress:
-        progress(len(rows))
-    return nlls
+    return found
 
 
 def _target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
