@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparc3.base.files import write_csv, write_jsonl
+from sparc3.stages.fetch import pin_text
 
 WORDS = [
     "the",
@@ -114,7 +115,7 @@ def write_winobias(folder: Path, occupations: int = 8) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """data/ with every file that a source reads."""
+    """data/ with every file that a source reads, pinned as the user's own."""
     write_boolq(folder)
     write_toxicity(folder)
     write_stereoset(folder)
@@ -122,6 +123,7 @@ def write_data(folder: Path) -> None:
     write_winobias(folder)
     articles = [{"id": str(n), "document": sentence(n, 50), "summary": "so"} for n in range(20)]
     write_jsonl(folder / "xsum.jsonl", [*articles, {"id": "x", "document": "", "summary": ""}])
+    (folder.parent / "data.dvc").write_text(pin_text(folder, own=True))
 
 
 def card(configs: dict[str, tuple[str, str]]) -> str:
