@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparc3.base.files import write_csv, write_jsonl
+from sparc3.stages.fetch import pin_text
 
 WORDS = [
     "the",
@@ -115,7 +116,7 @@ def write_winobias(folder: Path, occupations: int = 8) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """data/ with every file that a source reads."""
+    """data/ with every file that a source reads, pinned as the user's own."""
     write_boolq(folder)
     write_toxicity(folder)
     write_stereoset(folder)
@@ -127,6 +128,7 @@ def write_data(folder: Path) -> None:
     write_csv(folder / "imdb.csv", reviews, ["text", "label"])
     asked = [{"passage": sentence(3000 + n, 20), "question": "why so?"} for n in range(20)]
     write_jsonl(folder / "siqa.jsonl", asked)
+    (folder.parent / "data.dvc").write_text(pin_text(folder, own=True))
 
 
 def card(configs: dict[str, tuple[str, str]]) -> str:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import zipfile
@@ -245,11 +246,62 @@ def test_other_data_is_refused_and_left_as_it_is(project, damage, message):
 
 def test_update_pins_data_as_it_is(project):
     write_data(project / "data")
-    (project / "data" / "own.txt").write_bytes(b"mine")
+    own = project / "data" / "own.txt"
+    own.write_bytes(b"mine")
     fetch.run(params(None), update=True)
-    assert fetch.pinned_md5(Path("data.dvc")) == fetch.folder_md5(project / "data")
+    md5 = fetch.folder_md5(project / "data")
+    assert fetch.pinned_md5(Path("data.dvc")) == (md5, md5)
     fetch.run(params(None))
-    assert (project / "data" / "own.txt").read_bytes() == b"mine"
+    assert own.read_bytes() == b"mine"
+    own.write_bytes(b"ours")
+    with pytest.raises(InputError, match=r"^data/ is not what fetch --update pinned; .*--update$"):
+        fetch.run(params(None))
+
+
+def repinned(project, run_in):
+    """dvc.yaml with one stage that reads data/, as prepare does; `dvc repro`'s result."""
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
+        assert run_in(project, *command).returncode == 0
+    code = "from sparc3.stages.fetch import check_data; check_data()"
+    (project / "read.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}")
+    (project / "dvc.yaml").write_text("stages: {read: {cmd: python read.py, deps: [data]}}\n")
+    pin = Path("data.dvc").read_text()
+    done = run_in(project, "dvc", "repro", "read")
+    assert Path("data.dvc").read_text() != pin, "DVC keeps a pin now: check_data need not"
+    return done
+
+
+def test_changed_data_that_dvc_repro_pins_anew_is_refused(project, run_in):
+    """Built-in data by pins.yaml, the user's own by the pin that was made on purpose."""
+    write_data(project / "data")
+    shutil.copytree(project / "data", project / "kept")
+    built_in = fetch.difference(project / "data", fetch.SNAPSHOT.sha256)
+    assert built_in == "data/NOTICE does not belong there"
+    (project / "data" / "first.jsonl").write_bytes(b'{"a": 2}\n')
+    done = repinned(project, run_in)
+    assert done.returncode != 0
+    # The small wheel's data are not those of the real pins.yaml, by which the stage checks.
+    assert re.search(r"InputError: data/\S+ is missing; nothing was changed; git", done.stderr)
+    with pytest.raises(InputError, match=r"^data/first\.jsonl differs; .*fetch again"):
+        fetch.run(params(None))
+    shutil.rmtree(project / "data")
+    (project / "kept").rename(project / "data")
+    with pytest.raises(InputError, match=r"^data\.dvc: pins other data .* git checkout data\.dvc"):
+        fetch.run(params(None))
+    fetch.run(params(None), update=True)
+    fetch.run(params(None))
+
+
+def test_own_data_that_changes_is_refused_until_it_is_pinned_on_purpose(project, run_in):
+    write_data(project / "data")
+    (project / "data" / "first.jsonl").write_bytes(b'{"a": 2}\n')
+    fetch.run(params(None), update=True)
+    (project / "data" / "first.jsonl").write_bytes(b'{"a": 3}\n')
+    done = repinned(project, run_in)
+    assert "InputError: data/ is not what fetch --update pinned; " in done.stderr
+    fetch.run(params(None), update=True)
+    done = run_in(project, "dvc", "repro", "read")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("content", [None, "outs: []\n", "a: [", "outs:\n- md5: 0.dir\n"])

@@ -146,7 +146,7 @@ def test_a_download_that_failed_goes_on_and_another_commit_is_not_taken_for_it(
 ) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("a")
-    (tmp_path / "data.dvc").write_text(pin_text(tmp_path / "data"))
+    (tmp_path / "data.dvc").write_text(pin_text(tmp_path / "data", own=True))
     params = str(Path(__file__).parent.parent / "params.yaml")
     code = RUN.format(params=params, revision=COMMIT)
     Hub.lacking = {"model.safetensors"}

@@ -519,10 +519,18 @@ def test_shares_that_are_no_shares_are_refused(project, splits, message):
         )
 
 
-def test_missing_data_is_named(project):
-    Path("data/boolq.jsonl").unlink()
-    with pytest.raises(InputError, match=r"^data/boolq\.jsonl: file not found"):
+def test_data_that_are_not_those_pinned_are_refused_and_nothing_is_written(project):
+    path = Path("data/boolq.jsonl")
+    text = path.read_text()
+    for damage in (path.unlink, lambda: path.write_text(text.replace("a", "b", 1))):
+        damage()
+        with pytest.raises(InputError, match="^data/ is not what fetch --update pinned; .* git"):
+            prepare.run(params(SETS))
+    path.write_text(text)
+    Path("data.dvc").unlink()
+    with pytest.raises(InputError, match="^data/LICENSE is missing; .* fetch again"):
         prepare.run(params(SETS))
+    assert not Path("outputs").exists()
 
 
 # The default parameters, on the real data

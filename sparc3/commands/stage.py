@@ -20,6 +20,7 @@ from sparc3.base.artifacts import metrics_path, model_digest
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, digest_text
 from sparc3.base.params import Params
+from sparc3.stages.fetch import DATA, folder_md5
 from sparc3.stages.table import STAGES, Stage, check_axis, shown_files
 
 
@@ -42,9 +43,7 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
     if here.rank > 0:  # rank 0 has the run
         module.run(params, **options)
         return
-    tags = {"sparc3.digest.data": digest(Path("data.dvc"))}
-    if stage.model:
-        tags["sparc3.digest.model"] = model_digest(Path(params.model.path))
+    tags = {"sparc3.digest.model": model_digest(Path(params.model.path))} if stage.model else {}
     with runs.stage_run(word, axes, parameters(params, word, axes), tags) as opened:
         metrics = module.run(params, **options)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -52,6 +51,9 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
         steps: dict[str, Callable[[], object]] = {
             "metrics": lambda: opened.log_metrics({**metrics, **cost})
         }
+        if DATA.is_dir():
+            data = {"sparc3.digest.data": folder_md5(DATA)}
+            steps["digest of the data"] = lambda: opened.set_tags(data)
         value = next(iter(axes.values()), None)
         if word in STAGES and word != "report":
             product = digest(metrics_path(word, value))

@@ -108,7 +108,7 @@ class Instrument(NamedTuple):
     values: what is reported.
     levels: of one reading the plain values, to stand beside differences.
     primary: name of the value that has the verdict; without one the instrument gives none.
-    objective: what a sweep maximises.
+    objective: what a sweep maximises, of an instrument that it reads.
     axis: its title.
     headline: levels that open a table, each with the form it takes.
     cell: the value that the transfer matrix shows, and that random controls are ranked by.
@@ -121,7 +121,7 @@ class Instrument(NamedTuple):
     read: Callable[["PreTrainedModel", Sequence[Circuit], Sample, How], list[Reading]]
     values: tuple[Value, ...]
     levels: Callable[[Reading], Mapping[str, float]]
-    objective: Objective | None = None
+    objective: Objective = lambda before, after: 0.0
     primary: str = ""
     axis: str = ""
     headline: tuple[tuple[str, str], ...] = ()

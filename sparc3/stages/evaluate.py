@@ -149,7 +149,9 @@ def fitted_ban(params: Params, spec: Behaviour, model: PreTrainedModel, how: How
     the perplexity budget on the sweep's texts, by the rule that circuits are chosen by.
     """
     given = [
-        loading.encode(how.tokenizer, [row["text"] for row in read_prompts(name, "attribute")])
+        how.tokenizer(
+            [row["text"] for row in read_prompts(name, "attribute")], add_special_tokens=False
+        ).input_ids
         for name in (spec.prompts, spec.reference)
     ]
     ranked = word_ban.typical_tokens(*given, max(params.evaluate.ban))
@@ -235,7 +237,8 @@ def against(
         for value in values:
             own, *theirs = (effect(value, start, each) for each in (end, *drawn))
             if own is not None:
-                among[value.name] = inference.against_draws(own, theirs)._asdict()
+                others = [each for each in theirs if each is not None]
+                among[value.name] = inference.against_draws(own, others)._asdict()
     return {"against_control": difference, "among_controls": among}
 
 
@@ -258,8 +261,8 @@ def baseline(
     for split, readings in before.samples.items():
         own = levels(setting, readings)
         found |= {f"{split}_{name}": value for name, value in own.items()}
-        elicited = [row.get("elicited") for row in flat(rows[split])]
-        if keep is not None and keep.scorer in own and None not in elicited:
+        elicited = [row["elicited"] for row in flat(rows[split]) if "elicited" in row]
+        if keep is not None and keep.scorer in own and elicited:
             found[f"{split}_elicited_gap"] = float(np.mean(elicited)) - own[keep.scorer]
     return found
 

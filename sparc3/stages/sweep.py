@@ -88,7 +88,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
             before = Measured(by_circuit[0][name], general[0])
             after = Measured(readings[name], text)
             levels = instrument.levels(after.reading)
-            point |= levels | {"objective": instrument.objective(before, after)}
+            point |= {**levels, "objective": instrument.objective(before, after)}
             columns += [level for level in levels if level not in columns]
     write_csv(sweep_path(behaviour), points, columns)
     best = {name: max(p["objective"] for p in points if p["method"] == name) for name in methods}
