@@ -154,7 +154,8 @@ def fitted_ban(params: Params, spec: Behaviour, model: PreTrainedModel, how: How
         ).input_ids
         for name in (spec.prompts, spec.reference)
     ]
-    ranked = word_ban.typical_tokens(*given, max(params.evaluate.ban))
+    behaviour, reference = given
+    ranked = word_ban.typical_tokens(behaviour, reference, max(params.evaluate.ban))
     texts = read_prompts(params.differential.general, "tune")[: params.sweep.texts]
     sample, most = perplexity.encode(texts, how.tokenizer), 0
     (before,) = perplexity.read(model, [INTACT], sample, how)
