@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from sparc3.base.artifacts import metrics_path, prompts_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, write_json, write_jsonl
-from sparc3.base.params import SPLITS, Keep, Model, Params, sets_of
+from sparc3.base.params import Keep, Model, Params, sets_of
 from sparc3.model.families import context
 from sparc3.prompts.sampling import Prompt, as_row, prompt_set
 from sparc3.stages.fetch import check_data
@@ -50,14 +50,13 @@ def check_context(key: str, prompts: Sequence[Prompt], longest: float) -> None:
 def describe(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Prompts, groups and mean tokens of each split that has prompts."""
     described = {}
-    for split in SPLITS:
+    for split in sorted({row["split"] for row in rows}):
         there = [row for row in rows if row["split"] == split]
-        if there:
-            described[split] = {
-                "prompts": len(there),
-                "groups": len({row["group"] for row in there}),
-                "mean_tokens": sum(row["tokens"] for row in there) / len(there),
-            }
+        described[split] = {
+            "prompts": len(there),
+            "groups": len({row["group"] for row in there}),
+            "mean_tokens": sum(row["tokens"] for row in there) / len(there),
+        }
     return described
 
 
