@@ -37,9 +37,10 @@ ROOT = Path(__file__).parent.parent
 
 INSTRUMENTS = {"rude": ["nll", "completions"], "bias": ["pairs"]}
 BEHAVIOURS = tuple(INSTRUMENTS)
-DRAWS = 3
+DRAWS, DRAWN = 4, 2  # of the random control, and those that complete
+BLOCKS = 2  # of the groups of `bias` that are tested
 CONTROLS = tuple(f"random-layer-matched-{draw}" for draw in range(DRAWS))
-CIRCUITS = ("lrp", "gradient-t", "aura", "most-positive", *CONTROLS)
+CIRCUITS = ("lrp", "gradient-t", "aura", "aura-published", "most-positive", *CONTROLS)
 STAGES = (
     ("attribute", "prompt_sets"),
     ("gate", "behaviours"),
@@ -72,12 +73,13 @@ PARAMS: dict[str, Any] = {
         "general-rude": {"source": "wikipedia", "target": "likelihood", "count": 8},
         "rude": {"source": "real-toxicity-prompts", "target": "likelihood", "count": 10},
         "general-pairs": {"source": "neutral-pairs", "target": "pair", "count": 14},
-        "bias": {"source": "stereoset", "target": "pair", "count": 14},
+        "bias": {"source": "stereoset", "target": "pair", "count": 14, "blocks": BLOCKS},
     },
     "test_sets": {
         "news": {"source": "news", "count": 7},
         "second": {"source": "crows-pairs", "target": "pair", "count": 7},
     },
+    "sealed_sets": {},
     "behaviours": {
         "rude": {
             "prompts": "rude",
@@ -100,6 +102,12 @@ PARAMS: dict[str, Any] = {
         "lrp": {"score": "lrp", "contrast": "mean-difference"},
         "gradient-t": {"score": "gradient", "contrast": "t"},
         "aura": {"score": "max-activation", "contrast": "auroc", "scale": "auroc"},
+        "aura-published": {
+            "score": "max-activation",
+            "contrast": "auroc",
+            "scale": "auroc",
+            "all": True,
+        },
         "most-positive": {"score": "lrp", "contrast": "reversed-difference", "match": "own"},
         "random-layer-matched": {"score": "random", "layers": "own", "draws": DRAWS},
     },
@@ -127,7 +135,7 @@ PARAMS: dict[str, Any] = {
         "seed": 0,
     },
     "evaluate": {
-        "general": "general",
+        "general": ["general", "news"],
         "texts": 7,
         "window": 10,  # shorter than some texts
         "stride": 4,
@@ -138,6 +146,8 @@ PARAMS: dict[str, Any] = {
         "completed": ["gradient-t", "most-positive", "random-layer-matched"],
         "in_sample": ["lrp"],
         "control": "random-layer-matched",
+        "drawn": DRAWN,
+        "ban": [2, 5, 8],
         "new_tokens": 6,
         "temperature": 1.5,
         "top_p": 0.95,
@@ -168,7 +178,8 @@ def write_model(folder: Path) -> None:
         models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="[unk]")
     )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="[start]")
+    tokenizer.save_pretrained(folder)
 
 
 def sentence(rng: np.random.Generator, length: int, rude: float) -> str:
@@ -226,12 +237,13 @@ def write_project(folder: Path) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     write_model(folder / "model")
     splits, held_out = {"attribute": 7, "tune": 6, "test": 7}, {"test": 7}
+    blocks = {"block-0": 7, **{f"block-{n}": 4 for n in range(1, 1 + BLOCKS)}}
     sets = {
         "general": text_rows("general", splits, 0.05),
         "general-rude": text_rows("general-rude", splits, 0.05),
         "rude": text_rows("rude", splits, 0.35),
         "general-pairs": pair_rows("general-pairs", splits, both_orders=True),
-        "bias": pair_rows("bias", splits, both_orders=False),
+        "bias": pair_rows("bias", blocks, both_orders=False),
         "news": text_rows("news", held_out, 0.05),
         "second": pair_rows("second", held_out, both_orders=True)[::2],
     }

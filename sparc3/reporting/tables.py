@@ -77,7 +77,8 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
     for part, prefix in PREFIXES.items():
         for name in circuits[0].get(part, {}):
             if name != "values":
-                differences[prefix + name] = summary([c[part][name] for c in circuits])
+                there = [c[part][name] for c in circuits if name in c.get(part, {})]
+                differences[prefix + name] = summary(there)
     primary = primary_of(params.behaviours[behaviour])
     change = primary[1].name if primary else ""
     degenerate = float(np.mean(broken[1:])) if broken[1:] else None

@@ -1,0 +1,108 @@
+"""Confirm: the sealed sets, which no stage reads, measured once for a release.
+
+What is estimated is the procedure: items of a set with blocks are measured by circuits chosen
+without their group; those of groups that only served to choose are left out. `exact` is the circuit
+that is exported, whose neurons were chosen on other items of the same groups.
+"""
+
+import logging
+import subprocess
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from sparc3.base import artifacts
+from sparc3.base.artifacts import OUTPUTS, circuit_path, held_out, metrics_path
+from sparc3.base.errors import InputError
+from sparc3.base.files import read_json, write_csv, write_json
+from sparc3.base.params import SPLITS, Params
+from sparc3.circuits.circuit import read_circuit
+from sparc3.measure.instruments import perplexity
+from sparc3.measure.likelihood import divergence
+from sparc3.model import loading
+from sparc3.prompts.sampling import as_row, prompt_set
+from sparc3.stages.evaluate import Rows, flat, general_rows, group_table, measure
+from sparc3.stages.prepare import load_tokenizer
+
+log = logging.getLogger(__name__)
+RECORD = metrics_path("confirm")
+
+
+def sealed_rows(params: Params, behaviour: str) -> dict[str, Rows]:
+    """The sealed prompts of a behaviour by the block that their group is tested in."""
+    spec = params.behaviours[behaviour]
+    assert spec.sealed is not None  # run
+    shares = {split: float(split == "test") for split in SPLITS}
+    tokenizer, _ = load_tokenizer(params.model)
+    drawn = prompt_set(f"sealed_sets.{spec.sealed}", params.sealed_sets[spec.sealed], shares, tokenizer)
+    rows = [as_row(prompt, "test") for prompt in drawn]
+    if params.prompt_sets[spec.prompts].blocks is None:
+        return {"": rows}
+    by_block = held_out(spec.prompts)
+    block_of = {row["group"]: block for block, there in by_block.items() for row in there}
+    kept = {b: [row for row in rows if block_of.get(row["group"]) == b] for b in by_block}
+    left_out = len(rows) - len(flat(kept))
+    log.info("confirm %s: %d items of groups that are not tested are left out", behaviour, left_out)
+    return {block: there for block, there in kept.items() if there}
+
+
+def kl(params: Params, behaviour: str) -> dict[str, float]:
+    """KL of the pruned from the unpruned model on general text, nats a token: mean and 95th
+    percentile, for the circuit that is exported.
+    """
+    circuit = read_circuit(circuit_path(behaviour, params.behaviours[behaviour].method))
+    rows = flat(general_rows(params))
+    tokens = perplexity.encode(rows, loading.tokenizer(params.model)).tokens
+    model, names = loading.load(params.model), [row["id"] for row in rows]
+    (found,) = divergence(model, [circuit], tokens, names, params.evaluate.batch_tokens)
+    every = np.concatenate(found)
+    return {"mean": float(every.mean()), "percentile_95": float(np.quantile(every, 0.95))}
+
+
+def commit() -> str:
+    """The commit that is checked out. InputError: what is tracked was changed since."""
+    said = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    if said.returncode or said.stdout:
+        problem = "not a clean commit" if said.stdout else "not in a git checkout"
+        raise InputError(f"confirm: {problem}; commit first: what was frozen must be on record")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    return head.stdout.strip()
+
+
+def run(params: Params) -> dict[str, float]:
+    """Write metrics/confirm.json and outputs/confirm. InputError: it was done for this release."""
+    release, head = version("sparc3"), commit()
+    if RECORD.is_file() and read_json(RECORD)["release"] == release:
+        raise InputError(
+            f"{RECORD}: the sealed sets were read for {release}; raise the version in "
+            "pyproject.toml, and install it, for another release"
+        )
+    given = replace(params.evaluate, **vars(params.confirm))
+    found: dict[str, Any] = {}
+    for behaviour, spec in params.behaviours.items():
+        if spec.sealed is None:
+            continue
+        asked = replace(params, evaluate=replace(given, in_sample=(spec.method,)))
+        by_block = sealed_rows(params, behaviour)
+        methods = dict.fromkeys([spec.method, *given.completed, given.control])
+        rows = {"test": by_block, "in_sample": {"": flat(by_block)}}
+        setting, by_name, circuits = measure(asked, behaviour, rows, list(methods))
+        grouped = group_table(spec, by_name, setting.first)
+        write_csv(
+            OUTPUTS / "confirm" / behaviour / "groups.csv", grouped, ["circuit", "group", "units", "mean"]
+        )
+        found[behaviour] = {"circuits": circuits, "kl": kl(params, behaviour)}
+        log.info("confirm %s: done", behaviour)
+    now = datetime.now(UTC).date().isoformat()
+    about = {"release": release, "commit": head, "date": now, "profile": params.profile}
+    write_json(RECORD, {**about, "behaviours": found})
+    return {
+        f"{behaviour}.{name}.{key}": change["value"]
+        for behaviour, measured in found.items()
+        for name, row in measured["circuits"].items()
+        for key, change in row["test"].items()
+        if key != "values"
+    }
