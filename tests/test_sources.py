@@ -1,6 +1,7 @@
 """Sources: every raw format, the real files, and the hub's data sets in folders of their layout."""
 
 import csv
+import gzip
 import json
 import os
 import re
@@ -238,6 +239,7 @@ MAID = raw.winobias_row(" The cook saw [the maid] as [MASK] was up.", "she", ("s
         ({"text": "[The cook] saw him."}, r"no \[MASK\]"),
         ({"text": "The cook saw [MASK]."}, r"no \[occupation\]"),
         ({"pro_stereotyped": "they"}, "no pronoun"),
+        ({"pro_stereotyped": ["he"]}, "no text in 'pro_stereotyped'"),
         ({"text": "[The cook] saw a guest as [MASK] was up."}, "names 1 occupations"),
         ({"text": "[The ceo] saw the maid cook as [MASK] was up."}, "names 3 occupations"),
     ],
@@ -588,6 +590,35 @@ def test_texts_of_a_folder_are_those_of_its_file(project, name):
     assert found == [
         text for text in texts if text not in (["NA", "null"] if "csv" in name else [])
     ]
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl", "train.jsonl.gz", "train.parquet"])
+def test_a_folder_is_read_as_it_is_now_not_as_it_was(project, name):
+    """Also where the file's size and date are kept, by which a cache takes it for the same."""
+    path = Path("hub", name)
+    path.parent.mkdir()
+    for word in ("old", "new", "end"):
+        rows = [{"text": f"The nurse is {word}", "class": "stereotype_gender"}]
+        if name.endswith("csv"):
+            write_csv(path, rows, ["text", "class"])
+        elif name.endswith("parquet"):
+            pd.DataFrame(rows).to_parquet(path)
+        else:
+            line = f"{json.dumps(rows[0])}\n".encode()
+            path.write_bytes(gzip.compress(line) if name.endswith("gz") else line)
+        os.utime(path, (1e9, 1e9))
+        found = rows_of("hub/stereotype-elicitation", path="hub")
+        assert [row.text for row in found] == [f"The nurse is {word}"]
+
+
+def test_a_stream_is_read_as_it_is_now(project):
+    path = Path("hub/en/c4-train.00000-of-00001.json.gz")
+    path.parent.mkdir(parents=True)
+    Path("hub/README.md").write_text(raw.card({"en": ("train", "en/c4-train.*.json.gz")}))
+    for word in ("old", "new"):
+        path.write_bytes(gzip.compress(f'{{"text": "{word}", "url": "u"}}\n'.encode()))
+        os.utime(path, (1e9, 1e9))
+        assert [row.text for row in hub.hub_c4({"path": "hub"}, 0)] == [word]
 
 
 @pytest.mark.parametrize("line", ['{"text": "a", "class": ', '{"text": "\\ud800", "class": "b"}'])

@@ -201,9 +201,9 @@ def winobias(where: Where) -> list[Row]:
         sentence, pronoun = field(item, "text").strip(" "), field(item, "pro_stereotyped")
         if sentence.count("[") > 2:
             return None
-        if "[MASK]" not in sentence or not _OCCUPATION.search(sentence) or pronoun not in _GENDERS:
+        if "[MASK]" not in sentence or not _OCCUPATION.search(sentence) or pronoun not in _SWAPPED:
             raise InputError("has no [MASK], no [occupation] or no pronoun")
-        other = _COUNTERPARTS[pronoun]
+        other = _SWAPPED[pronoun]
         if pronoun == "her" and ". him" in field(item, "options"):
             other = "him"
         before, _, rest = (
@@ -219,25 +219,22 @@ def winobias(where: Where) -> list[Row]:
     return _rows("winobias.jsonl", make)
 
 
-_COUNTERPARTS = {"he": "she", "she": "he", "his": "her", "him": "her", "her": "his"}
-_GENDERS = {"he": "male", "his": "male", "him": "male", "she": "female", "her": "female"}
+_SWAPPED = {"he": "she", "she": "he", "his": "her", "him": "her", "her": "his"}
 _OCCUPATION = re.compile(r"\[(?!MASK)(?:the |an? )?([^]]+)\]", re.IGNORECASE)
 
 
 def _cells(items: list[dict[str, Any]]) -> dict[str, str]:
-    """Occupation -> group: the occupations that a pronoun stands for, two male, two female."""
-    genders = {}
-    for item in items:
-        referent = _OCCUPATION.search(str(item.get("text")))
-        if referent and item.get("pro_stereotyped") in _GENDERS:
-            genders[referent[1].lower()] = _GENDERS[item["pro_stereotyped"]]
-    cells = {}
-    ordered = sorted(genders, key=digest_text)
-    men, women = ([o for o in ordered if genders[o] == g] for g in ("male", "female"))
-    for n in range(0, max(len(men), len(women)), 2):
-        cell = sorted(men[n : n + 2] + women[n : n + 2])
-        cells |= dict.fromkeys(cell, f"winobias/{'+'.join(cell)}")
-    return cells
+    """Occupation -> group: the occupations that a pronoun stands for, two male and two female."""
+    female = {
+        referent[1].lower(): pronoun in ("she", "her")
+        for item in items
+        if (pronoun := str(item.get("pro_stereotyped"))) in _SWAPPED
+        and (referent := _OCCUPATION.search(str(item.get("text"))))
+    }
+    ordered = sorted(female, key=digest_text)
+    men, women = ([one for one in ordered if female[one] == which] for which in (False, True))
+    cells = [sorted(men[n : n + 2] + women[n : n + 2]) for n in range(0, len(ordered), 2)]
+    return {one: f"winobias/{'+'.join(cell)}" for cell in cells for one in cell}
 
 
 def gender_pairs(where: Where) -> list[Row]:
