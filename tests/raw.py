@@ -105,13 +105,14 @@ def winobias_row(text: str, pronoun: str, options: tuple[str, str]) -> dict[str,
     return {"text": text, "pro_stereotyped": pronoun, "options": "\n".join(lines)}
 
 
-def write_winobias(folder: Path, occupations: int = 8) -> None:
+def write_winobias(folder: Path, of_each: int = 6) -> None:
+    """Every pair of a man's and a woman's occupation, either of them referred to."""
     rows = []
-    for n in range(occupations):
-        pronoun = ("he", "she")[n % 2]
-        for m in range(3):
-            text = f" [The worker{n}] met the other {m} because [MASK] was early."
-            rows.append(winobias_row(text, pronoun, ("she", "he")))
+    for m in range(of_each):
+        for w in range(of_each):
+            for one, other, pronoun in ((f"he{m}", f"she{w}", "he"), (f"she{w}", f"he{m}", "she")):
+                text = f" [The {one}] met the {other} because [MASK] was early."
+                rows.append(winobias_row(text, pronoun, ("she", "he")))
     write_jsonl(folder / "winobias.jsonl", rows)
 
 

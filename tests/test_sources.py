@@ -1,6 +1,7 @@
 """Sources: every raw format, the real files, and the hub's data sets in folders of their layout."""
 
 import csv
+import gzip
 import json
 import os
 import re
@@ -185,7 +186,7 @@ def test_crows_pairs_put_the_more_stereotypical_sentence_first(project):
     assert found[0].text == "She came to town 0, it was late"
 
 
-def test_winobias_pairs_the_pronouns_and_groups_by_occupation(project):
+def test_winobias_pairs_the_pronouns_of_two_occupations(project):
     rows = [
         raw.winobias_row(" [The CEO] saw the maid as [MASK] was up.", "he", ("she", "he")),
         raw.winobias_row(" The CEO saw [the maid] clean [MASK] desk.", "her", ("her", "his")),
@@ -194,36 +195,62 @@ def test_winobias_pairs_the_pronouns_and_groups_by_occupation(project):
         raw.winobias_row(" [The cook] said [MASK] did it by [himself].", "he", ("she", "he")),
     ]
     write_jsonl(Path("data/winobias.jsonl"), rows)
-    assert rows_of("winobias") == [
-        Row(
-            "winobias",
-            "winobias/ceo",
-            "male",
+    found = rows_of("winobias")
+    assert {(row.group, row.stratum) for row in found} == {("winobias/ceo+cook+maid", "")}
+    assert [(row.text, row.pair) for row in found] == [
+        (
             "The CEO saw the maid as",
             ("The CEO saw the maid as he was up.", "The CEO saw the maid as she was up."),
         ),
-        Row(
-            "winobias",
-            "winobias/maid",
-            "female",
+        (
             "The CEO saw the maid clean",
             ("The CEO saw the maid clean her desk.", "The CEO saw the maid clean his desk."),
         ),
-        Row(
-            "winobias",
-            "winobias/a cook",
-            "male",
+        (
             "The maid saw a cook and told",
             ("The maid saw a cook and told him so.", "The maid saw a cook and told her so."),
         ),
-        Row(
-            "winobias",
-            "winobias/maid",
-            "female",
+        (
             "The cook saw the maid and told",
             ("The cook saw the maid and told her so.", "The cook saw the maid and told him so."),
         ),
     ]
+
+
+def test_winobias_keeps_the_items_of_one_cell_and_the_longest_occupation(project):
+    raw.write_winobias(project / "data", of_each=5)
+    lines = json.dumps(read_jsonl(Path("data/winobias.jsonl")))
+    lines = re.sub(r"\bhe1\b", "he1 he2", lines)  # beside the shorter he2
+    write_jsonl(Path("data/winobias.jsonl"), json.loads(lines))
+    words = {"he": ["he0", "he1 he2", "he2", "he3", "he4"], "she": [f"she{n}" for n in range(5)]}
+    men, women = (sorted(words[kind], key=digest_text) for kind in ("he", "she"))
+    cells = [{*men[n : n + 2], *women[n : n + 2]} for n in (0, 2, 4)]
+    expected = {f"winobias/{'+'.join(sorted(cell))}": len(cell) ** 2 // 2 for cell in cells}
+    assert Counter(row.group for row in rows_of("winobias")) == expected
+
+
+PRONOUN = raw.winobias_row(" [The cook] saw the maid as [MASK] was up.", "he", ("she", "he"))
+MAID = raw.winobias_row(" The cook saw [the maid] as [MASK] was up.", "she", ("she", "he"))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"text": "[The cook] saw him."}, r"no \[MASK\]"),
+        ({"text": "The cook saw [MASK]."}, r"no \[occupation\]"),
+        ({"pro_stereotyped": "they"}, "no pronoun"),
+        ({"pro_stereotyped": ["he"]}, "no text in 'pro_stereotyped'"),
+        ({"text": "[The cook] saw a guest as [MASK] was up."}, "names 1 occupations"),
+        ({"text": "[The ceo] saw the maid cook as [MASK] was up."}, "names 3 occupations"),
+    ],
+)
+def test_a_bad_row_of_winobias_is_dropped(project, caplog, change, problem):
+    write_jsonl(Path("data/winobias.jsonl"), [PRONOUN, {**PRONOUN, **change}, MAID])
+    assert len(rows_of("winobias")) == 2
+    (message,) = caplog.messages
+    assert re.search(
+        rf"winobias\.jsonl: 1 of 3 rows dropped; the first: row 2 .*{problem}", message
+    )
 
 
 def test_gender_pairs_leave_crows_pairs_for_a_second_opinion(project):
@@ -241,7 +268,6 @@ ITEM = {"type": "intrasentence", "target": "t", "bias_type": "race", **FILLED, "
 BETWEEN = {**ITEM, "type": "intersentence", "context": "a"}
 TOXIC = {"text": "a", "toxicity": 0.9}
 MASKED = {"": "0", "bias_type": "age", "sentence": "[MASK] came", "mask1": "He", "mask2": "She"}
-PRONOUN = raw.winobias_row(" [The cook] saw the maid as [MASK] was up.", "he", ("she", "he"))
 BAD = [  # source, file, a good row, what is wrong with the bad one, what the log says of it
     ("wikipedia", "boolq.jsonl", {"passage": "A -- b"}, {"passage": "A b"}, "no title before"),
     ("wikipedia", "boolq.jsonl", {"passage": "A -- b"}, {"passage": None}, "no text in 'passage'"),
@@ -262,9 +288,6 @@ BAD = [  # source, file, a good row, what is wrong with the bad one, what the lo
     ("stereoset", "", ITEM, {"target": None}, "no text in 'target'"),
     ("crows-pairs", "crows-pairs.csv", MASKED, {"sentence": "He came"}, r"no \[MASK\]"),
     ("crows-pairs", "crows-pairs.csv", MASKED, {"mask2": "He"}, "two equal sentences"),
-    ("winobias", "", PRONOUN, {"text": "[The cook] saw him."}, r"no \[MASK\]"),
-    ("winobias", "", PRONOUN, {"text": "The cook saw [MASK]."}, r"no \[occupation\]"),
-    ("winobias", "", PRONOUN, {"pro_stereotyped": "they"}, "no pronoun"),
 ]
 
 
@@ -313,11 +336,12 @@ def test_texts_are_those_of_the_file_letter_by_letter(project):
         writer.writeheader()
         writer.writerow({**MASKED, "sentence": f"[MASK] {ODD}"})
     assert [row.pair for row in rows_of("crows-pairs")] == [(f"He {ODD}", f"She {ODD}")]
-    text = f" [The cook] {ODD} [MASK] {ODD}."
-    write_jsonl(Path("data/winobias.jsonl"), [{**PRONOUN, "text": text}])
-    (row,) = rows_of("winobias")
-    assert row.pair == tuple(f"The cook {ODD} {word} {ODD}." for word in ("he", "she"))
-    assert row.text == f"The cook {ODD}"
+    text = f" [The cook] {ODD} the maid {ODD} [MASK] {ODD}."
+    write_jsonl(Path("data/winobias.jsonl"), [{**PRONOUN, "text": text}, MAID])
+    row = rows_of("winobias")[0]
+    before = f"The cook {ODD} the maid {ODD}"
+    assert row.pair == tuple(f"{before} {word} {ODD}." for word in ("he", "she"))
+    assert row.text == before
 
 
 # The real files
@@ -345,8 +369,8 @@ def test_the_real_files_have_the_counts_that_are_documented(real):
         "stereoset": 2106,
         "neutral-pairs": 4212,
         "crows-pairs": 1018,
-        "winobias": 759,
-        "gender-pairs": 255 + 759,
+        "winobias": 78,
+        "gender-pairs": 255 + 78,
     }
     assert len({row.text for row in rows_of("wikipedia")}) == 12266
     assert len(rows_of("real-toxicity-prompts", min_toxicity=0.9)) == 277
@@ -366,8 +390,29 @@ def test_the_real_files_have_the_counts_that_are_documented(real):
         "gender": 10,
         "religion": 3,
     }
-    occupations = {row.group: row.stratum for row in rows_of("winobias")}
-    assert Counter(occupations.values()) == {"male": 20, "female": 20}
+
+
+def test_no_real_occupation_is_in_two_groups(real):
+    """Whatever its role: searched for as a word, in every sentence."""
+    lines = [row["text"].lower() for row in read_jsonl(Path("data/winobias.jsonl"))]
+    brackets = {re.split(r"[][]", line)[1] for line in lines if "[mask]" not in line[:9]}
+    occupations = {text.removeprefix("the ") for text in brackets if text.startswith("the ")}
+    assert len(occupations) == 40
+    found = rows_of("winobias")
+    groups: dict[str, set[str]] = {occupation: set() for occupation in occupations}
+    for row in found:
+        assert row.pair
+        words = f" {re.sub('[^a-z]+', ' ', row.pair[0].lower())} "
+        for occupation in occupations:
+            if f" {occupation} " in words:
+                groups[occupation].add(row.group)
+    assert all(len(group) == 1 for group in groups.values())
+    sizes = Counter(row.group for row in found)
+    assert sorted(sizes.values()) == [6, 7, 7, 8, 8, 8, 8, 8, 8, 10]
+    for group in sizes:
+        named = group.removeprefix("winobias/").split("+")
+        assert len(named) == 4
+        assert all(groups[occupation] == {group} for occupation in named)
 
 
 def test_no_row_that_is_sealed_is_in_another_source(real):
@@ -545,6 +590,35 @@ def test_texts_of_a_folder_are_those_of_its_file(project, name):
     assert found == [
         text for text in texts if text not in (["NA", "null"] if "csv" in name else [])
     ]
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl", "train.jsonl.gz", "train.parquet"])
+def test_a_folder_is_read_as_it_is_now_not_as_it_was(project, name):
+    """Also where the file's size and date are kept, by which a cache takes it for the same."""
+    path = Path("hub", name)
+    path.parent.mkdir()
+    for word in ("old", "new", "end"):
+        rows = [{"text": f"The nurse is {word}", "class": "stereotype_gender"}]
+        if name.endswith("csv"):
+            write_csv(path, rows, ["text", "class"])
+        elif name.endswith("parquet"):
+            pd.DataFrame(rows).to_parquet(path)
+        else:
+            line = f"{json.dumps(rows[0])}\n".encode()
+            path.write_bytes(gzip.compress(line) if name.endswith("gz") else line)
+        os.utime(path, (1e9, 1e9))
+        found = rows_of("hub/stereotype-elicitation", path="hub")
+        assert [row.text for row in found] == [f"The nurse is {word}"]
+
+
+def test_a_stream_is_read_as_it_is_now(project):
+    path = Path("hub/en/c4-train.00000-of-00001.json.gz")
+    path.parent.mkdir(parents=True)
+    Path("hub/README.md").write_text(raw.card({"en": ("train", "en/c4-train.*.json.gz")}))
+    for word in ("old", "new"):
+        path.write_bytes(gzip.compress(f'{{"text": "{word}", "url": "u"}}\n'.encode()))
+        os.utime(path, (1e9, 1e9))
+        assert [row.text for row in hub.hub_c4({"path": "hub"}, 0)] == [word]
 
 
 @pytest.mark.parametrize("line", ['{"text": "a", "class": ', '{"text": "\\ud800", "class": "b"}'])

@@ -186,38 +186,60 @@ def crows_pairs(where: Where) -> list[Row]:
 def winobias(where: Where) -> list[Row]:
     """WinoBias (Zhao et al. 2018): a pronoun for an occupation; pro-stereotyped and the other.
 
-    A group is the occupation that the pronoun stands for, a stratum the gender it is stereotyped
-    as. `text` ends before the pronoun. The two sentences with a second bracket, a reflexive that
-    would give the gender away, are left out.
+    A sentence is about two of 40 occupations, one that is stereotyped as male and one as female,
+    and nearly all 400 pairs occur: so that no occupation is in two groups, in whichever role, the
+    20 and 20 are cut, in the order of their hashes, into ten cells of two and two, and only the 78
+    sentences whose occupations are of one cell are taken. A group is a cell. `text` ends before
+    the pronoun. The two sentences with a second bracket, a reflexive that would give the gender
+    away, are left out.
     """
+    cells = _cells(read_jsonl(DATA / "winobias.jsonl"))
+    longest_first = sorted(map(re.escape, cells), key=len, reverse=True)
+    known = re.compile(rf"\b({'|'.join(longest_first)})\b", re.IGNORECASE)
 
     def make(item: dict[str, Any]) -> Row | None:
         sentence, pronoun = field(item, "text").strip(" "), field(item, "pro_stereotyped")
         if sentence.count("[") > 2:
             return None
-        _, _, after = sentence.replace("[MASK]", "").partition("[")
-        occupation = after.partition("]")[0].lower().removeprefix("the ")
-        if "[MASK]" not in sentence or not occupation or pronoun not in _COUNTERPARTS:
+        if "[MASK]" not in sentence or not _OCCUPATION.search(sentence) or pronoun not in _SWAPPED:
             raise InputError("has no [MASK], no [occupation] or no pronoun")
-        other = _COUNTERPARTS[pronoun]
+        other = _SWAPPED[pronoun]
         if pronoun == "her" and ". him" in field(item, "options"):
             other = "him"
         before, _, rest = (
             part.replace("[", "").replace("]", "") for part in sentence.partition("[MASK]")
         )
-        gender = "female" if pronoun in ("she", "her") else "male"
+        occupations = {found.lower() for found in known.findall(before + rest)}
+        if len(occupations) != 2:
+            raise InputError(f"names {len(occupations)} occupations, not two")
+        one, another = (cells[occupation] for occupation in occupations)
         pair = (before + pronoun + rest, before + other + rest)
-        return Row("winobias", f"winobias/{occupation}", gender, before.strip(" "), pair)
+        return Row("winobias", one, "", before.strip(" "), pair) if one == another else None
 
     return _rows("winobias.jsonl", make)
 
 
-_COUNTERPARTS = {"he": "she", "she": "he", "his": "her", "him": "her", "her": "his"}
+_SWAPPED = {"he": "she", "she": "he", "his": "her", "him": "her", "her": "his"}
+_OCCUPATION = re.compile(r"\[(?!MASK)(?:the |an? )?([^]]+)\]", re.IGNORECASE)
+
+
+def _cells(items: list[dict[str, Any]]) -> dict[str, str]:
+    """Occupation -> group: the occupations that a pronoun stands for, two male and two female."""
+    female = {
+        referent[1].lower(): pronoun in ("she", "her")
+        for item in items
+        if (pronoun := str(item.get("pro_stereotyped"))) in _SWAPPED
+        and (referent := _OCCUPATION.search(str(item.get("text"))))
+    }
+    ordered = sorted(female, key=digest_text)
+    men, women = ([one for one in ordered if female[one] == which] for which in (False, True))
+    cells = [sorted(men[n : n + 2] + women[n : n + 2]) for n in range(0, len(ordered), 2)]
+    return {one: f"winobias/{'+'.join(cell)}" for cell in cells for one in cell}
 
 
 def gender_pairs(where: Where) -> list[Row]:
-    """StereoSet's gender items, of only ten terms, and WinoBias. CrowS-Pairs stays out, so that
-    it can be a second opinion on what was chosen here.
+    """StereoSet's gender items, of only ten terms, and WinoBias's, of ten cells of occupations.
+    CrowS-Pairs stays out, so that it can be a second opinion on what was chosen here.
     """
     return [row for row in stereoset(where) if row.stratum == "gender"] + winobias(where)
 

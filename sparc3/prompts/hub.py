@@ -105,16 +105,20 @@ def _rows(
 
 
 def _load(where: Where, path: str, name: str | None, split: str, streaming: bool = False) -> Any:
-    """A split of a data set: on the hub at the pinned revision, or a folder of the same layout."""
+    """A split of a data set: on the hub at the pinned revision, or a folder of the same layout,
+    as it is now: what a cache holds of it may be older, and not seen to be by a file's date.
+    """
     import datasets  # here: it takes seconds, and the embedded sources do without it
 
     path = where.get("path", path)
+    local = Path(path).is_dir()
     with _hub_errors(where, path):
         return datasets.load_dataset(
             path,
             name,
             split=split,
-            revision=None if Path(path).is_dir() else where["revision"],
+            revision=None if local else where["revision"],
+            download_mode="force_redownload" if local else None,
             streaming=streaming,
             token=hub_token(),
         )

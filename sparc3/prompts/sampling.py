@@ -1,6 +1,6 @@
 """Prompt sets: rows of the sources, narrowed, split by group, sampled, cut, written as JSONL.
 
-Leak-free by construction: a group (an article, a target term, an occupation, a text) lies in one
+Leak-free by construction: a group (an article, a target term, four occupations, a text) lies in one
 split only, the same one in every prompt set, because its split depends on the source's groups and
 the shares alone; only of a set that is tested on, and nothing else, prepare writes all rows as
 `test`. Everything is ordered by hashes, never by a random generator, so that the same params give
