@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from sparc3.base import artifacts
 from sparc3.base.artifacts import OUTPUTS, circuit_path, held_out, metrics_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, write_csv, write_json
