@@ -1,4 +1,5 @@
-"""One stage, fetch or confirm, inside its MLflow run: scalars, files and digests are logged, never tensors.
+"""One stage, fetch or confirm, inside its MLflow run: scalars, files and digests are logged, never
+tensors.
 
 The mathematics does not see MLflow: what a stage returns and leaves is logged here.
 """

@@ -254,8 +254,8 @@ def check_source(key: str, spec: PromptSet) -> Problems:
     local = path is not None and path.is_dir()
     if path and local and not path.resolve().is_relative_to(Path("data").resolve()):
         yield (
-            f"{key}.where.path is {str(path)!r}; expected a folder in data/, whose changes the pipeline "
-            "sees: put it there and pin it with: python -m sparc3 fetch --update"
+            f"{key}.where.path is {str(path)!r}; expected a folder in data/, whose changes the "
+            "pipeline sees: put it there and pin it with: python -m sparc3 fetch --update"
         )
     if known[:2] == PIN and "revision" not in where and not local:
         yield f"{key}.where.revision is missing; pin the hub's data set by its commit"
