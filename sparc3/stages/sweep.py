@@ -70,7 +70,8 @@ def measure(
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
-    spec, methods = params.behaviours[behaviour], swept(params.methods)
+    spec = params.behaviours[behaviour]
+    methods = swept(params.methods, spec.method)
     instruments = swept_of(spec) if params.prompt_sets[spec.prompts].blocks is None else {}
     points, circuits = curves(params, behaviour, methods)
     if len(points) == 1:  # num_neurons and protect are fixed, and nothing has to be tuned
