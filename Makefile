@@ -55,10 +55,8 @@ env:
 endif
 
 repro: env
-	@echo "Fetching and verifying the model and the data."
-	@$(IN_ENV) python -m sparc3 fetch
-	@echo "Running the pipeline: each stage says what it does."
-	@$(IN_ENV) dvc repro
+	@echo "Model and data, verified, then the pipeline: each stage says what it does."
+	@$(IN_ENV) python -m sparc3 main
 	@cat metrics/table.md
 	@$(IN_ENV) python -m sparc3 committed || true
 	@$(IN_ENV) python -c 'from sparc3.base import store; print("The runs are in", store.public_uri())'

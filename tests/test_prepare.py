@@ -524,11 +524,11 @@ def test_data_that_are_not_those_pinned_are_refused_and_nothing_is_written(proje
     text = path.read_text()
     for damage in (path.unlink, lambda: path.write_text(text.replace("a", "b", 1))):
         damage()
-        with pytest.raises(InputError, match="^data/ is not what fetch --update pinned; .* git"):
+        with pytest.raises(InputError, match=r"^data/ is not what fetch --update pinned; .* git"):
             prepare.run(params(SETS))
     path.write_text(text)
     Path("data.dvc").unlink()
-    with pytest.raises(InputError, match="^data/LICENSE is missing; .* fetch again"):
+    with pytest.raises(InputError, match=r"^data/LICENSE is missing; .* fetch again"):
         prepare.run(params(SETS))
     assert not Path("outputs").exists()
 
