@@ -11,12 +11,15 @@ import logging
 import sys
 from pathlib import Path
 
-import sparc3
-from sparc3.base.errors import InputError
-from sparc3.base.secrets import masked
-from sparc3.commands import stage
-from sparc3.stages.checks import load
-from sparc3.stages.table import STAGES, axis_flag
+try:
+    import sparc3
+    from sparc3.base.errors import InputError
+    from sparc3.base.secrets import masked
+    from sparc3.commands import stage
+    from sparc3.stages.checks import load
+    from sparc3.stages.table import STAGES, axis_flag
+except KeyboardInterrupt:  # they take a second
+    raise SystemExit(130) from None
 
 # A full disk and places that cannot be written: the user can mend them.
 PLACES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
