@@ -25,6 +25,7 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import digest, digest_text, read_json, read_text, write_json, write_text
 from sparc3.base.params import Params
 from sparc3.base.secrets import hub_reason, hub_token
+from sparc3.model.checkpoint import language_model, require_whole
 from sparc3.model.gguf import convert, use_bpe_by_score
 
 log = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ def hub_model(repository: str, revision: str | None, folder: Path) -> None:
     """Download a model repository of the hub, at a commit, into a plain folder.
 
     Where that fails the folder keeps what came, and another call goes on from there. InputError,
-    without the token, where the hub does not give it.
+    without the token, where the hub does not give it; no weights there, or others than can be read.
     """
     if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
         expected = "expected the 40 digits of a commit, for a branch or a tag moves"
@@ -215,6 +216,9 @@ def hub_model(repository: str, revision: str | None, folder: Path) -> None:
             f"params: fetch.repository {repository} at {revision} cannot be had "
             f"{hub_reason(error)}; check the name, the network and, for a gated model, the access"
         ) from None
+    key = f"params: fetch.repository {repository}"
+    language_model(key, str(folder))
+    require_whole(key, str(folder))
 
 
 def given_model(params: Params, scratch: Path) -> Path:
