@@ -35,6 +35,7 @@ from sparc3.base.files import (
 from sparc3.base.params import Params
 from sparc3.base.secrets import hub_reason, hub_token
 from sparc3.base.store import private
+from sparc3.model.checkpoint import language_model, require_whole
 from sparc3.model.gguf import convert, use_bpe_by_score
 
 log = logging.getLogger(__name__)
@@ -220,7 +221,7 @@ def hub_model(repository: str, revision: str | None, folder: Path) -> None:
     """Download a model repository of the hub, at a commit, into a plain folder.
 
     Where that fails the folder keeps what came, and another call goes on from there. InputError,
-    without the token, where the hub does not give it.
+    without the token, where the hub does not give it; no weights there, or others than can be read.
     """
     if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
         expected = "expected the 40 digits of a commit, for a branch or a tag moves"
@@ -241,6 +242,9 @@ def hub_model(repository: str, revision: str | None, folder: Path) -> None:
             f"params: fetch.repository {repository} at {revision} cannot be had "
             f"{hub_reason(error)}; check the name, the network and, for a gated model, the access"
         ) from None
+    key = f"params: fetch.repository {repository}"
+    language_model(key, str(folder))
+    require_whole(key, str(folder))
 
 
 def given_model(params: Params, scratch: Path) -> Path:
