@@ -139,6 +139,7 @@ class Sweep:
     num_neurons: tuple[Count, ...]
     protect: tuple[Share, ...]
     texts: Count
+    error: Size
     items: Count
     batch_tokens: Count
 

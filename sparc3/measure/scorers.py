@@ -276,7 +276,7 @@ def _run(
         chances = logits.sigmoid() if independent else logits.softmax(-1)
         return chances[:, column].cpu().numpy()
 
-    with reading("scorer", model.name_or_path, "no text can be scored; name another model"):
+    with reading("scorer", str(model.name_or_path), "no text can be scored; name another model"):
         alone = np.concatenate([batch([text], False) for text in TEXTS])
         pad = tokenizer.pad_token_id  # without one, or another than the model's, texts go alone
         together = pad is not None and pad == model.config.pad_token_id

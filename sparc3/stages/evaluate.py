@@ -155,16 +155,16 @@ def fitted_ban(params: Params, spec: Behaviour, model: PreTrainedModel, how: How
     ]
     ranked = word_ban.bad_tokens(seen, how.tokenizer, how.scorers[spec.scorers[0]])
     texts = read_prompts(params.differential.general, "tune")[: params.sweep.texts]
-    sample, most = perplexity.encode(texts, how.tokenizer), 0
+    sample = perplexity.encode(texts, how.tokenizer)
     (before,) = perplexity.read(model, [INTACT], sample, how)
-    for count in sorted({min(count, len(ranked)) for count in params.evaluate.ban}):
+    for count in sorted({min(count, len(ranked)) for count in params.evaluate.ban}, reverse=True):
         with word_ban.banned(model, ranked[:count], BIAS):
             (after,) = perplexity.read(model, [INTACT], sample, how)
         cost = perplexity.percent(before, after)
         error = perplexity.percent_error(before, after, sample.groups)
         if cost + error <= params.select.ppl_budget:
-            most = max(most, count)
-    return ranked[:most]
+            return ranked[:count]
+    return []
 
 
 # --- comparing models ----------------------------------------------------------------------
