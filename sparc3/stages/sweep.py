@@ -79,19 +79,16 @@ def read_general(
     """General text without each circuit, and its groups: AT_ONCE texts after the other until the
     standard error of every change of perplexity is at most `error` percent, or no text is left.
     """
-    readings: list[list[Reading]] = [[] for _ in circuits]
+    every: list[Reading] = []
     groups: list[str] = []
     for start in range(0, len(texts), AT_ONCE):
         sample = perplexity.encode(texts[start : start + AT_ONCE], how.tokenizer)
-        for parts, reading in zip(
-            readings, perplexity.read(model, circuits, sample, how), strict=True
-        ):
-            parts.append(reading)
+        more = perplexity.read(model, circuits, sample, how)
+        every = [joined(both) for both in zip(every, more, strict=True)] if every else more
         groups += sample.groups
-        before, *after = (joined(parts) for parts in readings)
-        if max(perplexity.percent_error(before, each, groups) for each in after) <= error:
+        if max(perplexity.percent_error(every[0], each, groups) for each in every[1:]) <= error:
             break
-    return [before, *after], groups
+    return every, groups
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
