@@ -72,10 +72,7 @@ def tmpfs(folder: Path, options: str) -> None:
     ("place", "problem"),
     [("full", "No space left on device"), ("read-only", "Read-only file system")],
 )
-@pytest.mark.parametrize(
-    ("word", "product"),
-    [("prepare", "outputs"), ("gate@rude", "metrics"), ("report", "outputs"), ("export", "there")],
-)
+@pytest.mark.parametrize(("word", "product"), [("prepare", "outputs"), ("export", "there")])
 def test_a_place_that_takes_nothing_is_one_line(project, tmp_path, place, problem, word, product):
     """What the stage reads is a copy; where it writes is a disk of its own."""
     folder = tmp_path / "project"
