@@ -194,19 +194,20 @@ def killed(folder: Path, command: list[str], moment: Moment, seconds: float) -> 
     """
     process = start(folder, command)
     together = moment.number == signal.SIGINT or command[0] == "dvc"
+    faults = []
     try:
         said = process.communicate(timeout=moment.share * seconds)[0]
     except subprocess.TimeoutExpired:
         (os.killpg if together else os.kill)(process.pid, moment.number)
+        process.wait(PATIENCE)
+        time.sleep(0.5)  # for a child that ends by itself
+        faults += [f"left alone: {line}" for line in alive(process.pid)]
         said = process.communicate(timeout=PATIENCE)[0]
-    faults = []
     expected = (0, -moment.number, 128 + moment.number)
     if process.returncode not in expected and command[0] != "dvc":
         faults.append(f"ended with {process.returncode}")
     if "Traceback" in said:
         faults.append(f"traceback:\n{said}")
-    if moment.number != signal.SIGKILL and process.returncode:
-        faults += [f"left alone: {line}" for line in alive(process.pid)]
     return faults
 
 
