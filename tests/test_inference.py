@@ -325,7 +325,9 @@ def test_blocks_bound_the_memory(monkeypatch):
 
 def test_rank_among_random_draws():
     found = inference.against_draws(3.0, [1.0, 3.0, 5.0, -1.0])
-    assert found._asdict() == {"value": 3, "mean": 2, "low": -1, "high": 5, "p": 3 / 5, "n": 4}
+    *rest, least, most = found
+    assert rest == [3, 2, -1, 5, 3 / 5, 4]  # value, mean, low, high, p, n
+    assert (least, most) == inference.prediction([1.0, 3.0, 5.0, -1.0])
     assert inference.against_draws(9.0, np.zeros(19)).p == 1 / 20
     assert inference.against_draws(0.0, np.zeros(19)).p == 1
 
@@ -335,6 +337,29 @@ def test_rank_p_of_an_exchangeable_effect_is_uniform():
     p = [inference.against_draws(row[0], row[1:]).p for row in effects]
     shares = np.bincount(np.round(np.array(p) * 20).astype(int), minlength=21)[1:] / 4000
     assert np.abs(shares - 0.05).max() < 4 * math.sqrt(0.05 * 0.95 / 4000)
+
+
+def test_prediction_by_hand_and_by_regression_with_a_dummy():
+    """One more draw lies outside where its own coefficient in a regression is significant."""
+    assert inference.prediction([4.0, 6.0]) == pytest.approx(
+        [5 - 12.7062 * math.sqrt(2 * 1.5), 5 + 12.7062 * math.sqrt(2 * 1.5)], rel=1e-5
+    )
+    draws = np.random.default_rng(1).normal(3, 2, 7)
+    for end in inference.prediction(draws):
+        p = stats.ttest_ind([end], draws).pvalue
+        assert p == pytest.approx(1 - LEVEL)
+    assert inference.prediction(np.ones(5)) == (1, 1)
+    for few in ([], [2.0]):
+        assert inference.prediction(few) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("draws", [2, 3, 5, 19])
+def test_the_next_draw_lies_within_its_prediction(draws):
+    """In 94 to 96 %, and above it, on the side of more effect, in 2 to 3 %."""
+    worlds = np.random.default_rng(draws).normal(-4, 3, (10_000, draws + 1))
+    found = [inference.against_draws(last, others) for *others, last in worlds]
+    assert 0.94 <= np.mean([f.least <= f.value <= f.most for f in found]) <= 0.96
+    assert 0.02 <= np.mean([f.value > f.most for f in found]) <= 0.03
 
 
 def test_holm_is_the_closed_bonferroni_test():

@@ -82,7 +82,9 @@ class Difference(NamedTuple):
 
 
 class Control(NamedTuple):
-    """An effect among `n` draws of a random control: their mean and range, and its rank p."""
+    """An effect among `n` draws of a random control: their mean and range, its rank p, and between
+    what (`least`, `most`) the next draw is predicted.
+    """
 
     value: float
     mean: float
@@ -90,6 +92,8 @@ class Control(NamedTuple):
     high: float
     p: float
     n: int
+    least: float
+    most: float
 
 
 # --- input -----------------------------------------------------------------------------------
@@ -375,11 +379,13 @@ def against_draws(value: float, draws: npt.ArrayLike) -> Control:
     """A method's effect beside the effects of random controls of equal size.
 
     Larger is the stronger effect (pass reductions). p is the one-sided rank (b + 1) / (m + 1),
-    b of m draws being at least `value`: m draws cannot show less than 1 / (m + 1), so p < 0.05
-    takes 20 of them.
+    b of m draws being at least `value`: m draws cannot show less than 1 / (m + 1), so p <= 0.05
+    takes 19 of them. With fewer, a value above `most` (see `prediction`) is beyond chance at 2.5 %,
+    if the draws' effects are normal.
     """
     effects = np.asarray(draws, dtype=np.float64)
     rank = int((effects >= value).sum()) + 1
+    least, most = prediction(effects)
     return Control(
         value=float(value),
         mean=float(effects.mean()),
@@ -387,7 +393,22 @@ def against_draws(value: float, draws: npt.ArrayLike) -> Control:
         high=float(effects.max()),
         p=rank / (len(effects) + 1),
         n=len(effects),
+        least=least,
+        most=most,
     )
+
+
+def prediction(draws: npt.ArrayLike) -> tuple[float, float]:
+    """The two-sided 95 % interval in which one more draw lies, of normal draws (m,): their mean
+    +- t s sqrt(1 + 1 / m), t of Student's distribution at m - 1 degrees of freedom and s their
+    standard deviation. Unbounded with fewer than two draws.
+    """
+    effects = np.asarray(draws, dtype=np.float64)
+    m = len(effects)
+    if m < 2:
+        return -math.inf, math.inf
+    reach = stdtrit(m - 1, (1 + LEVEL) / 2) * effects.std(ddof=1) * math.sqrt(1 + 1 / m)
+    return float(effects.mean() - reach), float(effects.mean() + reach)
 
 
 def holm(p_values: Sequence[float] | Array) -> list[float]:
