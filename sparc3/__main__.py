@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     fetch = words.add_parser("fetch", help="raw data and the model, verified")
     fetch.add_argument("--update", action="store_true", help="pin data/ as it is in data.dvc")
     add_stages(words)
+    words.add_parser("confirm", help="measure the sealed sets, once for a release")
     words.add_parser("main", help="fetch, then dvc repro")
     use = words.add_parser("use", help="make another profile params.yaml")
     use.add_argument("profile", type=Path, metavar="PROFILE")
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(parser().parse_args(argv))
     word = options.pop("word")
     try:
-        if word == "fetch" or word in STAGES:
+        if word in ("fetch", "confirm") or word in STAGES:
             stage.run(load(), word, options)
         else:
             command = importlib.import_module(f"sparc3.commands.{word}")

@@ -6,6 +6,7 @@ python -m sparc3 export --behaviour toxicity --method lrp --folder exported/toxi
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -16,7 +17,16 @@ from sparc3.base.params import Params
 from sparc3.circuits.ablate import prune_weights
 from sparc3.circuits.circuit import read_circuit
 from sparc3.model import loading
-from sparc3.reporting.card import card
+from sparc3.reporting.card import Evidence, card
+
+
+def beyond(behaviour: str, method: str) -> tuple[dict[str, Any] | None, float | None]:
+    """What the sealed prompts say of this very circuit, and how much the blocks' agree with it."""
+    sealed, selected = metrics_path("confirm"), metrics_path("select", behaviour)
+    found = read_json(sealed)["behaviours"].get(behaviour, {}) if sealed.is_file() else {}
+    scalars = read_json(selected) if selected.is_file() else {}
+    exact = found.get("circuits", {}).get(method, {}).get("in_sample")
+    return exact, scalars.get(f"{method}.agreement")
 
 
 def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, float]:
@@ -30,7 +40,7 @@ def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, 
     source = circuit_path(behaviour, method)
     circuit = read_circuit(source)
     metrics = metrics_path("evaluate", behaviour)
-    evaluation = None
+    evidence = Evidence(None, *beyond(behaviour, method))
     if metrics.exists():
         circuits = read_json(metrics)["circuits"]
         if method not in circuits:
@@ -38,6 +48,7 @@ def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, 
                 f"{metrics}: no circuit {method!r}; run the evaluate stage again (dvc repro)"
             )
         evaluation = circuits[method]
+        evidence = evidence._replace(evaluation=evaluation)
         if evaluation["num_neurons"] != len(circuit):
             raise InputError(
                 f"{metrics}: {evaluation['num_neurons']} neurons in circuit {method!r}, but "
@@ -59,7 +70,7 @@ def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, 
         licences = sorted(given.glob("LICENSE*"))  # go where weights go
         for file in [*licences, *given.glob(defaults.name)]:
             shutil.copyfile(file, temporary / file.name)
-        text = card(params, behaviour, method, circuit, digest(source), evaluation)
+        text = card(params, behaviour, method, circuit, digest(source), evidence)
         write_text(temporary / "README.md", text)
         for file in temporary.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from sparc3.base.artifacts import metrics_path
 from sparc3.base.comparison import latest_metrics
 from sparc3.base.errors import InputError
-from sparc3.base.files import markdown, read_text, write_text
+from sparc3.base.files import markdown, read_json, read_text, write_text
 from sparc3.commands import plan
-from sparc3.reporting.tables import TABLE
+from sparc3.reporting.tables import TABLE, confirm_table
+from sparc3.stages.checks import load
 from sparc3.stages.table import STAGES
 
 LARGE = ("llama3-8b", "llama3-8b-sound")  # profiles whose costs README foretells
@@ -47,6 +49,8 @@ def run() -> None:
     costs = latest_metrics(("seconds", "peak_megabytes"))
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
     blocks = {name: read_text(table) for name, table in IN_README.items()}
+    record = metrics_path("confirm")
+    blocks["confirm"] = confirm_table(load(), read_json(record)) if record.is_file() else ""
     blocks |= {"costs": cost_table(list(STAGES), costs), "plan": markdown(header, rows)}
     path = Path("README.md")
     text = read_text(path)

@@ -1,4 +1,5 @@
-"""One stage, or fetch, inside its MLflow run: scalars, files and digests are logged, never tensors.
+"""One stage, fetch or confirm, inside its MLflow run: scalars, files and digests are logged, never
+tensors.
 
 The mathematics does not see MLflow: what a stage returns and leaves is logged here.
 """
@@ -30,7 +31,7 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
     InputError: an axis's value that params does not have, several processes where the stage runs
     in one, a tracking store that cannot be used, and what the stage itself refuses.
     """
-    stage = STAGES.get(word, Stage("fetch"))
+    stage = STAGES.get(word, Stage(word, model=word == "confirm"))
     axes = {stage.axis: options[stage.axis]} if stage.axis else {}
     check_axis(params, word, axes)
     here = parallel.place()

@@ -143,6 +143,8 @@ def paired(
     """
 
     def change(before: Measured, after: Measured, resamples: int) -> Difference | None:
+        if not set(columns) <= set(before.reading.columns):
+            return None
         old, new = (
             np.column_stack([each.reading.columns[name] for name in columns])
             for each in (before, after)

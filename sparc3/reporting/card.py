@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparc3.base.files import markdown
 from sparc3.base.params import Params
@@ -13,8 +13,27 @@ LEGEND = """\
 Differences between this model and the unpruned one, with 95 % intervals. ppl_delta and reduction
 are in percent of the unpruned model; ss, lms, icat and toxic_probability in points; margin and
 nll_shift in nats per token. `test` is held out; `in_sample` was measured on the prompts that the
-neurons were chosen on; `against_control` compares with as many random neurons. A second table sets
-the effect, larger is less of the behaviour, beside that of every draw of them."""
+neurons were chosen on, or, where groups were tested in blocks, on the same prompts as `test` but
+without these very neurons; `against_control` compares with as many random neurons, `against_ban`
+with a ban of typical words at the same perplexity; `texts` are kinds of general text, `second` is
+another data set. A second table sets the effect, larger is less of the behaviour, beside those of
+the random draws."""
+PROCEDURE = """Groups of prompts were tested block by block, each by neurons chosen on the groups before it. So
+`test` is an estimate of what the procedure does; the neurons listed here are its result on all
+groups. The neurons chosen for the blocks hold {agreement:.0f} % of them on average."""
+
+
+class Evidence(NamedTuple):
+    """What is known of a circuit: differences of `evaluate`; those of `confirm` for this very list
+    on the sealed prompts; and the share of its neurons that the blocks' circuits have too. None
+    where it was not measured.
+    """
+
+    evaluation: Mapping[str, Any] | None = None
+    sealed: Mapping[str, Any] | None = None
+    agreement: float | None = None
+
+
 AMONG = "among_controls"  # effects among draws: not differences with an interval
 
 
@@ -67,17 +86,22 @@ def card(
     method: str,
     circuit: Circuit,
     sha256: str,
-    evaluation: Mapping[str, Any] | None,
+    evidence: Evidence,
 ) -> str:
-    """The model card. `evaluation`: the circuit's differences, or None if it was not evaluated."""
+    """The model card."""
     model = params.model
     removed = int((circuit.scales == 0).sum())
     dampened = len(circuit) - removed
     measured = (
         f"`metrics/evaluate/{behaviour}.json` was not there when this model was written."
-        if evaluation is None
-        else f"{LEGEND}\n\n{evaluation_table(evaluation)}"
+        if evidence.evaluation is None
+        else f"{LEGEND}\n\n{evaluation_table(evidence.evaluation)}"
     )
+    if evidence.agreement is not None:
+        measured += f"\n{PROCEDURE.format(agreement=100 * evidence.agreement)}\n"
+    if evidence.sealed is not None:
+        table = evaluation_table({"sealed": evidence.sealed})
+        measured += f"\nThese very neurons on the sealed prompts:\n\n{table}"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

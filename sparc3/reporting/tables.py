@@ -310,6 +310,47 @@ def behaviour_table(params: Params, behaviour: str, rows: list[dict[str, Any]]) 
     return markdown([columns[at][0] for at in used], ([line[at] for at in used] for line in every))
 
 
+def confirm_table(params: Params, record: Mapping[str, Any]) -> str:
+    """What the sealed sets gave, from metrics/confirm.json: a line for each method."""
+    lines, own = [], []
+    for behaviour, found in record["behaviours"].items():
+        spec, primary = params.behaviours[behaviour], primary_of(params.behaviours[behaviour])
+        assert primary is not None  # of a behaviour with sealed prompts
+        value = primary[1]
+        for method in dict.fromkeys(row["method"] for row in found["circuits"].values()):
+            row = cell(params, behaviour, method, {**found, "completions": {}})
+            differences, change = row["differences"], row["change"]
+            if change is None:
+                continue
+            ranked = row["among"].get(swept(spec).cell)
+            line = [
+                *(behaviour, method + (f" ({row['draws']} draws)" if row["draws"] > 1 else "")),
+                number(differences[value.name].get("n"), 6),
+                f"{interval(change, value.digits)} {value.title}",
+                interval(differences.get(f"against_control_{value.name}"), value.digits),
+                number(ranked and ranked["p"], 2),
+                interval(differences.get(f"against_ban_{value.name}"), value.digits),
+                interval(differences.get(f"in_sample_{value.name}"), value.digits),
+                f"{interval(differences['ppl_worst'])} {row['worst']}",
+                "-",
+                number(change.get("p"), 3),
+            ]
+            if method == spec.method:
+                line[-2] = f"{found['kl']['mean']:.4f} ({found['kl']['percentile_95']:.4f})"
+                own.append((line, change["p"]))
+            lines.append(line)
+    for (line, _), p in zip(own, inference.holm([p for _, p in own]), strict=True):
+        line[-1] = f"{p:.3g} (Holm)"
+    header = [
+        *("behaviour", "method", "groups", "change", "beyond random draws", "rank p"),
+        *("beyond word ban", "this exact list", "perplexity %", "KL, nats (95th percentile)", "p"),
+    ]
+    return (
+        f"Release {record['release']}, commit {record['commit'][:12]}, {record['date']}.\n\n"
+        f"{markdown(header, lines)}"
+    )
+
+
 def second_opinion(params: Params, behaviour: str, rows: list[dict[str, Any]]) -> str:
     """A line on items of another data set: the unpruned model's margin, and its change without the
     circuit of the behaviour's own method.

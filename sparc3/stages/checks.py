@@ -250,7 +250,14 @@ def check_source(key: str, spec: PromptSet) -> Problems:
         expected, fits = VALUES[name]
         if not fits(value):
             yield f"{key}.where.{name} is {value!r}; expected {expected}"
-    if known[:2] == PIN and "revision" not in where and not Path(where.get("path", "")).is_dir():
+    path = Path(where["path"]) if "path" in where else None
+    local = path is not None and path.is_dir()
+    if path and local and not path.resolve().is_relative_to(Path("data").resolve()):
+        yield (
+            f"{key}.where.path is {str(path)!r}; expected a folder in data/, whose changes the "
+            "pipeline sees: put it there and pin it with: python -m sparc3 fetch --update"
+        )
+    if known[:2] == PIN and "revision" not in where and not local:
         yield f"{key}.where.revision is missing; pin the hub's data set by its commit"
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from sparc3.base import artifacts
 from sparc3.base.artifacts import OUTPUTS, circuit_path, held_out, metrics_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, write_csv, write_json
@@ -37,7 +36,9 @@ def sealed_rows(params: Params, behaviour: str) -> dict[str, Rows]:
     assert spec.sealed is not None  # run
     shares = {split: float(split == "test") for split in SPLITS}
     tokenizer, _ = load_tokenizer(params.model)
-    drawn = prompt_set(f"sealed_sets.{spec.sealed}", params.sealed_sets[spec.sealed], shares, tokenizer)
+    drawn = prompt_set(
+        f"sealed_sets.{spec.sealed}", params.sealed_sets[spec.sealed], shares, tokenizer
+    )
     rows = [as_row(prompt, "test") for prompt in drawn]
     if params.prompt_sets[spec.prompts].blocks is None:
         return {"": rows}
@@ -92,7 +93,9 @@ def run(params: Params) -> dict[str, float]:
         setting, by_name, circuits = measure(asked, behaviour, rows, list(methods))
         grouped = group_table(spec, by_name, setting.first)
         write_csv(
-            OUTPUTS / "confirm" / behaviour / "groups.csv", grouped, ["circuit", "group", "units", "mean"]
+            OUTPUTS / "confirm" / behaviour / "groups.csv",
+            grouped,
+            ["circuit", "group", "units", "mean"],
         )
         found[behaviour] = {"circuits": circuits, "kl": kl(params, behaviour)}
         log.info("confirm %s: done", behaviour)
