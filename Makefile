@@ -3,6 +3,7 @@
 # make lint     ruff, pyright and the rooms' contract
 # make ui       the runs in MLflow's UI on 127.0.0.1 (PORT=5000)
 # make bench    the project's own timings
+# make faults   kill processes at random moments, run them again, count what is wrong (MOMENTS=30)
 # make readme   the result table into README.md
 # make lock     requirements.txt anew from pyproject.toml
 # make clean    remove the environment and the caches; data, models, results and runs stay
@@ -12,6 +13,7 @@
 
 VENV ?= .venv
 PORT ?= 5000
+MOMENTS ?= 30
 PYTHON ?=
 UV := uv==0.13.9
 
@@ -35,7 +37,7 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-.PHONY: env repro test lint ui bench readme lock clean
+.PHONY: env repro test lint ui bench faults readme lock clean
 
 ifeq ($(origin VENV),file)
 # The list that was installed is the stamp: equal contents install nothing, whatever the dates.
@@ -55,10 +57,8 @@ env:
 endif
 
 repro: env
-	@echo "Fetching and verifying the model and the data."
-	@$(IN_ENV) python -m sparc3 fetch
-	@echo "Running the pipeline: each stage says what it does."
-	@$(IN_ENV) dvc repro
+	@echo "Model and data, verified, then the pipeline: each stage says what it does."
+	@$(IN_ENV) python -m sparc3 main
 	@cat metrics/table.md
 	@$(IN_ENV) python -m sparc3 committed || true
 	@$(IN_ENV) python -c 'from sparc3.base import store; print("The runs are in", store.public_uri())'
@@ -78,6 +78,9 @@ ui: env
 
 bench: env
 	$(IN_ENV) python -m benchmarks
+
+faults: env
+	$(IN_ENV) PYTHONPATH=.:tests python -m faults --moments $(MOMENTS)
 
 readme: env
 	$(IN_ENV) python -m sparc3 readme

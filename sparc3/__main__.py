@@ -5,18 +5,24 @@ slow is imported before it is known to be needed.
 """
 
 import argparse
+import errno
 import importlib
 import logging
 import sys
 from pathlib import Path
 
-import sparc3
-from sparc3.base.errors import InputError
-from sparc3.base.secrets import masked
-from sparc3.commands import stage
-from sparc3.stages.checks import load
-from sparc3.stages.table import STAGES, axis_flag
+try:
+    import sparc3
+    from sparc3.base.errors import InputError
+    from sparc3.base.secrets import masked
+    from sparc3.commands import stage
+    from sparc3.stages.checks import load
+    from sparc3.stages.table import STAGES, axis_flag
+except KeyboardInterrupt:  # they take a second
+    raise SystemExit(130) from None
 
+# A full disk and places that cannot be written: the user can mend them.
+PLACES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 WITH_PARAMS = ("export", "plan", "submit")  # commands that take params; the others do without
 
 
@@ -66,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             command = importlib.import_module(f"sparc3.commands.{word}")
             command.run(*([load()] if word in WITH_PARAMS else []), **options)
-    except (InputError, PermissionError) as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in PLACES:
+            raise
         print(f"sparc3: error: {masked(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

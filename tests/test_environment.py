@@ -127,6 +127,13 @@ def test_an_environment_that_is_given_is_used_as_it_is(tmp_path):
     assert f"VENV={tmp_path} is no environment" in error
 
 
+def test_the_pipeline_runs_by_main_which_gives_dvc_a_private_site_cache():
+    code, output, error = make("--dry-run", "repro", f"VENV={sys.prefix}")
+    assert code == 0, error
+    assert "python -m sparc3 main" in output
+    assert "dvc" not in output
+
+
 def launcher(folder, name, text):
     path = folder / name
     path.write_text(f"#!/bin/sh\n{text}\n")

@@ -10,13 +10,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from sparc3.base.artifacts import model_digest
 from sparc3.base.errors import InputError
 from sparc3.stages.fetch import hub_model, pin_text
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
+FILES = {
+    "config.json": b'{"model_type": "llama", "max_position_embeddings": 64}',
+    "model.safetensors": save({"weight": np.ones(2, np.float32)}),
+}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_" + "s3cret" * 5
 

@@ -346,7 +346,7 @@ def test_prediction_by_hand_and_by_regression_with_a_dummy():
     )
     draws = np.random.default_rng(1).normal(3, 2, 7)
     for end in inference.prediction(draws):
-        p = stats.ttest_ind([end], draws).pvalue
+        p = stats.ttest_ind([end], draws)[1]
         assert p == pytest.approx(1 - LEVEL)
     assert inference.prediction(np.ones(5)) == (1, 1)
     for few in ([], [2.0]):
@@ -420,6 +420,20 @@ def toxicity_experiment(rng):
         for _ in range(2)
     )
     return inference.reduction(before, after, resamples=RESAMPLES)
+
+
+@pytest.mark.parametrize(("clusters", "expected"), [(6, 0.92), (10, 0.925)])
+def test_coverage_at_few_clusters_is_what_the_docstring_says(clusters, expected, monkeypatch):
+    """Single completions, the hardest: 2,000 null worlds stray by 1.8 points in 3 of 1,000."""
+    rng, found = np.random.default_rng(clusters), []
+    for number in range(2_000):
+        monkeypatch.setattr(inference, "SEED", number)
+        toxic = rng.random((2, clusters)) < rng.beta(0.6, 1.8, clusters)
+        shape = toxic.shape
+        before, after = np.where(toxic, rng.beta(3, 1.5, shape), rng.beta(0.5, 12, shape))
+        found.append(inference.paired_difference(before, after, resamples=RESAMPLES))
+    covered = np.mean([f.low <= 0 <= f.high for f in found])
+    assert covered == pytest.approx(expected, abs=0.018)
 
 
 def margin_experiment(rng):

@@ -300,7 +300,9 @@ def project(tmp_path, monkeypatch, tokenizer) -> Path:
     raw.write_data(tmp_path / "data")
     (tmp_path / "model").mkdir()
     tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
-    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 64}')
+    (tmp_path / "model" / "config.json").write_text(
+        '{"model_type": "llama", "max_position_embeddings": 64}'
+    )
     return tmp_path
 
 
@@ -496,7 +498,9 @@ RACE = SETS["race"]
     ],
 )
 def test_bad_input_is_one_line_that_names_its_key_and_writes_nothing(project, sets, message):
-    (project / "model" / "config.json").write_text('{"max_position_embeddings": 40}')
+    (project / "model" / "config.json").write_text(
+        '{"model_type": "llama", "max_position_embeddings": 40}'
+    )
     with pytest.raises(InputError, match=message) as raised:
         run(params({"fine": SETS["mild"], **sets}))
     assert str(raised.value).startswith("params: ")

@@ -267,7 +267,10 @@ def test_order_and_company_of_texts_do_not_matter(bias_folder, monkeypatch):
 def test_descriptions_pin_what_scored(detoxify_folder, bias_folder):
     assert set(SCORERS) == {"profanity", "detoxify", "classifier"}
     profanity = describe(spec_of("profanity"))
-    assert {"alt-profanity-check", "scikit-learn", "sha256"} <= set(profanity)
+    assert {"alt-profanity-check", "scikit-learn"} < set(profanity)
+    assert {f"sha256 {name}": of for name, of in scorers.PROFANITY.items()}.items() < (
+        profanity.items()
+    )
     detoxify = describe(spec_of("detoxify", str(detoxify_folder)))
     assert detoxify["sha256"] == digest(detoxify_folder / "toxic.ckpt")
     assert detoxify["label"] == "toxicity"
@@ -335,5 +338,5 @@ def test_non_finite_score_is_an_error(detoxify_folder):
     saved = torch.load(checkpoint)
     saved["state_dict"]["classifier.bias"][0] = float("nan")
     torch.save(saved, checkpoint)
-    with pytest.raises(InputError, match="non-finite score to 'nice'"):
-        scorer(spec_of("detoxify", str(detoxify_folder)))(["nice"])
+    with pytest.raises(InputError, match="non-finite score to ''; name another"):
+        scorer(spec_of("detoxify", str(detoxify_folder)))  # before any text is made to be scored

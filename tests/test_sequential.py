@@ -54,7 +54,7 @@ def rejected(monkeypatch):
         found = []
         for number, changes in enumerate(held_out(worlds(count, effect, seed), parts)):
             monkeypatch.setattr(inference, "SEED", number)  # swaps of its own
-            found.append(inference.paired_difference(0 * changes, changes, resamples=399).p <= 0.05)
+            found.append(inference.paired_difference(0 * changes, changes, resamples=199).p <= 0.05)
         return np.mean(found)
 
     return share
@@ -76,7 +76,7 @@ def test_naive_folds_do_not(rejected):
 
 def test_sequential_blocks_find_more_than_one_split(rejected):
     """Though the circuits of the first blocks are chosen on fewer terms, and are a little worse."""
-    blocks, split = (rejected(1500, EFFECT, parts) for parts in (SEQUENTIAL, SPLIT))
+    blocks, split = (rejected(1000, EFFECT, parts) for parts in (SEQUENTIAL, SPLIT))
     assert blocks > 0.65
     assert split < 0.5
 

@@ -744,6 +744,31 @@ def test_an_experiment_in_dvcs_temporary_copy_is_kept(project, tmp_path):
     assert kept.read_text() == "select"
 
 
+def test_dvcs_site_cache_is_the_owners_alone_unless_another_is_named(tmp_path, monkeypatch):
+    """DVC makes it below /var/tmp for all to write, and loads what it finds there by pickle."""
+    monkeypatch.chdir(tmp_path)
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
+        call(tmp_path, *command)
+    (tmp_path / "data").write_text("a")
+    mask = os.umask(0)
+    try:
+        given = store.private({"PATH": ""})
+        assert given == {"PATH": "", "DVC_SITE_CACHE_DIR": str(tmp_path / ".dvc/tmp/site")}
+        call(tmp_path, "dvc", "add", "-q", "data", **given | {"PATH": os.environ["PATH"]})
+        assert (tmp_path / ".dvc/tmp/site/repo").is_dir()
+        assert (tmp_path / ".dvc/tmp/site").stat().st_mode & 0o777 == 0o700
+        (tmp_path / ".dvc/tmp/site").chmod(0o777)  # as DVC itself would have made it
+        copy = tmp_path / ".dvc/tmp/exps/standalone/a"
+        copy.mkdir(parents=True)
+        monkeypatch.chdir(copy)
+        assert store.private({}) == {"DVC_SITE_CACHE_DIR": str(tmp_path / ".dvc/tmp/site")}
+        assert (tmp_path / ".dvc/tmp/site").stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(mask)
+    named = {"DVC_SITE_CACHE_DIR": "/elsewhere"}
+    assert store.private(named) == named
+
+
 # The comparison
 
 

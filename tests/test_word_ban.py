@@ -1,17 +1,17 @@
-"""The word ban against a naive z score and against logits shifted by hand."""
-
-import math
+"""The word ban: its words, and likelihoods against logits shifted by hand."""
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from sparc3.circuits.ablate import pruned
 from sparc3.circuits.circuit import INTACT
 from sparc3.measure import generate, likelihood
 from sparc3.measure.generate import Sampling
-from sparc3.measure.word_ban import banned, typical_tokens
+from sparc3.measure.word_ban import bad_tokens, banned
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 BANNED = [7, 3, 41]
@@ -19,49 +19,37 @@ GIVEN = tiny.sequences([9, 2, 17, 5])
 NAMES = ["a", "b", "c", "d"]
 
 
-def naive_z(token, behaviour, reference):
-    """Of Monroe et al. (2008), with log odds written out as odds within each set's posterior."""
-    both = [*behaviour, *reference]
-    prior = sum(text.count(token) for text in both)
-    odds, variance = [], 0
-    for texts in (behaviour, reference):
-        posterior = prior + sum(text.count(token) for text in texts)
-        total = sum(map(len, both)) + sum(map(len, texts))
-        share = posterior / total
-        odds.append(share / (1 - share))
-        variance += 1 / posterior
-    return math.log(odds[0] / odds[1]) / math.sqrt(variance)
+WORDS = ("dam", "n", "hell", "o", "fool", "ish", "nice", "day", "is", "it")
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_tokens_are_ranked_by_the_naive_z(seed):
-    rng = np.random.default_rng(seed)
-    behaviour = [(rng.zipf(1.5, 12) % 30).tolist() for _ in range(8)]
-    reference = [(rng.zipf(1.5, 20) % 40 + 3).tolist() for _ in range(9)]
-    tokens = {token for text in (*behaviour, *reference) for token in text}
-    z = {token: naive_z(token, behaviour, reference) for token in tokens}
-    expected = [t for t in sorted(z, key=lambda t: (-round(z[t], 9), t)) if z[t] > 1e-12]
-    assert len(expected) > 3
-    assert typical_tokens(behaviour, reference, 1000) == expected
-    assert typical_tokens(behaviour, reference, 3) == expected[:3]
-    assert typical_tokens(behaviour[::-1], reference[::-1], 1000) == expected
+def spelling():
+    """A tokenizer that reads a word as the first pieces of WORDS that fit."""
+    vocabulary = {word: number for number, word in enumerate(("[unk]", *WORDS))}
+    pieces = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="[unk]"))
+    pieces.normalizer = normalizers.Strip()
+    pieces.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(WORDS)), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=pieces)
 
 
-def test_equal_tokens_come_in_the_order_of_their_ids():
-    assert typical_tokens([[9, 2, 5], [5]], [[1, 1, 1, 1]], 9) == [5, 2, 9]
+def score(texts):
+    return np.array([float(text in ("damn", "hell", "foolish")) for text in texts])
 
 
-def test_more_of_the_same_share_is_more_typical():
-    """A word seen ten times and never elsewhere stands above one seen once."""
-    assert typical_tokens([[1] * 10 + [2] + [3] * 20], [[3] * 31], 9) == [1, 2]
+def test_the_last_tokens_of_bad_words_come_by_frequency():
+    """`hell` also ends nothing else; `n` ends `damn`; `ish`, of `foolish`, comes once."""
+    texts = ["damn damn, it is hell!", "hello fool", "a foolish day", "damn nice"]
+    found = bad_tokens(texts, spelling(), score)
+    assert [("[unk]", *WORDS)[token] for token in found] == ["n", "hell", "ish"]
 
 
-@pytest.mark.parametrize(
-    ("behaviour", "reference"),
-    [([], []), ([], [[1]]), ([[1, 2]], []), ([[5, 5]], [[5]]), ([[1, 2]], [[2, 1], [1, 2]])],
-)
-def test_nothing_is_typical(behaviour, reference):
-    assert typical_tokens(behaviour, reference, 9) == []
+def test_a_token_that_ends_good_words_more_often_is_left_out():
+    texts = ["damn nn nn nn", "hell"]
+    found = bad_tokens(texts, spelling(), score)
+    assert [("[unk]", *WORDS)[token] for token in found] == ["hell"]
+
+
+def test_no_bad_word_no_token():
+    assert bad_tokens(["a nice day"], spelling(), score) == []
 
 
 @torch.no_grad()

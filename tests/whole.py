@@ -124,6 +124,7 @@ PARAMS: dict[str, Any] = {
         "num_neurons": [4, 10],
         "protect": [0.1, 0.3],
         "texts": 6,
+        "error": 0.0,
         "items": 12,
         "batch_tokens": 60,
     },

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparc3.base.runs import PARENT, Run, closing, create, given, source
-from sparc3.base.store import answering, connect, locked, tracking_uri
+from sparc3.base.store import alone, answering, connect, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as Record
@@ -59,7 +59,7 @@ def pipeline_run(
         artifacts: files of the whole (result table, figures).
     """
     client, main = report.client, given(report.client, PARENT)
-    with locked(tracking_uri()):
+    with alone(tracking_uri()):
         makers = {name: _maker(report, name, digest) for name, digest in products.items()}
         made = {name: maker for name, maker in makers.items() if maker}
         parent = _existing(report, state, "all") or main or create(client, report.experiment, None)

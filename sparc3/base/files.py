@@ -1,14 +1,19 @@
 """Files in and out: every write is atomic, every read names the file it could not use."""
 
 import csv
+import fcntl
+import glob
 import hashlib
 import io
 import json
+import logging
 import os
-import tempfile
+import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -16,24 +21,81 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sparc3.base.errors import InputError
+from sparc3.base.parallel import began
 
+log = logging.getLogger(__name__)
 Array = np.ndarray
 _MISSING = "file not found; run the stage that writes it (dvc repro)"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it there only if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    temporary = Path(name)
+def writing(path: Path) -> Iterator[None]:
+    """InputError where the system, or safetensors for it, has something against what is written:
+    a full disk, no right to write, ...
+    """
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        remedy = "make room, or get the right to write there, and run again"
+        raise InputError(f"{path}: cannot be written ({reason}); {remedy}") from error
+
+
+@contextmanager
+def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
+    """Yield a temporary file (or folder) beside `path`; move it there only if the block succeeds.
+
+    Its name has the process's number: what killed processes of this host left beside goes.
+    InputError: as `writing`.
+    """
+    begin = f".{path.name}.{socket.gethostname()}."
+    temporary = path.with_name(f"{begin}{os.getpid()}.{token_hex(4)}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{glob.escape(begin)}*"):
+            if began(int(left.name.removeprefix(begin).partition(".")[0])) is None:
+                _remove(left)
+        temporary.mkdir() if folder else temporary.touch(exist_ok=False)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def usual_rights(folder: Path) -> None:
+    """Files get the rights of new ones: safetensors gives its own to the owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
+@contextmanager
+def locked(path: Path, waiting: str | None = None) -> Iterator[None]:
+    """Exclusive among processes that lock this file, which says whose turn it is and stays.
+
+    The system frees it when the process ends, however that ends. Who has to wait says so, as
+    `waiting`, and for whom.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            if waiting is not None:
+                log.info("%s: waiting for %s, which does the same", waiting, stream.read())
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

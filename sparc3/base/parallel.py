@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 from sparc3.base.errors import InputError
@@ -51,6 +52,15 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
         remedy = "start the processes with torchrun, or unset RANK to run only one"
         raise InputError(f"environment: {shown} is no place in a job; {remedy}")
     return here
+
+
+def began(process: int) -> str | None:
+    """When a process of this host began, in clock ticks since boot; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]  # a zombie has ended
 
 
 @contextmanager

@@ -63,6 +63,7 @@ class PromptSet:
     match_length: str | None = None
     scores: tuple[str, ...] | None = None
     keep: Keep | None = None
+    attributed: Count | None = None  # null: all of the attribute split, else its first so many
     blocks: Count | None = None  # that are tested one by one, each by circuits of all before it
 
 
@@ -138,6 +139,7 @@ class Sweep:
     num_neurons: tuple[Count, ...]
     protect: tuple[Share, ...]
     texts: Count
+    error: Size
     items: Count
     batch_tokens: Count
 

@@ -26,6 +26,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparc3.base.errors import InputError
+from sparc3.base.parallel import began
 from sparc3.base.secrets import first_line, masked, secrets
 from sparc3.base.store import answering, connect, public_uri, refusals
 
@@ -179,27 +180,18 @@ def _signals_wait() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def _began(process: int) -> str | None:
-    """When a process of this host began, in clock ticks since boot; None if it has ended."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else fields[19]  # a zombie has ended
-
-
 def _process() -> dict[str, str]:
     """The tags by which a later process sees whether this one has ended."""
     pid = os.getpid()
-    return {"sparc3.host": socket.gethostname(), "sparc3.process": f"{pid} {_began(pid)}"}
+    return {"sparc3.host": socket.gethostname(), "sparc3.process": f"{pid} {began(pid)}"}
 
 
 def _end_dead(client: "MlflowClient", experiment: str) -> None:
     """Mark the runs KILLED that processes of this host, killed themselves, left RUNNING."""
     mine = f"status = 'RUNNING' and tags.`sparc3.host` = '{socket.gethostname()}'"
     for record in client.search_runs([experiment], mine):
-        pid, began = record.data.tags["sparc3.process"].split()
-        ended, run_id = _began(int(pid)) != began, record.info.run_id
+        pid, start = record.data.tags["sparc3.process"].split()
+        ended, run_id = began(int(pid)) != start, record.info.run_id
         if ended and client.get_run(run_id).info.status == "RUNNING":  # not well, since the search
             client.set_terminated(run_id, "KILLED")
 

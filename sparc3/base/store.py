@@ -3,19 +3,18 @@
 MLflow is imported only when a run begins: what reads no more than an address need not wait for it.
 """
 
-import fcntl
 import gc
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
 from sparc3.base.errors import InputError
-from sparc3.base.files import replacing
+from sparc3.base.files import locked, replacing
 from sparc3.base.secrets import first_line, masked
 
 if TYPE_CHECKING:
@@ -82,17 +81,20 @@ def public_uri() -> str:
     return masked(uri.replace(f"{user}{at}", "", 1))
 
 
-@contextmanager
-def locked(uri: str) -> Iterator[None]:
+def alone(uri: str) -> AbstractContextManager[None]:
     """Exclusive among processes that share a SQLite file; a server needs no lock and gets none."""
     path = database(uri)
-    if path is None:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    return locked(path.with_name(f"{path.name}.lock")) if path else nullcontext()
+
+
+def private(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for DVC: its site cache, of which it loads pickles and which lies in a folder
+    open to all, is one of this checkout and its owner's alone, unless the user names another.
+    """
+    folder = checkout() / ".dvc" / "tmp" / "site"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return {"DVC_SITE_CACHE_DIR": str(folder), **environment}
 
 
 def _import(uri: str) -> "type[MlflowClient]":
@@ -218,7 +220,7 @@ def connect() -> tuple["MlflowClient", str]:
     """A client and the id of the experiment, both existing; InputError if that cannot be had."""
     uri = tracking_uri()
     mlflow_client = _import(uri)
-    with locked(uri):
+    with alone(uri):
         path = database(uri)
         if path and not (path.exists() and path.stat().st_size):
             _create_database(path)

@@ -17,10 +17,14 @@ def noise(seed: int, name: str, shape: tuple[int, int]) -> Array:
 OWN = "own"  # in match and layers: the method that the behaviour itself names
 
 
-def leader(method: Method, own: str) -> str | None:
-    """The method that another takes its number of neurons from; `own` is the behaviour's."""
-    name = method.match or method.layers
-    return own if name == OWN else name
+def leader(name: str, method: Method, own: str) -> str | None:
+    """The method that another takes its number of neurons from; `own` is the behaviour's, which
+    does not follow itself.
+    """
+    followed = method.match or method.layers
+    if followed == OWN:
+        return None if name == own else own
+    return followed
 
 
 def is_control(method: Method) -> bool:
@@ -28,11 +32,17 @@ def is_control(method: Method) -> bool:
     return method.score == "random" or method.contrast in ("reversed-difference", "reference-only")
 
 
-def swept(methods: Mapping[str, Method]) -> dict[str, Method]:
-    """The methods that choose their own number of neurons, in their order."""
-    return {n: m for n, m in methods.items() if not (m.match or m.layers or m.all)}
+def swept(methods: Mapping[str, Method], own: str) -> dict[str, Method]:
+    """The methods that choose their own number of neurons for a behaviour, in their order."""
+    return {n: m for n, m in methods.items() if not m.all and leader(n, m, own) is None}
 
 
 def independent(params: Params) -> list[str]:
-    """Those of them that choose once: whom others can follow."""
-    return [name for name, method in swept(params.methods).items() if method.draws == 1]
+    """Methods that choose once, whatever the behaviour: whom others can follow by name."""
+    return [name for name, method in swept(params.methods, "").items() if method.draws == 1]
+
+
+def can_lead(params: Params) -> list[str]:
+    """Methods that a behaviour can have for its own, which `match: own` follows."""
+    methods = params.methods
+    return [n for n, m in methods.items() if m.draws == 1 and n in swept(methods, n)]

@@ -4,7 +4,6 @@ python -m sparc3 export --behaviour toxicity --method lrp --folder exported/toxi
 """
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import GenerationConfig
 
 from sparc3.base.artifacts import circuit_path, metrics_path
 from sparc3.base.errors import InputError
-from sparc3.base.files import digest, read_json, write_text
+from sparc3.base.files import digest, read_json, replacing, usual_rights, write_text
 from sparc3.base.params import Params
 from sparc3.circuits.ablate import prune_weights
 from sparc3.circuits.circuit import read_circuit
@@ -58,9 +57,7 @@ def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, 
     model = loading.load(params.model, "cpu")
     prune_weights(model, circuit)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with replacing(folder, folder=True) as temporary:
         defaults = given / "generation_config.json"
         if defaults.is_file():  # is copied, for some that transformers reads it refuses to write
             model.generation_config = GenerationConfig()
@@ -72,11 +69,6 @@ def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, 
             shutil.copyfile(file, temporary / file.name)
         text = card(params, behaviour, method, circuit, digest(source), evidence)
         write_text(temporary / "README.md", text)
-        for file in temporary.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        usual_rights(temporary)
     removed = int((circuit.scales == 0).sum())
     return {"removed": float(removed), "dampened": float(len(circuit) - removed)}

@@ -21,7 +21,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sparc3.base.artifacts import circuit_names, prompts_path, read_prompts
 from sparc3.base.errors import InputError
-from sparc3.base.params import Params, PromptSet, Sweep, Transfer, scores_of, sets_of
+from sparc3.base.params import (
+    FIRST,
+    Params,
+    PromptSet,
+    Sweep,
+    Transfer,
+    scores_of,
+    sets_of,
+)
 from sparc3.base.secrets import first_line, hub_token
 from sparc3.circuits.methods import swept
 from sparc3.commands import cost
@@ -166,7 +174,9 @@ class Plan:
         _, spec = sets_of(self.params)[name]
         count, shares = spec.keep.top if spec.keep else candidates(spec), self.params.prepare.splits
         if split is not None:
-            count = round(count * shares[split] / sum(shares.values()))
+            if spec.blocks is not None:
+                shares = {"attribute": 1.0, "test": 1 - FIRST}
+            count = round(count * shares[split])
         return ([self._assumed(name)] * count)[:most]
 
     def _assumed(self, name: str) -> int:
@@ -194,7 +204,8 @@ class Plan:
 
     def _attribute(self, name: str) -> Work:
         params, parts = self.params, []
-        names, tokens = scores_of(params, name), self.tokens(name, "attribute")
+        most = params.prompt_sets[name].attributed
+        names, tokens = scores_of(params, name), self.tokens(name, "attribute", most)
         for target, scores in by_target(names, params.prompt_sets[name].target).items():
             prompts = [[n, n] if target == "pair" else [n] for n in tokens]
             batch, computed = params.attribute.batch_tokens, list(scores.values())
@@ -211,12 +222,16 @@ class Plan:
 
     def _sweep(self, name: str) -> Work:
         params, sweep = self.params, self.params.sweep
-        points = len(swept(params.methods)) * len(sweep.protect) * len(sweep.num_neurons)
+        spec = params.behaviours[name]
+        methods = len(swept(params.methods, spec.method))
+        points = methods * len(sweep.protect) * len(sweep.num_neurons)
         if not points:
             return Work()
         texts = self.tokens(params.differential.general, "tune", sweep.texts)
-        general = cost.likelihood(self.model, 1 + points, texts, sweep.batch_tokens)
-        return cost.together([general, *self._swept(name, "tune", 1 + points, sweep)])
+        parts = [cost.likelihood(self.model, 1 + points, texts, sweep.batch_tokens)]
+        if params.prompt_sets[spec.prompts].blocks is None:
+            parts += self._swept(name, "tune", 1 + points, sweep)
+        return cost.together(parts)
 
     def _transfer(self) -> Work:
         params, transfer = self.params, self.params.transfer

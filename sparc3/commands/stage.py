@@ -17,9 +17,9 @@ from typing import Any
 
 import sparc3
 from sparc3.base import comparison, parallel, runs
-from sparc3.base.artifacts import metrics_path, model_digest
+from sparc3.base.artifacts import OUTPUTS, metrics_path, model_digest
 from sparc3.base.errors import InputError
-from sparc3.base.files import digest, digest_text
+from sparc3.base.files import digest, digest_text, locked
 from sparc3.base.params import Params
 from sparc3.stages.fetch import DATA, folder_md5
 from sparc3.stages.table import STAGES, Stage, check_axis, shown_files
@@ -45,7 +45,9 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
         module.run(params, **options)
         return
     tags = {"sparc3.digest.model": model_digest(Path(params.model.path))} if stage.model else {}
-    with runs.stage_run(word, axes, parameters(params, word, axes), tags) as opened:
+    name = "@".join([word, *axes.values()])
+    lock = locked(OUTPUTS / "partial" / f"{name}.lock", name)  # a second process waits
+    with lock, runs.stage_run(word, axes, parameters(params, word, axes), tags) as opened:
         metrics = module.run(params, **options)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         cost = {"seconds": time.monotonic() - sparc3.STARTED, "peak_megabytes": memory}

@@ -16,16 +16,17 @@ intervals under a true null: paired difference and relative change of the mean o
 toxicity-like scores, 1 and 8 completions per prompt (6,000 experiments each):
 
     clusters   percentile   widened       BCa          widened BCa
-    6          82 - 85 %    92 - 94 %     77 - 85 %    88 - 93 %
-    10         87 - 90 %    92 - 94 %     81 - 90 %    87 - 95 %
-    20         91 - 93 %    94 - 95 %     89 - 93 %    91 - 95 %
-    60, 100    94 %         94 - 95 %     94 - 95 %    94 - 96 %
+    6          82 - 84 %    92 - 93 %     77 - 85 %    88 - 93 %
+    10         87 - 89 %    92 - 94 %     81 - 89 %    88 - 94 %
+    20         91 - 92 %    94 - 95 %     89 - 93 %    91 - 95 %
+    60, 100    94 %         95 %          94 - 95 %    94 - 96 %
 
-Where it falls short: large effects on few single completions (a true reduction of 40 %: 83 % at 6
-prompts, 89 % at 10, 95 % from 60), clusters of very unequal size (93 % at 10 to 40 clusters), heavy
-tails (92 % for the mean of 100 lognormal values), and a kink. ICAT has one at SS = 50: with the
-true SS at 50 after pruning, the sample's ICAT is too low on average and the interval covers 89 %;
-with SS at 53 it covers 99 %. Report the interval of SS beside that of ICAT.
+Where it falls short: large effects on few single completions (a true fall of 40 %: 92 % at 6 to 20
+prompts, 95 % from 60; if 8 % are toxic and not 25 %, 92 % at 10 and 94 % at 60), clusters of very
+unequal size (93 % at 10 to 40 clusters; of 4 to 20 items 94 to 95 %), heavy tails (92 % for the
+mean of 100 lognormal values), and a kink. ICAT has one at SS = 50: with the true SS at 50 after
+pruning, the sample's ICAT is too low on average and the interval covers 89 %; with SS at 53 it
+covers 99 %. Report the interval of SS beside that of ICAT.
 
 p-value: before and after are swapped within whole clusters, which for means flips the sign of the
 cluster's difference. Exact for exchangeable pairs at any sample size.

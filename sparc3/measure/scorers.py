@@ -10,15 +10,15 @@ detoxify    Detoxify's `original` model (Hanu and Unitary 2020). path: the check
 classifier  any text-classification model. path: a folder, or owner/name on the hub. label: whose
             probability is the score. revision: the commit on the hub
 
-Each is pinned: by the wheel's version, by sha256, by the commit on the hub.
+Each is pinned: by sha256, or by the commit on the hub. Of pickles only those two are read that the
+wheel of alt-profanity-check has, and Detoxify's checkpoint by torch's reader of plain tensors.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, digest
 from sparc3.base.params import Scorer as Spec
-from sparc3.base.secrets import first_line
+from sparc3.model.checkpoint import reading, require_whole
 from sparc3.model.families import EVERY_WEIGHT, context, require_weights
 
 if TYPE_CHECKING:
@@ -39,6 +39,16 @@ Load = Callable[[Spec, str], Scorer]  # spec, device
 Describe = Callable[[Spec], dict[str, str]]
 
 BATCH = 32  # texts
+TEXTS = ["", "you are", "a text of some more words, so that they are padded in one batch"]
+SAME = 1e-3  # how far the score of a text may be from its score in a batch
+LONG = 10**9  # tokens: no limit at all
+HUB = "give a folder with config.json, safetensors and tokenizer, or a name on the hub"
+
+# alt-profanity-check 1.9.1 unpickles these on import: they must be those of its wheel.
+PROFANITY = {
+    "model.joblib": "aeafc04849d4d93db4721cf30a86ebf22085595294b8a07d51918e7fa98f538b",
+    "vectorizer.joblib": "19c5200dc6a41f026e0558e2f164f5fe8d8f58e502b46b37e4385037fcfa4831",
+}
 
 # Detoxify 0.5.4, model `original`: its checkpoint, and the encoder whose configuration and
 # vocabulary the checkpoint leaves out.
@@ -69,9 +79,12 @@ def scorer(spec: Spec, device: str = "cpu") -> Scorer:
         scores = score(texts) if texts else np.empty(0)
         if not np.isfinite(scores).all():
             text = texts[int(np.isfinite(scores).argmin())]
-            raise InputError(f"scorer: {spec.kind} gives a non-finite score to {text[:60]!r}")
+            remedy = "name another scorer, or leave the text out"
+            problem = f"{spec.kind} gives a non-finite score to {text[:60]!r}"
+            raise InputError(f"scorer: {problem}; {remedy}")
         return scores
 
+    checked(TEXTS)
     return checked
 
 
@@ -89,27 +102,40 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _profanity(spec: Spec, device: str) -> Scorer:
+    _profanity_files()
     from profanity_check import predict_prob  # loads its model on import
 
     return predict_prob
 
 
+def _profanity_files() -> dict[str, str]:
+    """What the package unpickles, found without importing it, and its sha256, which is checked."""
+    package = getattr(find_spec("profanity_check"), "origin", "nowhere")
+    for name, sha256 in PROFANITY.items():
+        file = Path(package).parent / "data" / name
+        if (found := digest(file)) != sha256:
+            raise InputError(
+                f"scorer: {file} has sha256 {found}, expected {sha256}, and is not unpickled; "
+                "install the pinned alt-profanity-check again"
+            )
+    return {f"sha256 {name}": sha256 for name, sha256 in PROFANITY.items()}
+
+
 def _describe_profanity(spec: Spec) -> dict[str, str]:
-    model = Path(str(files("profanity_check") / "data" / "model.joblib"))
-    return _versions("alt-profanity-check", "scikit-learn") | {"sha256": digest(model)}
+    return _versions("alt-profanity-check", "scikit-learn") | _profanity_files()
 
 
 def _classifier(spec: Spec, device: str) -> Scorer:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     path, revision = _pinned(spec), spec.revision
-    try:
+    if Path(path).is_dir():
+        require_whole("scorer", path)
+    with reading("scorer", path, HUB):
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            path, revision=revision, trust_remote_code=False, **EVERY_WEIGHT
+            path, revision=revision, **EVERY_WEIGHT
         )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(path, error) from None
     require_weights(f"scorer: {path} as a text-classification model", found)
     names = [str(name) for name in model.config.id2label.values()]
     # The rule of transformers' own pipeline.
@@ -141,29 +167,24 @@ def _detoxify(spec: Spec, device: str) -> Scorer:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    checkpoint, encoder, revision = _detoxify_files(spec)
-    try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    file, encoder, revision = _detoxify_files(spec)
+    with reading("scorer", str(file), "expected Detoxify's checkpoint: state_dict and config"):
+        saved = torch.load(file, map_location="cpu", weights_only=True)
         size = saved["config"]["arch"]["args"]["num_classes"]
         classes = map(str, saved["config"]["dataset"]["args"]["classes"])
         labels = [LABELS.get(name, name) for name in classes]
         # Older versions of transformers saved these indices with the weights.
         state = {k: w for k, w in saved["state_dict"].items() if not k.endswith(".position_ids")}
-    except (UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
-        problem = f"not a Detoxify checkpoint ({type(error).__name__})"
-        raise InputError(f"{checkpoint}: {problem}; expected state_dict and config") from error
-    try:
-        source = {"revision": revision, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(encoder, num_labels=size, **source)
-        tokenizer = AutoTokenizer.from_pretrained(encoder, **source)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(encoder, error) from None
-    model = AutoModelForSequenceClassification.from_config(config)
+    code: dict[str, Any] = {"trust_remote_code": False}
+    with reading("scorer", encoder, HUB):
+        config = AutoConfig.from_pretrained(encoder, num_labels=size, revision=revision, **code)
+        tokenizer = AutoTokenizer.from_pretrained(encoder, revision=revision, **code)
+        model = AutoModelForSequenceClassification.from_config(config, **code)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{checkpoint}: its weights do not fit the encoder {encoder}") from error
-    column = _index(spec.label or "toxicity", labels, str(checkpoint))
+        raise InputError(f"{file}: its weights do not fit the encoder {encoder}") from error
+    column = _index(spec.label or "toxicity", labels, str(file))
     return _run(model, tokenizer, column, True, device)
 
 
@@ -207,10 +228,10 @@ def _published_checkpoint() -> Path:
 
 
 def _describe_detoxify(spec: Spec) -> dict[str, str]:
-    checkpoint, encoder, revision = _detoxify_files(spec)
+    file, encoder, revision = _detoxify_files(spec)
     about = {
-        "checkpoint": str(checkpoint),
-        "sha256": digest(checkpoint),
+        "checkpoint": str(file),
+        "sha256": digest(file),
         "encoder": encoder,
         "label": spec.label or "toxicity",
     }
@@ -232,11 +253,6 @@ def _index(label: str | None, labels: Sequence[str], where: str) -> int:
     return labels.index(label)
 
 
-def _cannot_load(path: str, error: Exception) -> InputError:
-    reason = first_line(error)
-    return InputError(f"scorer: cannot load {path} ({reason}); give a folder, or a name on the hub")
-
-
 def _run(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -250,20 +266,40 @@ def _run(
     if device == "auto":  # for a model in parts; a scorer is small
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.nn.Module.to(model.eval(), device)  # transformers' own `to` has no usable type
-    limit = int(min(tokenizer.model_max_length, context(model.config.to_dict())))
-    fit: Any = {"padding": True, "truncation": True, "max_length": limit}
+    limit = min(tokenizer.model_max_length, _positions(model))
+    fit: Any = {"truncation": True, "max_length": int(limit)} if limit < LONG else {}
 
     @torch.inference_mode()
+    def batch(texts: list[str], padding: bool) -> Array:
+        inputs = tokenizer(texts, return_tensors="pt", padding=padding, **fit)
+        logits = model(**inputs.to(model.device)).logits.float()
+        chances = logits.sigmoid() if independent else logits.softmax(-1)
+        return chances[:, column].cpu().numpy()
+
+    with reading("scorer", str(model.name_or_path), "no text can be scored; name another model"):
+        alone = np.concatenate([batch([text], False) for text in TEXTS])
+        pad = tokenizer.pad_token_id  # without one, or another than the model's, texts go alone
+        together = pad is not None and pad == model.config.pad_token_id
+        together = together and np.allclose(batch(TEXTS, True), alone, atol=SAME, equal_nan=True)
+
     def score(texts: list[str]) -> Array:
-        scores = np.empty(len(texts))
+        scores, size = np.empty(len(texts)), BATCH if together else 1
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
-        starts = range(0, len(texts), BATCH)
+        starts = range(0, len(texts), size)
         for start in tqdm(starts, "score texts", unit="batch", disable=None, leave=False):
-            batch = order[start : start + BATCH]
-            inputs = tokenizer([texts[i] for i in batch], return_tensors="pt", **fit)
-            logits = model(**inputs.to(model.device)).logits.float()
-            chances = logits.sigmoid() if independent else logits.softmax(-1)
-            scores[batch] = chances[:, column].cpu().numpy()
+            places = order[start : start + size]
+            scores[places] = batch([texts[i] for i in places], together)
         return scores
 
     return score
+
+
+def _positions(model: "PreTrainedModel") -> float:
+    """Tokens that a classifier reads at most. RoBERTa and its like number them from after the
+    padding's own number, and so have fewer than their table has rows.
+    """
+    from torch.nn import Embedding
+
+    tables = (each for name, each in model.named_modules() if name.endswith("position_embeddings"))
+    padded = (t.padding_idx + 1 for t in tables if isinstance(t, Embedding) and t.padding_idx)
+    return context(model.config.to_dict()) - next(padded, 0)

@@ -1,47 +1,37 @@
-"""A control that needs no neuron: the words that are typical of a behaviour made less likely."""
+"""A control that needs no neuron: the words that a scorer calls bad made less likely."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparc3.measure.likelihood import Tokens
+from sparc3.measure.scorers import Scorer
+
+BAD = 0.5  # a word is bad from this score on
 
 
-def typical_tokens(
-    behaviour: Sequence[Tokens], reference: Sequence[Tokens], count: int
+def bad_tokens(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, score: Scorer
 ) -> list[int]:
-    """The at most `count` tokens that are most typical of `behaviour`, the most typical first.
+    """Tokens that end the words of `texts` which `score` calls bad, the most frequent first.
 
-    By z of the log odds ratio with an informative Dirichlet prior (Monroe et al. 2008, "Fightin'
-    Words", Political Analysis 16(4)), here the counts of both sets together: with y(w) of n tokens
-    of `behaviour` and y'(w) of n' of `reference` being w, a(w) = y(w) + y'(w) and a0 = n + n',
-
-        delta(w) = log((y + a) / (n + a0 - y - a)) - log((y' + a) / (n' + a0 - y' - a))
-        z(w) = delta(w) / sqrt(1 / (y + a) + 1 / (y' + a))
-
-    Only tokens of z above 0; of equal ones the smaller id first. Give tokens of the text alone:
-    what a tokenizer puts in front is the more typical of the set whose texts are shorter.
+    The last token of a word, so that a word of several is cut off before it is complete. Left out
+    is one that ends other words of the texts more often than bad ones. Of equally frequent tokens
+    the smaller id comes first.
     """
-    seen, others = (Counter(chain.from_iterable(texts)) for texts in (behaviour, reference))
-    tokens = sorted(seen)  # z of a token that only `reference` has is below 0
-    y, y_ref = (np.array([of[t] for t in tokens], np.float64) for of in (seen, others))
-    n, n_ref = seen.total(), others.total()
-    a = y + y_ref
-    with np.errstate(divide="ignore", invalid="ignore"):  # all tokens are one: nothing is typical
-        log_odds, log_odds_ref = (
-            np.log((own + a) / (total + n + n_ref - own - a))
-            for own, total in ((y, n), (y_ref, n_ref))
-        )
-        z = (log_odds - log_odds_ref) / np.sqrt(1 / (y + a) + 1 / (y_ref + a))
-    best = np.argsort(-z, kind="stable")
-    return [tokens[place] for place in best if z[place] > 0][:count]
+    words = Counter(word for text in texts for word in re.findall(r"[^\W\d_]+", text))
+    names = sorted(words)
+    ends = tokenizer([f" {word}" for word in names], add_special_tokens=False).input_ids
+    bad, good = Counter[int](), Counter[int]()
+    for word, ids, value in zip(names, ends, score(names).tolist(), strict=True):
+        (bad if value >= BAD else good)[ids[-1]] += words[word]
+    tokens = sorted(bad, key=lambda token: (-bad[token], token))
+    return [token for token in tokens if bad[token] >= good[token]]
 
 
 @contextmanager

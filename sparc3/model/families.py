@@ -7,6 +7,7 @@ row of `sparc3.relevance.lrp.RULES`. Importing this takes neither torch nor tran
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -40,11 +41,13 @@ FAMILIES: dict[str, Family] = {  # by config.model_type
 }
 
 
-EVERY_WEIGHT: dict[str, Any] = {  # no pickle, no made-up weight without a word
+EVERY_WEIGHT: dict[str, Any] = {  # no code, no pickle, no made-up weight without a word
+    "trust_remote_code": False,
     "use_safetensors": True,
     "output_loading_info": True,
     "ignore_mismatched_sizes": True,
 }
+logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # `require_weights` tells
 
 
 class MLP(NamedTuple):
@@ -55,11 +58,11 @@ class MLP(NamedTuple):
     down: nn.Module
 
 
-def family(model_type: str) -> Family:
-    """The row of FAMILIES; InputError for an unknown family."""
+def family(model_type: Any, where: str = "model") -> Family:
+    """The row of FAMILIES; InputError, which begins with `where`, for an unknown family."""
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise InputError(f"model: family {model_type!r} is not known; choose one of: {known}")
+        raise InputError(f"{where}: family {model_type!r} is not known; choose one of: {known}")
     return FAMILIES[model_type]
 
 

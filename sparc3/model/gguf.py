@@ -43,7 +43,7 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
         raise InputError(
             f"{gguf}: not a GGUF file that transformers reads ({first_line(error)})"
         ) from None
-    family(config.model_type)
+    family(config.model_type, str(gguf))
     reader = GGUFReader(gguf)
     _take_header(gguf, reader, config)
     with torch.device("meta"):

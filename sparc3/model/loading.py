@@ -1,18 +1,18 @@
 """Load a language model and its tokenizer; texts as tokens, begun as the model was trained."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -22,15 +22,15 @@ from transformers import (
 
 from sparc3.base import params
 from sparc3.base.errors import InputError
-from sparc3.base.secrets import first_line
-from sparc3.model.families import (
-    EVERY_WEIGHT,
-    body,
-    context,
-    family,
-    logits,
-    require_weights,
+from sparc3.model import checkpoint
+from sparc3.model.checkpoint import (
+    here,
+    language_model,
+    reading,
+    require_vocabulary,
+    require_whole,
 )
+from sparc3.model.families import EVERY_WEIGHT, body, context, logits, require_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -42,7 +42,10 @@ KEPT = (  # of a tokenizer's settings, those that its tokenizer.json leaves out
     "truncation_side",
     "clean_up_tokenization_spaces",
 )
-NAME = "name a folder with config.json, safetensors and tokenizer.json"
+WIDER = {
+    torch.float16: "use model.dtype float32 or bfloat16, or ",
+    torch.bfloat16: "use model.dtype float32, or ",
+}
 ROUNDED = 2**-16  # relative error of a product: 2^-22 in float32, 2^-11 in TF32, 2^-8 in bfloat16
 SHORT = 64  # tokens up to which a CPU's flash attention takes longer than the plain one
 
@@ -58,25 +61,32 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     """
     prefer_onednn()
     device = device or spec.device
-    with _reading(spec.path) as folder:
-        config = AutoConfig.from_pretrained(folder, **LOCAL)
-        family(config.model_type)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            **LOCAL,
-            **EVERY_WEIGHT,
-            config=config,
-            dtype=DTYPES[spec.dtype],
-            attn_implementation="sdpa",
-            device_map="auto" if device == "auto" else None,
-        )
-    model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    language_model("model.path", here(spec.path))
+    require_whole("model.path", spec.path)
+    how: dict[str, Any] = {**EVERY_WEIGHT, "local_files_only": True, "dtype": DTYPES[spec.dtype]}
+    how["attn_implementation"] = "sdpa"
+    make: Any = AutoModelForCausalLM.from_pretrained
+    with reading("model.path", spec.path) as folder:
+        _, found = make(folder, device_map="meta", **how)  # of the files only what they hold
     require_weights(f"model.path: {spec.path}", found)
+    model: PreTrainedModel
+    model, _ = make(folder, device_map="auto" if device == "auto" else None, **how)
     if device != "auto":
         nn.Module.to(model, torch.device(device))
     model.eval().requires_grad_(False)
+    _require_finite(model, spec.path)
     _require_attention(model, spec.path)
     return model
+
+
+def _require_finite(model: PreTrainedModel, path: str) -> None:
+    """InputError, with its name, for a weight that holds NaN or infinity."""
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and not torch.stack(weight.aminmax()).isfinite().all():
+            raise InputError(
+                f"model.path: {path}: {name} holds values that are not finite; "
+                f"{WIDER.get(model.dtype, '')}get the weights again"
+            )
 
 
 @torch.inference_mode()
@@ -94,8 +104,13 @@ def _require_attention(model: PreTrainedModel, path: str) -> None:
     model.set_attn_implementation("eager")
     eager = model(input_ids=ids, use_cache=False).logits
     model.set_attn_implementation("sdpa")
+    if not (eager.isfinite().all() and used.isfinite().all()):
+        raise InputError(
+            f"model.path: {path} gives a short text logits that are not finite; "
+            f"{WIDER.get(model.dtype, '')}name another model"
+        )
     used, eager = (values.float() - values.float().mean(-1, True) for values in (used, eager))
-    if (used - eager).norm() > torch.finfo(model.dtype).eps ** 0.5 * eager.norm():  # NaN is not
+    if (used - eager).norm() > torch.finfo(model.dtype).eps ** 0.5 * eager.norm():
         usual = type(config)().to_dict()
         odd = [
             f"{key}: {value}"
@@ -122,21 +137,15 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def tokenizer(spec: params.Model) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. InputError: nothing that transformers can load at `spec.path`."""
-    with _reading(spec.path) as folder:
-        return AutoTokenizer.from_pretrained(folder, **LOCAL)
-
-
-@contextmanager
-def _reading(path: str) -> Iterator[str]:
-    """The model's folder; within, what transformers says of it becomes one line."""
-    if not Path(path).is_dir():
-        raise InputError(f"model.path: {path} is no folder; run python -m sparc3 fetch, or {NAME}")
-    try:
-        yield path
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise InputError(f"model.path: cannot load {path} ({reason}); {NAME}") from None
+    """The model's tokenizer. InputError: nothing that transformers can load at `spec.path`, or one
+    with more tokens than the model.
+    """
+    config = language_model("model.path", here(spec.path))
+    with reading("model.path", spec.path) as folder:
+        loaded = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        if isinstance(backend := getattr(loaded, "backend_tokenizer", None), Tokenizer):
+            require_vocabulary("model.path", spec.path, backend, config)
+        return loaded
 
 
 def prefer_onednn() -> None:
@@ -205,11 +214,7 @@ def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
 @cache
 def front(tokenizer: Any) -> tuple[int, ...]:
     """What a tokenizer puts before a text."""
-    plain, whole = (
-        tokenizer(["1"], add_special_tokens=special).input_ids[0] for special in (False, True)
-    )
-    places = range(len(whole) - len(plain) + 1)
-    return tuple(whole[: next(n for n in places if whole[n : n + len(plain)] == plain)])
+    return checkpoint.front(tokenizer.backend_tokenizer)
 
 
 def attention(ids: Tensor) -> AbstractContextManager[object]:
@@ -220,11 +225,7 @@ def attention(ids: Tensor) -> AbstractContextManager[object]:
 
 def not_finite(model: PreTrainedModel) -> str:
     """What to do about logits or scores that are not finite, which depends on the model's dtype."""
-    wider = {
-        torch.float16: "use model.dtype float32 or bfloat16, or ",
-        torch.bfloat16: "use model.dtype float32, or ",
-    }
-    return f"{wider.get(model.dtype, '')}leave the prompt out"
+    return f"{WIDER.get(model.dtype, '')}leave the prompt out"
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -18,7 +18,8 @@ without these very neurons; `against_control` compares with as many random neuro
 with a ban of typical words at the same perplexity; `texts` are kinds of general text, `second` is
 another data set. A second table sets the effect, larger is less of the behaviour, beside those of
 the random draws."""
-PROCEDURE = """Groups of prompts were tested block by block, each by neurons chosen on the groups before it. So
+PROCEDURE = """\
+Groups of prompts were tested block by block, each by neurons chosen on the groups before it. So
 `test` is an estimate of what the procedure does; the neurons listed here are its result on all
 groups. The neurons chosen for the blocks hold {agreement:.0f} % of them on average."""
 

@@ -126,7 +126,7 @@ def run(params: Params, prompt_set: str) -> dict[str, float]:
     here = parallel.place()
     device = parallel.device(here, params.model.device)
     tokenizer = loading.tokenizer(params.model)
-    rows = read_prompts(prompt_set, "attribute")
+    rows = read_prompts(prompt_set, "attribute")[: params.prompt_sets[prompt_set].attributed]
     encoded: dict[Target, list[Prompt]] = {
         target: encode(rows, tokenizer, target) for target in targets
     }

@@ -16,7 +16,7 @@ from sparc3.base.artifacts import circuit_names
 from sparc3.base.errors import InputError
 from sparc3.base.params import SPLITS, Method, Params, PromptSet, parse, read, scores_of, sets_of
 from sparc3.base.profiles import TABLES, lay_over
-from sparc3.circuits.methods import OWN, independent
+from sparc3.circuits.methods import OWN, can_lead, independent
 from sparc3.measure.instruments import INSTRUMENTS, instruments_of
 from sparc3.measure.scorers import SCORERS
 from sparc3.prompts.sources import PAIRED, PIN, SEALED, SOURCES, STREAMS, VALUES
@@ -310,8 +310,8 @@ def check_methods(params: Params) -> Problems:
     for name, method in params.methods.items():
         yield from _check_method(f"methods.{name}", method, [OWN, *leaders])
     for name, behaviour in params.behaviours.items():
-        if behaviour.method not in leaders:
-            expected = f"expected one of {', '.join(leaders)}"
+        if behaviour.method not in can_lead(params):
+            expected = f"expected one of {', '.join(can_lead(params))}"
             yield f"behaviours.{name}.method is {behaviour.method!r}; {expected}"
     followed = params.overlap.method
     if params.methods[followed].contrast is None:

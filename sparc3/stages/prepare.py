@@ -9,8 +9,9 @@ from tokenizers import Tokenizer
 
 from sparc3.base.artifacts import metrics_path, prompts_path
 from sparc3.base.errors import InputError
-from sparc3.base.files import read_json, write_json, write_jsonl
+from sparc3.base.files import write_json, write_jsonl
 from sparc3.base.params import Keep, Model, Params, sets_of
+from sparc3.model.checkpoint import front, here, language_model, reading, require_vocabulary
 from sparc3.model.families import context
 from sparc3.prompts.sampling import Prompt, as_row, prompt_set
 from sparc3.stages.fetch import check_data
@@ -19,10 +20,15 @@ log = logging.getLogger(__name__)
 
 
 def load_tokenizer(spec: Model) -> tuple[Tokenizer, float]:
-    """The model's tokenizer and the tokens of its context, without torch if they are at hand."""
-    folder = Path(spec.path)
+    """The model's tokenizer and the tokens of a text that it reads whole, which are fewer than its
+    context by those that stand in front; without torch if they are at hand.
+    """
+    folder = Path(here(spec.path))
+    config = language_model("model.path", spec.path)
     if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        with reading("model.path", spec.path):
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        require_vocabulary("model.path", spec.path, tokenizer, config)
     else:  # in an older format that transformers converts
         from sparc3.model import loading
 
@@ -34,7 +40,7 @@ def load_tokenizer(spec: Model) -> tuple[Tokenizer, float]:
             )
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer, context(read_json(folder / "config.json"))
+    return tokenizer, context(config) - len(front(tokenizer))
 
 
 def check_context(key: str, prompts: Sequence[Prompt], longest: float) -> None:
@@ -43,7 +49,8 @@ def check_context(key: str, prompts: Sequence[Prompt], longest: float) -> None:
         if prompt.tokens > longest:
             raise InputError(
                 f"params: {key}: prompt {prompt.id} ({prompt.text[:40]!r}) has "
-                f"{prompt.tokens} tokens, the model's context {longest}; set max_tokens"
+                f"{prompt.tokens} tokens, the model's context {longest} after what it puts in "
+                "front; set max_tokens"
             )
 
 

@@ -160,10 +160,10 @@ def choose_all(
     spec, seed = params.behaviours[behaviour], params.select.seed
     chosen: dict[str, tuple[Choice, list[Circuit]]] = {}
     # A method that takes its number of neurons from another comes after it.
-    order = sorted(params.methods.items(), key=lambda item: bool(item[1].match or item[1].layers))
+    order = sorted(params.methods.items(), key=lambda item: bool(leader(*item, spec.method)))
     for name, method in tqdm(order, desc=f"select {behaviour} {block}".strip(), unit="method"):
         values, importance = choose.read_differential(behaviour, name, block)
-        leads = leader(method, spec.method)
+        leads = leader(name, method, spec.method)
         followed, theirs = (None, None) if leads is None else chosen[leads]
         k, share, key = taken = choice(params, name, followed, rows, values)
         barred = choose.protected(importance, share)
