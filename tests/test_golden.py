@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
@@ -24,7 +24,7 @@ import whole
 from matplotlib.figure import Figure
 from scipy import stats
 from transformers import AutoModelForCausalLM
-from whole import BEHAVIOURS, CIRCUITS, CONTROLS, PARAMS
+from whole import BEHAVIOURS, BLOCKS, CIRCUITS, CONTROLS, DRAWN, PARAMS
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, read_jsonl, read_tensors
@@ -37,6 +37,10 @@ Row = dict[str, Any]
 Neurons = tuple[tuple[int, int, float], ...]  # layer, neuron, what is left of it
 EVALUATE, TRANSFER = PARAMS["evaluate"], PARAMS["transfer"]
 OWN = {name: spec["method"] for name, spec in PARAMS["behaviours"].items()}
+BAN = "word-ban"
+# The blocks that have circuits of their own; "" stands for what is chosen on all that may be seen.
+TESTED = [f"block-{n}" for n in range(1, 1 + BLOCKS)]
+CASES = [("rude", ""), ("bias", ""), *(("bias", block) for block in TESTED)]
 
 
 def close(value: float) -> Any:
@@ -52,20 +56,27 @@ class Project(NamedTuple):
         return read_json(self.folder / "metrics" / f"{name}.json")
 
     def rows(self, prompt_set: str, split: str, count: int | None = None) -> list[Row]:
+        """Of a set with blocks: all are chosen on, all but the first are tested."""
         every = read_jsonl(self.folder / f"outputs/prompts/{prompt_set}.jsonl")
-        return [row for row in every if row["split"] == split][:count]
+        of_blocks = {"attribute": ["block-0", *TESTED], "test": TESTED}.get(split, [])
+        return [row for row in every if row["split"] in (split, *of_blocks)][:count]
+
+    def before(self, prompt_set: str, block: str) -> list[Row]:
+        """The prompts that a block's circuits may be chosen on."""
+        rows = self.rows(prompt_set, "attribute")
+        return [row for row in rows if not block or row["split"] < block]
 
     def csv(self, name: str) -> list[dict[str, str]]:
         with (self.folder / "outputs" / f"{name}.csv").open(newline="") as stream:
             return list(csv.DictReader(stream))
 
-    def circuit(self, behaviour: str, name: str) -> Neurons:
-        rows = self.csv(f"circuits/{behaviour}/{name}")
+    def circuit(self, behaviour: str, name: str, block: str = "") -> Neurons:
+        rows = self.csv(f"circuits/{behaviour}/{block}/{name}")
         return tuple((int(r["layer"]), int(r["neuron"]), float(r["scale"])) for r in rows)
 
-    def differential(self, behaviour: str, method: str) -> np.ndarray:
+    def differential(self, behaviour: str, method: str, block: str = "") -> np.ndarray:
         path = self.folder / f"outputs/differential/{behaviour}/{method}.safetensors"
-        return read_tensors(path)[0]["differential"]
+        return read_tensors(path)[0][block or "differential"]
 
     def importance(self) -> np.ndarray:
         """Mean absolute gradient score on general text, from the scores themselves."""
@@ -83,10 +94,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 class Naive:
-    """The model without some neurons; texts are read one at a time."""
+    """The model without some neurons, or with some tokens made less likely; texts are read one at
+    a time.
+    """
 
-    def __init__(self, folder: Path, removed: Neurons = ()) -> None:
+    def __init__(self, folder: Path, removed: Neurons = (), banned: Sequence[int] = ()) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+        self.banned = list(banned)
         for layer, neuron, scale in removed:
             with torch.no_grad():
                 self.model.model.layers[layer].mlp.down_proj.weight[:, neuron] *= scale
@@ -94,7 +108,9 @@ class Naive:
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         with torch.no_grad():
-            return self.model(torch.tensor([list(ids)])).logits[0].double()
+            found = self.model(torch.tensor([list(ids)])).logits[0].double()
+        found[:, self.banned] -= 5.0
+        return found
 
     def log_p(self, ids: Sequence[int]) -> np.ndarray:
         """log p of every token but the first."""
@@ -104,9 +120,9 @@ class Naive:
             self.seen[key] = np.array([float(log_p[t - 1, ids[t]]) for t in range(1, len(ids))])
         return self.seen[key]
 
-    def text(self, text: str) -> float:
-        """Mean log p per token."""
-        return float(self.log_p(encode(text)).mean())
+    def sentence(self, text: str) -> float:
+        """Mean log p per token, the first word included."""
+        return float(self.log_p([START, *encode(text)]).mean())
 
     def nll(self, rows: Sequence[Row]) -> float:
         """Nats per token over all texts."""
@@ -115,13 +131,19 @@ class Naive:
 
     def windowed_nll(self, rows: Sequence[Row]) -> float:
         """As `nll`, every token predicted within the first window that reaches it."""
-        window, stride, scored = EVALUATE["window"], EVALUATE["stride"], []
-        for row in rows:
-            ids = encode(row["text"])
-            for t in range(1, len(ids)):
-                begin = next(b for b in range(0, len(ids), stride) if b + window > t)
-                scored.append(-self.log_p(ids[begin : begin + window])[t - begin - 1])
+        scored = [nll for row in rows for nll in self.windowed(row)]
         return sum(scored) / len(scored)
+
+    def windowed(self, row: Row) -> list[float]:
+        window, stride, ids = EVALUATE["window"], EVALUATE["stride"], encode(row["text"])
+        scored = []
+        for t in range(1, len(ids)):
+            begin = next(b for b in range(0, len(ids), stride) if b + window > t)
+            scored.append(-float(self.log_p(ids[begin : begin + window])[t - begin - 1]))
+        return scored
+
+
+START = whole.WORDS.index("[start]")  # stands before every sentence of a pair
 
 
 def encode(text: str) -> list[int]:
@@ -142,10 +164,15 @@ def by_term(rows: Sequence[Row], values: Sequence[float | None]) -> list[float]:
     return [mean(found[term]) for term in sorted(found)]
 
 
-def stereotypes(model: Naive, rows: Sequence[Row]) -> dict[str, float]:
-    """SS, LMS, ICAT and margin, by StereoSet's definitions."""
-    first, second = ([model.text(row["pair"][side]) for row in rows] for side in (0, 1))
-    third = [model.text(row["unrelated"]) if row.get("unrelated") else None for row in rows]
+Models = dict[tuple[str, str, str], Naive]
+
+
+def stereotypes(model: Callable[[Row], Naive], rows: Sequence[Row]) -> dict[str, float]:
+    """SS, LMS, ICAT and margin, by StereoSet's definitions; a model may be of an item's block."""
+    first, second = ([model(row).sentence(row["pair"][side]) for row in rows] for side in (0, 1))
+    third = [
+        model(row).sentence(row["unrelated"]) if row.get("unrelated") else None for row in rows
+    ]
     prefers = [100.0 * (a > b) for a, b in zip(first, second, strict=True)]
     margins = [a - b for a, b in zip(first, second, strict=True)]
     found = {"ss": mean(by_term(rows, prefers)), "margin": mean(by_term(rows, margins))}
@@ -170,18 +197,61 @@ def free_neurons(differential: np.ndarray, importance: np.ndarray, share: float)
 
 
 def scale_of(method: str, value: float) -> float:
-    return max(0.0, 1 + 2 * value) if method == "aura" else 0.0
+    return max(0.0, 1 + 2 * value) if method.startswith("aura") else 0.0
+
+
+def typical(project: Project, count: int) -> list[int]:
+    """The words that are most typical of rude prompts, by their weighted log odds."""
+    own, other = (
+        Counter(t for row in project.rows(name, "attribute") for t in encode(row["text"]))
+        for name in ("rude", "general-rude")
+    )
+    prior, z = own + other, {}
+
+    def log_odds(counts: Counter[int], word: int) -> float:
+        weight = counts[word] + prior[word]
+        return math.log(weight / (counts.total() + prior.total() - weight))
+
+    for word in prior:
+        variance = sum(1 / (counts[word] + prior[word]) for counts in (own, other))
+        z[word] = (log_odds(own, word) - log_odds(other, word)) / math.sqrt(variance)
+    ordered = sorted(prior, key=lambda word: (-z[word], word))
+    return [word for word in ordered if z[word] > 0][:count]
+
+
+def ban(project: Project) -> list[int]:
+    """The longest list of typical words whose ban stays within the budget."""
+    general = project.rows("general", "tune", PARAMS["sweep"]["texts"])
+    before, longest = Naive(project.folder), []
+    for count in EVALUATE["ban"]:
+        words = typical(project, count)
+        after = Naive(project.folder, banned=words)
+        cost = percent(before.windowed_nll(general), after.windowed_nll(general))
+        if cost + standard_error(before, after, general) <= PARAMS["select"]["ppl_budget"]:
+            longest = words
+    return longest
 
 
 @pytest.fixture(scope="module")
-def models(project: Project) -> dict[tuple[str, str], Naive]:
-    """(behaviour, circuit) -> the model without it; "none" is the model as it is."""
-    intact = Naive(project.folder)
-    found = {(behaviour, "none"): intact for behaviour in BEHAVIOURS}
-    for behaviour in BEHAVIOURS:
+def models(project: Project) -> Models:
+    """(behaviour, circuit, block) -> the model without it; "none" is the model as it is."""
+    intact, banned = Naive(project.folder), Naive(project.folder, banned=ban(project))
+    found = {("rude", BAN, ""): banned}
+    for behaviour, block in CASES:
+        found[behaviour, "none", block] = intact
         for name in CIRCUITS:
-            found[behaviour, name] = Naive(project.folder, project.circuit(behaviour, name))
+            removed = project.circuit(behaviour, name, block)
+            found[behaviour, name, block] = Naive(project.folder, removed)
     return found
+
+
+def each_without(models: Models, circuit: str) -> Callable[[Row], Naive]:
+    """The model for an item of `bias`: without what was chosen before the item's block."""
+    return lambda row: models["bias", circuit, row["split"]]
+
+
+def whole_without(models: Models, behaviour: str, circuit: str) -> Callable[[Row], Naive]:
+    return lambda row: models[behaviour, circuit, ""]
 
 
 # --- attribute, gate, differential ---------------------------------------------------------
@@ -202,7 +272,8 @@ def relevance(model: Any, row: Row, target: str, rules: Any) -> np.ndarray:
             y = torch.zeros(())
             for sign, text in zip((1, -1), texts, strict=False):
                 kept.append([])
-                ids = torch.tensor(encode(text))
+                before = [START] if target == "pair" else []
+                ids = torch.tensor([*before, *encode(text)])
                 log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
                 y = y + sign * log_p[torch.arange(len(ids) - 1), ids[1:]].mean()
             y.backward()
@@ -227,7 +298,7 @@ def largest(model: Any, row: Row, target: str) -> np.ndarray:
             for layer in model.model.layers
         ]
         with torch.no_grad():
-            model(torch.tensor([encode(text)]))
+            model(torch.tensor([[START] * (target == "pair") + encode(text)]))
         for handle in handles:
             handle.remove()
         found.append(np.stack(kept))
@@ -268,34 +339,41 @@ def test_gate_is_positive_where_the_reference_has_more_relevance(
     assert found["passed"] == (found["gap"]["value"] >= PARAMS["gate"]["threshold"])
 
 
-@pytest.mark.parametrize("behaviour", BEHAVIOURS)
-def test_differential_is_reference_minus_behaviour(project: Project, behaviour: str) -> None:
+@pytest.mark.parametrize(("behaviour", "block"), CASES)
+def test_differential_is_reference_minus_what_may_be_seen(
+    project: Project, behaviour: str, block: str
+) -> None:
     spec = PARAMS["behaviours"][behaviour]
+    known = {row["id"] for row in project.before(spec["prompts"], block)}
+    assert len(known) == len(project.rows(spec["prompts"], "attribute")) or block
 
     def scores(score: str) -> tuple[np.ndarray, np.ndarray]:
-        sets = spec["reference"], spec["prompts"]
-        one, two = (whole.published_scores(project.folder, name, score)[1] for name in sets)
-        return one.astype(float), two.astype(float)
+        _, one = whole.published_scores(project.folder, spec["reference"], score)
+        ids, two = whole.published_scores(project.folder, spec["prompts"], score)
+        return one.astype(float), two[[prompt in known for prompt in ids]].astype(float)
 
     reference, own = scores("lrp")
     difference = reference.mean(0) - own.mean(0)
-    found = project.differential(behaviour, "lrp")
+    found = project.differential(behaviour, "lrp", block)
     np.testing.assert_allclose(found, difference, rtol=1e-4, atol=1e-6)
-    reverse = project.differential(behaviour, "most-positive")
+    reverse = project.differential(behaviour, "most-positive", block)
     np.testing.assert_allclose(reverse, -difference, rtol=1e-4, atol=1e-6)
 
     t = np.array(stats.ttest_ind(*scores("gradient"), equal_var=False)[0])
-    found = project.differential(behaviour, "gradient-t")
+    found = project.differential(behaviour, "gradient-t", block)
     np.testing.assert_allclose(found, t, rtol=1e-4, atol=1e-5)
 
     reference, own = scores("max-activation")
     wins = (own[:, None] > reference[None]) + 0.5 * (own[:, None] == reference[None])
-    found = project.differential(behaviour, "aura")
-    np.testing.assert_allclose(found, 0.5 - wins.mean((0, 1)), rtol=1e-4, atol=1e-6)
+    for method in ("aura", "aura-published"):
+        found = project.differential(behaviour, method, block)
+        np.testing.assert_allclose(found, 0.5 - wins.mean((0, 1)), rtol=1e-4, atol=1e-6)
 
     path = project.folder / f"outputs/differential/{behaviour}/lrp.safetensors"
-    stored = read_tensors(path)[0]["importance"]
-    np.testing.assert_allclose(stored, project.importance(), rtol=1e-4)
+    tensors, _ = read_tensors(path)
+    np.testing.assert_allclose(tensors["importance"], project.importance(), rtol=1e-4)
+    blocks = TESTED if behaviour == "bias" else []
+    assert tensors.keys() == {"differential", "importance", *blocks}
 
 
 # --- sweep, select -------------------------------------------------------------------------
@@ -305,29 +383,34 @@ def test_differential_is_reference_minus_behaviour(project: Project, behaviour: 
 def test_sweep_prunes_the_most_negative_and_reads_the_tune_split(
     project: Project, behaviour: str
 ) -> None:
+    """Of a set with blocks only general text is read, without what the first block gave."""
     sweep, before = PARAMS["sweep"], Naive(project.folder)
     rows = project.rows(behaviour, "tune", sweep["items"])
     general = project.rows("general", "tune", sweep["texts"])
+    first = "block-1" if behaviour == "bias" else ""
 
     def objective(model: Naive) -> float:
-        if behaviour == "bias":
-            return -abs(stereotypes(model, rows)["margin"])
-        return model.nll(rows) - before.nll(rows) - (model.nll(general) - before.nll(general))
+        rise = model.windowed_nll(general) - before.windowed_nll(general)
+        return model.nll(rows) - before.nll(rows) - rise
 
     found = project.csv(f"sweep/{behaviour}")
     assert len(found) == 1 + 3 * len(sweep["protect"]) * len(sweep["num_neurons"])
     for point in found:
         removed: Neurons = ()
         if (method := point["method"]) != "none":
-            values = project.differential(behaviour, method)
+            values = project.differential(behaviour, method, first)
             ids = free_neurons(values, project.importance(), float(point["protect"]))
             removed = tuple(
                 (*divmod(i, WIDTH), scale_of(method, float(values.flat[i])))
                 for i in ids[: int(point["num_neurons"])]
             )
         model = Naive(project.folder, removed)
-        assert float(point["ppl_delta"]) == close(percent(before.nll(general), model.nll(general)))
-        assert float(point["objective"]) == close(objective(model))
+        change = percent(before.windowed_nll(general), model.windowed_nll(general))
+        assert float(point["ppl_delta"]) == close(change)
+        if first:
+            assert (rows, float(point["objective"])) == ([], float(point["num_neurons"]))
+        else:
+            assert float(point["objective"]) == close(objective(model))
         assert float(point["ppl_error"]) == close(standard_error(before, model, general))
 
 
@@ -335,88 +418,163 @@ def standard_error(before: Naive, after: Naive, rows: Sequence[Row]) -> float:
     """Of the change of perplexity, over groups of texts: the delta method of a ratio of sums."""
     rise, tokens = Counter[str](), Counter[str]()
     for row in rows:
-        ids = encode(row["text"])
-        rise[row["group"]] += float((before.log_p(ids) - after.log_p(ids)).sum())  # pyright: ignore
-        tokens[row["group"]] += len(ids) - 1
+        old, new = before.windowed(row), after.windowed(row)
+        rise[row["group"]] += sum(new) - sum(old)  # pyright: ignore[reportArgumentType]
+        tokens[row["group"]] += len(old)
     ratio, n = sum(rise.values()) / sum(tokens.values()), len(rise)
     spread = sum((rise[group] - ratio * tokens[group]) ** 2 for group in rise)
     variance = n / (n - 1) * spread / sum(tokens.values()) ** 2
     return 100 * math.exp(ratio) * math.sqrt(variance)
 
 
-@pytest.mark.parametrize("behaviour", BEHAVIOURS)
-def test_select_takes_the_best_point_within_the_budget(project: Project, behaviour: str) -> None:
-    points = project.csv(f"sweep/{behaviour}")
-    budget, sizes = PARAMS["select"]["ppl_budget"], {}
+def chosen_sizes(project: Project, behaviour: str, block: str) -> dict[str, tuple[int, float]]:
+    """Method -> number of neurons and share that is protected.
+
+    Of the points within the budget the one with the least of the behaviour, the first of equal
+    ones; of a set with blocks the one with the most neurons, and it holds for every block.
+    """
+    points, budget = project.csv(f"sweep/{behaviour}"), PARAMS["select"]["ppl_budget"]
 
     def cost(point: dict[str, str]) -> float:
         return float(point["ppl_delta"]) + float(point["ppl_error"])
 
+    sizes = {}
     for method in ("lrp", "gradient-t", "aura"):
         own = [point for point in points if point["method"] == method]
-        own.sort(key=cost)
         within = [point for point in own if cost(point) <= budget]
-        best = max(within, key=lambda point: float(point["objective"])) if within else own[0]
+        wanted = "num_neurons" if behaviour == "bias" else "objective"
+        best = max(within, key=lambda point: float(point[wanted])) if within else min(own, key=cost)
         sizes[method] = int(best["num_neurons"]), float(best["protect"])
-    sizes["most-positive"] = sizes[OWN[behaviour]]
+    negative = project.differential(behaviour, "aura-published", block) < 0
+    return {
+        **sizes,
+        "aura-published": (int(negative.sum()), 0.0),
+        "most-positive": sizes[OWN[behaviour]],
+    }
+
+
+@pytest.mark.parametrize(("behaviour", "block"), CASES)
+def test_select_takes_the_best_point_within_the_budget(
+    project: Project, behaviour: str, block: str
+) -> None:
+    sizes = chosen_sizes(project, behaviour, block)
     for method, (count, share) in sizes.items():
-        values = project.differential(behaviour, method)
+        values = project.differential(behaviour, method, block)
         ids = free_neurons(values, project.importance(), share)[:count]
         expected = [(*divmod(i, WIDTH), scale_of(method, float(values.flat[i]))) for i in ids]
-        assert project.circuit(behaviour, method) == tuple(expected)
+        assert project.circuit(behaviour, method, block) == tuple(expected)
         assert all(scale < 1 for *_, scale in expected)
 
     share = sizes[OWN[behaviour]][1]
     allowed = set(free_neurons(project.importance(), project.importance(), share))
-    own_layers = Counter(layer for layer, *_ in project.circuit(behaviour, OWN[behaviour]))
-    draws = [project.circuit(behaviour, name) for name in CONTROLS]
+    own = project.circuit(behaviour, OWN[behaviour], block)
+    own_layers = Counter(layer for layer, *_ in own)
+    draws = [project.circuit(behaviour, name, block) for name in CONTROLS]
     assert len(set(draws)) == len(draws)
     for drawn in draws:
         assert Counter(layer for layer, *_ in drawn) == own_layers
         assert allowed.issuperset(layer * WIDTH + neuron for layer, neuron, _ in drawn)
 
+    prompts = PARAMS["behaviours"][behaviour]["prompts"]
     for name in CIRCUITS:
-        about = read_json(project.folder / f"outputs/circuits/{behaviour}/{name}.json")
+        path = project.folder / f"outputs/circuits/{behaviour}/{block}/{name}.json"
+        about = read_json(path)
+        assert about["block"] == block
         used = {prompt for ids in about["chosen_on"].values() for prompt in ids}
-        for prompt_set in (PARAMS["behaviours"][behaviour]["prompts"], "general"):
-            for split in ("attribute", "tune"):
-                assert used.issuperset(row["id"] for row in project.rows(prompt_set, split))
-            assert used.isdisjoint(row["id"] for row in project.rows(prompt_set, "test"))
+        for split in ("attribute", "tune"):
+            assert used.issuperset(row["id"] for row in project.rows("general", split))
+        assert used.issuperset(row["id"] for row in project.rows(prompts, "tune"))
+        own_rows = {row["id"] for row in project.before(prompts, block)}
+        every = read_jsonl(project.folder / f"outputs/prompts/{prompts}.jsonl")
+        not_seen = (
+            {row["id"] for row in every}
+            - own_rows
+            - {row["id"] for row in project.rows(prompts, "tune")}
+        )
+        assert used.issuperset(own_rows)
+        assert used.isdisjoint(not_seen)
+        assert used.isdisjoint(row["id"] for row in project.rows("general", "test"))
+        groups = {row["group"] for row in every if row["id"] in not_seen}
+        assert groups.isdisjoint(about["groups"])
+
+
+def test_a_methods_circuits_of_blocks_agree_as_much_as_they_have_in_common(
+    project: Project,
+) -> None:
+    found = project.metrics("select/bias")
+    for method, spec in PARAMS["methods"].items():
+        if spec["score"] == "random":
+            continue
+        own = {row[:2] for row in project.circuit("bias", method)}
+        shares = [
+            len(own & {row[:2] for row in project.circuit("bias", method, block)}) / len(own)
+            for block in TESTED
+        ]
+        assert found[f"{method}.agreement"] == close(mean(shares))
+        assert f"{method}.agreement" not in project.metrics("select/rude")
 
 
 # --- evaluate ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
-def test_evaluate_reads_general_text_through_windows(
-    project: Project, models: dict[tuple[str, str], Naive], behaviour: str
+def test_evaluate_reads_every_kind_of_general_text_through_windows(
+    project: Project, models: Models, behaviour: str
 ) -> None:
-    general = project.rows("general", "test", EVALUATE["texts"])
     found = project.metrics(f"evaluate/{behaviour}")
-    before = models[behaviour, "none"].windowed_nll(general)
-    assert max(len(encode(row["text"])) for row in general) > EVALUATE["window"]
-    assert found["baseline"]["perplexity"] == close(math.exp(before))
-    for name in CIRCUITS:
-        row = found["circuits"][name]
-        after = models[behaviour, name].windowed_nll(general)
-        assert row["ppl_delta"]["value"] == close(percent(before, after))
-        assert row["num_neurons"] == len(project.circuit(behaviour, name))
+    for place, text in enumerate(EVALUATE["general"]):
+        rows = project.rows(text, "test", EVALUATE["texts"])
+        assert max(len(encode(row["text"])) for row in rows) > EVALUATE["window"]
+        before = models[behaviour, "none", ""].windowed_nll(rows)
+        assert found["baseline"][f"perplexity_{text}"] == close(math.exp(before))
+        for name in (*CIRCUITS, *([BAN] if behaviour == "rude" else [])):
+            row = found["circuits"][name]
+            if place and name in CONTROLS[1:]:
+                assert text not in row["texts"]
+                continue
+            change = percent(before, models[behaviour, name, ""].windowed_nll(rows))
+            assert row["texts"][text]["value"] == close(change)
+            if not place:
+                assert row["ppl_delta"] == row["texts"][text]
+                assert found["baseline"]["perplexity"] == close(math.exp(before))
+            of_all = project.circuit(behaviour, name) if name in CIRCUITS else ()
+            assert row["num_neurons"] == len(of_all)
 
 
 def splits_of(name: str, behaviour: str) -> list[tuple[str, str]]:
     """What is measured of a circuit: (name in the metrics, split)."""
-    return [("test", "test")] + [("in_sample", "attribute")] * (name in ("none", "lrp"))
+    return [("test", "test")] + [("in_sample", "attribute")] * (name in ("none", "lrp", BAN))
+
+
+def assert_ranked(among: dict[str, float], own: float, drawn: Sequence[float]) -> None:
+    """An effect among those of draws: their mean and range, its rank, and where another would be
+    with 95 % probability, if they are normal.
+    """
+    n, middle = len(drawn), mean(drawn)
+    spread = math.sqrt(sum((draw - middle) ** 2 for draw in drawn) / (n - 1) * (1 + 1 / n))
+    reach = float(stats.t.ppf(0.975, n - 1)) * spread
+    expected = {
+        "value": own,
+        "mean": middle,
+        "low": min(drawn),
+        "high": max(drawn),
+        "p": (1 + sum(draw >= own for draw in drawn)) / (1 + n),
+        "n": n,
+        "least": middle - reach,
+        "most": middle + reach,
+    }
+    assert among == {key: close(value) for key, value in expected.items()}
 
 
 def test_evaluate_of_texts_is_positive_where_they_are_rarer(
-    project: Project, models: dict[tuple[str, str], Naive]
+    project: Project, models: Models
 ) -> None:
     general = project.rows("general", "test", EVALUATE["texts"])
     found = project.metrics("evaluate/rude")
-    before = models["rude", "none"]
+    before = models["rude", "none", ""]
     shifts = {}
-    for name in CIRCUITS:
-        after = models["rude", name]
+    for name in (*CIRCUITS, BAN):
+        after = models["rude", name, ""]
         rise = after.windowed_nll(general) - before.windowed_nll(general)
         for part, split in splits_of(name, "rude"):
             rows = project.rows("rude", split, EVALUATE["prompts"])
@@ -429,26 +587,32 @@ def test_evaluate_of_texts_is_positive_where_they_are_rarer(
         before.nll(project.rows("rude", "test", EVALUATE["prompts"]))
     )
     drawn = [shifts[name, "test"] for name in CONTROLS]
-    among = found["circuits"]["lrp"]["among_controls"]["nll"]
-    own = shifts["lrp", "test"]
-    assert among["value"] == close(own)
-    assert among["mean"] == close(mean(drawn))
-    assert among["p"] == close((1 + sum(draw >= own for draw in drawn)) / (1 + len(drawn)))
+    among = found["circuits"]["lrp"]["among_controls"]["nll_shift"]
+    assert_ranked(among, shifts["lrp", "test"], drawn)
+    for name in CIRCUITS:
+        against = found["circuits"][name]["against_ban"]["nll_shift"]
+        assert against["value"] == close(shifts[name, "test"] - shifts[BAN, "test"])
 
 
-def test_evaluate_of_pairs_counts_preferences_by_term(
-    project: Project, models: dict[tuple[str, str], Naive]
-) -> None:
-    found = project.metrics("evaluate/bias")
-    parts = [("test", "bias", "test"), ("in_sample", "bias", "attribute")]
-    values = {
-        (name, part): stereotypes(
-            models["bias", name], project.rows(prompt_set, split, EVALUATE["items"])
-        )
-        for name in ("none", *CIRCUITS)
-        for part, prompt_set, split in [*parts, ("second", "second", "test")]
-        if part == "test" or name in ("none", "lrp", OWN["bias"])
-    }
+def test_the_ban_is_of_the_most_typical_words_that_the_budget_allows(project: Project) -> None:
+    found, words = project.metrics("evaluate/rude")["circuits"][BAN], ban(project)
+    assert found["tokens"] == [whole.WORDS[word] for word in words]
+    assert len(words) in EVALUATE["ban"][:-1]  # so that the budget decides
+    assert set(found["tokens"]) <= {*whole.RUDE, *whole.PLAIN}
+    assert BAN not in project.metrics("evaluate/bias")["circuits"]  # which writes nothing
+
+
+def test_evaluate_of_pairs_counts_preferences_by_term(project: Project, models: Models) -> None:
+    """Of every block without its own circuits, of the same items in sample without those of all."""
+    found, tested = project.metrics("evaluate/bias"), project.rows("bias", "test")
+    assert len(tested) > EVALUATE["items"]  # which is not for blocks
+    second = project.rows("second", "test")
+    values = {}
+    for name in ("none", *CIRCUITS):
+        values[name, "test"] = stereotypes(each_without(models, name), tested)
+        values[name, "in_sample"] = stereotypes(whole_without(models, "bias", name), tested)
+        values[name, "second"] = stereotypes(whole_without(models, "bias", name), second)
+    assert values["lrp", "test"] != values["lrp", "in_sample"]
     for name in CIRCUITS:
         circuit = found["circuits"][name]
         shown = [part for part, _ in splits_of(name, "bias")]
@@ -462,6 +626,9 @@ def test_evaluate_of_pairs_counts_preferences_by_term(
         for key, value in values[name, "test"].items():
             assert circuit["test"]["values"][key] == close(value)
         assert circuit.keys().isdisjoint({"in_sample", "second"} - set(shown) - {"second"})
+        assert ("second" in circuit) == (name == OWN["bias"])
+    for key, value in values["none", "second"].items():
+        assert found["circuits"][OWN["bias"]]["second"]["values"][key] == close(value)
     for key, value in values["none", "test"].items():
         assert found["baseline"][f"test_{key}"] == close(value)
     assert {"ss", "margin", "lms", "icat"} == values["none", "test"].keys()
@@ -472,10 +639,14 @@ def test_evaluate_of_pairs_counts_preferences_by_term(
     random_ss = mean(v["ss"] for v in drawn)
     assert against["reduction"]["value"] == close(100 * (random_ss - own["ss"]) / random_ss)
     assert against["margin"]["value"] == close(own["margin"] - mean(v["margin"] for v in drawn))
-    among = found["circuits"][OWN["bias"]]["among_controls"]["margin"]
-    start = abs(values["none", "test"]["margin"])
-    assert among["value"] == close(start - abs(own["margin"]))
-    assert among["mean"] == close(mean(start - abs(v["margin"]) for v in drawn))
+    among = found["circuits"][OWN["bias"]]["among_controls"]
+    before = values["none", "test"]
+    toward = math.copysign(1, before["margin"])  # the even level
+    for key, sign in {"margin": toward, "ss": 1, "lms": -1, "icat": -1}.items():
+        effects = [sign * (before[key] - v[key]) for v in (own, *drawn)]
+        assert_ranked(among[key], effects[0], effects[1:])
+    reductions = [100 * (before["ss"] - v["ss"]) / before["ss"] for v in (own, *drawn)]
+    assert_ranked(among["reduction"], reductions[0], reductions[1:])
 
 
 def test_no_preference_is_a_near_tie(project: Project) -> None:
@@ -488,20 +659,21 @@ def test_no_preference_is_a_near_tie(project: Project) -> None:
         )
 
 
-def test_prompts_csv_holds_what_every_model_gave(
-    project: Project, models: dict[tuple[str, str], Naive]
-) -> None:
+def test_prompts_csv_holds_what_every_model_gave(project: Project, models: Models) -> None:
     texts = {row["id"]: row for s in ("test", "attribute") for row in project.rows("rude", s)}
     for row in project.csv("evaluation/rude/prompts"):
         ids = encode(texts[row["prompt"]]["text"])
-        assert float(row["nll"]) == close(-models["rude", row["circuit"]].log_p(ids).sum())
+        assert float(row["nll"]) == close(-models["rude", row["circuit"], ""].log_p(ids).sum())
         assert float(row["tokens"]) == len(ids) - 1
         assert row["group"] == texts[row["prompt"]]["group"]
-    items = {row["id"]: row for s in ("test", "attribute") for row in project.rows("bias", s)}
+    items = {row["id"]: row for row in project.rows("bias", "attribute")}
     for row in project.csv("evaluation/bias/prompts"):
-        model, item = models["bias", row["circuit"]], items[row["prompt"]]
-        assert float(row["stereotype"]) == close(model.text(item["pair"][0]))
-        assert float(row["anti"]) == close(model.text(item["pair"][1]))
+        item = items[row["prompt"]]
+        block = item["split"] if row["split"] == "test" else ""
+        model = models["bias", row["circuit"], block]
+        assert float(row["stereotype"]) == close(model.sentence(item["pair"][0]))
+        assert float(row["anti"]) == close(model.sentence(item["pair"][1]))
+        assert row["group"] == item["group"]
 
 
 def splitmix(state: int, number: int) -> int:
@@ -540,26 +712,26 @@ def completions_of(project: Project, circuit: str, part: str) -> list[Row]:
     return [row for row in every if (row["circuit"], row["split"]) == (circuit, part)]
 
 
-WRITERS = [name for name in ("none", *CIRCUITS) if name != "aura"]
+WRITERS = ["none", *EVALUATE["completed"][:-1], "lrp", *CONTROLS[:DRAWN], BAN]
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_completions_are_drawn_from_the_pruned_model(
-    project: Project, models: dict[tuple[str, str], Naive], name: str
+    project: Project, models: Models, name: str
 ) -> None:
     for part, split in splits_of(name, "rude"):
         expected = [
             (
                 row["id"],
                 number,
-                completion(models["rude", name], encode(row["text"]), row["id"], number),
+                completion(models["rude", name, ""], encode(row["text"]), row["id"], number),
             )
             for row in project.rows("rude", split, EVALUATE["prompts"])
             for number in range(EVALUATE["completions"])
         ]
         found = completions_of(project, name, part)
         assert [(r["prompt"], r["completion"], r["text"]) for r in found] == [
-            (prompt, number, " ".join(whole.WORDS[token] for token in tokens))
+            (prompt, number, " ".join(whole.WORDS[token] for token in tokens if token != START))
             for prompt, number, tokens in expected
         ]
 
@@ -595,21 +767,31 @@ def test_reduction_is_positive_where_completions_score_less(project: Project) ->
             assert cell["values"]["profanity"] == close(means[1])
             seen.add(math.copysign(1, means[0] - means[1]))
     assert seen == {1, -1}  # some rise, some fall: no sign is taken for granted
-    assert "reduction" not in circuits["aura"]["test"]  # writes none
+    for name in {*CIRCUITS} - {*WRITERS}:
+        assert "reduction" not in circuits[name]["test"]
 
-    drawn = [scores_by_prompt(project, name, "test") for name in CONTROLS]
-    for name in ("lrp", "most-positive"):
-        own = mean(map(mean, scores_by_prompt(project, name, "test")))
-        random = mean(mean(map(mean, scores)) for scores in drawn)
-        against = circuits[name]["against_control"]
-        assert against["reduction"]["value"] == close(100 * (random - own) / random)
-        largest = mean(mean(map(max, scores)) for scores in drawn)
-        highest = mean(map(max, scores_by_prompt(project, name, "test")))
-        assert against["emt"]["value"] == close(highest - largest)
-    sizes = {name: row["num_neurons"] for name, row in circuits.items()}
+    tested = {name: scores_by_prompt(project, name, "test") for name in WRITERS}
+    means = {name: mean(map(mean, scores)) for name, scores in tested.items()}
+    largest = {name: mean(map(max, scores)) for name, scores in tested.items()}
+    drawn = CONTROLS[:DRAWN]
     for name, row in circuits.items():
-        matched = sizes[name] == sizes[CONTROLS[0]] and name not in CONTROLS
-        assert ("against_control" in row) == matched
+        if name in WRITERS[1:-1]:  # neither the unpruned model nor the ban itself
+            against = row["against_ban"]
+            fall = 100 * (means[BAN] - means[name]) / means[BAN]
+            assert against["reduction"]["value"] == close(fall)
+            assert against["emt"]["value"] == close(largest[name] - largest[BAN])
+        of_size = row["num_neurons"] == circuits[CONTROLS[0]]["num_neurons"]
+        assert ("against_control" in row) == (of_size and name not in CONTROLS)
+        assert ("against_ban" in row) == (name != BAN)
+    for name in ("lrp", "most-positive"):
+        random = mean(means[draw] for draw in drawn)
+        row = circuits[name]
+        against = row["against_control"]
+        assert against["reduction"]["value"] == close(100 * (random - means[name]) / random)
+        apart = largest[name] - mean(largest[draw] for draw in drawn)
+        assert against["emt"]["value"] == close(apart)
+        falls = [100 * (means["none"] - means[n]) / means["none"] for n in (name, *drawn)]
+        assert_ranked(row["among_controls"]["reduction"], falls[0], falls[1:])
 
 
 # --- transfer ------------------------------------------------------------------------------
@@ -628,14 +810,13 @@ def test_transfer_refuses_general_text_that_a_circuit_was_chosen_on(
         transfer.run(whole.load())
 
 
-def test_transfer_prunes_for_one_and_measures_all(
-    project: Project, models: dict[tuple[str, str], Naive]
-) -> None:
+def test_transfer_prunes_for_one_and_measures_all(project: Project, models: Models) -> None:
+    """A block's items without what its own behaviour's circuit was chosen on before it."""
     found = project.metrics("transfer")
     general, *_ = TRANSFER["texts"]
     cells = {}
     for pruned_for in BEHAVIOURS:
-        before, after = models["rude", "none"], models[pruned_for, OWN[pruned_for]]
+        before, after = models["rude", "none", ""], models[pruned_for, OWN[pruned_for], ""]
         for name in TRANSFER["texts"]:
             rows = project.rows(name, "test", TRANSFER["items"])
             change = percent(before.windowed_nll(rows), after.windowed_nll(rows))
@@ -644,8 +825,18 @@ def test_transfer_prunes_for_one_and_measures_all(
         rise = after.windowed_nll(rows) - before.windowed_nll(rows)
         rows = project.rows("rude", "test", TRANSFER["items"])
         cells[pruned_for, "rude", "nll_shift"] = after.nll(rows) - before.nll(rows) - rise
-        rows = project.rows("bias", "test", TRANSFER["items"])
-        old, new = stereotypes(before, rows), stereotypes(after, rows)
+        each = math.ceil(TRANSFER["items"] / BLOCKS)
+        rows = [row for block in TESTED for row in project.rows("bias", block, each)]
+        assert len(rows) < len(project.rows("bias", "test"))
+        without = (
+            each_without(models, OWN["bias"])
+            if pruned_for == "bias"
+            else whole_without(models, pruned_for, OWN[pruned_for])
+        )
+        old, new = (
+            stereotypes(lambda row: models["rude", "none", ""], rows),
+            stereotypes(without, rows),
+        )
         for key in new:
             cells[pruned_for, "bias", key] = new[key] - old[key]
         cells[pruned_for, "bias", "reduction"] = 100 * (old["ss"] - new["ss"]) / old["ss"]
@@ -718,19 +909,31 @@ def shown(difference: dict[str, float], digits: int = 1) -> str:
 
 
 def pooled(circuits: Any, names: Sequence[str], *path: str) -> dict[str, float] | None:
-    """A circuit's difference, or the mean and range of several draws; None if not measured."""
+    """A circuit's difference, or the mean and range of the draws that have it; None if not
+    measured.
+    """
     found = []
     for name in names:
         tree = circuits[name]
         for key in path:
             tree = tree.get(key, {})
-        if not tree:
-            return None
-        found.append(tree)
-    if len(found) == 1:
-        return found[0]
+        if tree:
+            found.append(tree)
+    if len(found) < 2:
+        return found[0] if found else None
     values = [tree["value"] for tree in found]
     return {"value": mean(values), "low": min(values), "high": max(values)}
+
+
+def worst_text(circuits: Any, names: Sequence[str]) -> tuple[str, dict[str, float]]:
+    """The kind of general text whose perplexity rises most, of those read without every draw."""
+    texts = {
+        text: change
+        for text in EVALUATE["general"]
+        if all(text in circuits[name]["texts"] for name in names)
+        and (change := pooled(circuits, names, "texts", text))
+    }
+    return max(texts.items(), key=lambda item: item[1]["value"])
 
 
 def test_the_result_table_shows_the_evaluation(project: Project) -> None:
@@ -739,23 +942,32 @@ def test_the_result_table_shows_the_evaluation(project: Project) -> None:
     for behaviour, rows in whole.result_rows(project.folder).items():
         key, title, digits = primary[behaviour]
         columns: dict[str, tuple[tuple[str, ...], int]] = {
-            "perplexity %": (("ppl_delta",), 1),
             title: (("test", key), digits),
             "beyond control": (("against_control", key), digits),
             "in sample": (("in_sample", key), digits),
         }
         if behaviour == "bias":
             columns |= {"reduction of SS %": (("test", "reduction"), 1), "SS": (("test", "ss"), 1)}
+        else:
+            columns |= {"beyond word ban": (("against_ban", key), digits)}
         circuits = project.metrics(f"evaluate/{behaviour}")["circuits"]
-        assert [row["method"].split(" ")[0] for row in rows] == list(PARAMS["methods"])
-        for row, method in zip(rows, PARAMS["methods"], strict=True):
+        methods = [*PARAMS["methods"], *([BAN] if behaviour == "rude" else [])]
+        assert [row["method"].split(" ")[0] for row in rows] == methods
+        for row, method in zip(rows, methods, strict=True):
             names = CONTROLS if method == "random-layer-matched" else [method]
-            assert row["neurons"] == str(len(project.circuit(behaviour, names[0])))
+            of_all = () if method == BAN else project.circuit(behaviour, names[0])
+            assert row["neurons"] == str(len(of_all))
+            text, cost = worst_text(circuits, names)
+            assert row["perplexity %"] == f"{shown(cost)} {text}"
+            over = cost["value"] > PARAMS["select"]["ppl_budget"]
+            assert row["verdict"].endswith(f"over the perplexity budget on {text}") == (
+                over and row["verdict"].startswith("reduced")
+            )
             for name, (path, places) in columns.items():
                 difference = pooled(circuits, names, *path)
                 assert row[name] == ("-" if difference is None else shown(difference, places))
             change = pooled(circuits, names, "test", key)
-            if method in ("most-positive", "random-layer-matched"):
+            if method in ("most-positive", "random-layer-matched", BAN):
                 assert [row[k] for k in ("family", "verdict", "p")] == ["control", "control", "-"]
                 continue
             assert row["family"] == ("confirmatory" if method == OWN[behaviour] else "exploratory")
@@ -838,7 +1050,7 @@ def test_the_transfer_map_is_positive_where_there_is_less_of_the_behaviour(
     transfer, axis = project.metrics("transfer"), project.figures["transfer"].axes[0]
     columns = [text.get_text().split("\n")[0] for text in axis.get_xticklabels()]
     assert columns == [*BEHAVIOURS, *TRANSFER["texts"]]
-    quantities = {"rude": ("nll_shift", 1, 3), "bias": ("ss", -1, 1)}
+    quantities = {"rude": ("nll_shift", 1, 3), "bias": ("margin", -1, 3)}
     quantities |= {name: ("ppl_delta", 1, 2) for name in TRANSFER["texts"]}
     labels = iter(axis.texts)
     drawn = np.array(axis.images[0].get_array())
@@ -881,15 +1093,17 @@ def test_curves_and_layers_show_their_tables(project: Project) -> None:
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_the_exported_model_is_the_pruned_one_and_its_card_says_so(
-    project: Project, models: dict[tuple[str, str], Naive], behaviour: str
+    project: Project, models: Models, behaviour: str
 ) -> None:
     method, folder = OWN[behaviour], project.folder / behaviour
     exported = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = list(range(3, 40))
     with torch.no_grad():
         found = exported(torch.tensor([ids])).logits[0].double()
-    torch.testing.assert_close(found, models[behaviour, method].logits(ids), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(found, models[behaviour, "none"].logits(ids), atol=1e-2)
+    torch.testing.assert_close(
+        found, models[behaviour, method, ""].logits(ids), rtol=1e-4, atol=1e-4
+    )
+    assert not torch.allclose(found, models[behaviour, "none", ""].logits(ids), atol=1e-2)
 
     text = (folder / "README.md").read_text()
     circuit = project.metrics(f"evaluate/{behaviour}")["circuits"][method]
