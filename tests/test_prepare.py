@@ -314,6 +314,7 @@ def params(sets: dict[str, PromptSet], tests: dict[str, PromptSet] | None = None
         prompt_sets=sets,
         test_sets=tests or {},
         prepare=replace(found.prepare, splits=SHARES),
+        evaluate=replace(found.evaluate, window=40, stride=40),
     )
 
 

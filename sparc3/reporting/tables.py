@@ -205,9 +205,8 @@ def shown(params: Params, row: dict[str, Any]) -> str:
     if row["against"] is None:
         return "reduced; no control of its size"
     beyond, refused = controls(params, row)
-    if refused:
-        return f"reduced, not beyond {' and '.join(refused)}"
-    return f"reduced, beyond {' and '.join(beyond)}"
+    parts = [("beyond", beyond), ("not beyond", refused)]
+    return ", ".join(["reduced", *(f"{w} {' and '.join(names)}" for w, names in parts if names)])
 
 
 def controls(params: Params, row: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -285,7 +284,7 @@ def behaviour_table(params: Params, behaviour: str, rows: list[dict[str, Any]]) 
         ("method", lambda r: r["method"] + (f" ({r['draws']} draws)" if r["draws"] > 1 else "")),
         ("family", lambda row: row["family"]),
         ("neurons", lambda row: str(row["num_neurons"])),
-        ("perplexity %", lambda r: f"{difference('ppl_worst')(r)} {r['worst']}"),
+        ("perplexity %, worst text", lambda r: f"{difference('ppl_worst')(r)} {r['worst']}"),
     ]
     primary = primary_of(params.behaviours[behaviour])
     first = primary[1] if primary else None

@@ -359,7 +359,8 @@ def measure(
     if evaluate.ban and any(each.writes for each in setting.instruments.values()):
         ban = fitted_ban(params, spec, model, how)
         with word_ban.banned(model, ban, BIAS):
-            by_name |= outcomes(spec, {BAN: intact}, setting, model, how)
+            test = {setting.first: setting.samples[setting.first]}
+            by_name |= outcomes(spec, {BAN: intact}, setting._replace(samples=test), model, how)
         about = {
             "method": BAN,
             "num_neurons": 0,
