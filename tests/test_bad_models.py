@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -231,9 +232,15 @@ def test_weights_are_read_after_everything_else_is_seen(good, tmp_path, monkeypa
     """Of another shape: known from the headers, without a single value."""
     shutil.copytree(good, tmp_path / "model")
     stored(UP, lambda w: w[:3].clone())(tmp_path / "model")
-    monkeypatch.setattr(torch.nn.Module, "to", lambda *_: pytest.fail("weights were loaded"))
+    asked, own = [], loading.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        loading.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *args, **how: asked.append(how["device_map"]) or own(*args, **how),
+    )
     with pytest.raises(InputError, match="of another shape"):
         loading.load(Model(path=str(tmp_path / "model")))
+    assert asked == ["meta"]
 
 
 def test_a_sharded_model_is_read(good, tmp_path):
@@ -246,13 +253,13 @@ def test_a_sharded_model_is_read(good, tmp_path):
     assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize(("dtype", "advice"), [("float16", "float32 or bfloat16"), ("float32", "")])
-def test_logits_that_overflow_are_refused_with_another_dtype(good, tmp_path, dtype, advice):
+def test_logits_that_overflow_are_refused_with_another_dtype(good, tmp_path):
     shutil.copytree(good, tmp_path / "model")
-    stored(NORM, lambda w: w * (3e4 if advice else 3e38))(tmp_path / "model")
-    expected = f"use model.dtype {advice}, or name" if advice else "finite; name another model"
-    with pytest.raises(InputError, match=expected):
-        loading.load(Model(path=str(tmp_path / "model"), dtype=dtype))
+    stored(NORM, lambda w: w * 3e4)(tmp_path / "model")
+    spec = Model(path=str(tmp_path / "model"))
+    loading.load(spec)
+    with pytest.raises(InputError, match=r"use model\.dtype float32 or bfloat16, or name another"):
+        loading.load(replace(spec, dtype="float16"))
 
 
 def test_code_beside_a_known_model_is_not_run_and_nothing_is_asked(good, tmp_path, monkeypatch):
@@ -364,13 +371,15 @@ def test_an_encoder_whose_config_names_code_asks_nothing(tmp_path, monkeypatch):
 
 
 def words(folder: Path, **special: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of w0 to w49, without model_max_length, that begins and ends texts by w2, w3."""
-    made = Tokenizer(models.WordLevel({f"w{n}": n for n in range(50)}, unk_token="w4"))
+    """A tokenizer of w5 to w49 without model_max_length; texts begin by token 2 and end by 3."""
+    vocabulary = {f"<{n}>" if n < 5 else f"w{n}": n for n in range(50)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<4>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.post_processor = processors.TemplateProcessing(
-        single="w2 $A w3", special_tokens=[("w2", 2), ("w3", 3)]
+        single="<2> $A <3>", special_tokens=[("<2>", 2), ("<3>", 3)]
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    names = ["input_ids", "attention_mask"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=names, **special)
     tokenizer.save_pretrained(folder)
     assert tokenizer.model_max_length > scorers.LONG
     return tokenizer
@@ -389,7 +398,7 @@ CASES: dict[str, tuple[Any, dict[str, str], int | None]] = {  # model, special t
         lambda: RobertaForSequenceClassification(
             RobertaConfig(**ENCODER, max_position_embeddings=34, pad_token_id=1)
         ),
-        {"pad_token": "w1"},
+        {"pad_token": "<1>"},
         32,
     ),
     "gpt2 without padding": (
@@ -403,14 +412,14 @@ CASES: dict[str, tuple[Any, dict[str, str], int | None]] = {  # model, special t
         lambda: GPT2ForSequenceClassification(
             GPT2Config(**SIZES, n_embd=16, n_layer=2, n_head=2, n_positions=32, pad_token_id=0)
         ),
-        {"pad_token": "w1"},
+        {"pad_token": "<1>"},
         32,
     ),
     "xlnet": (
         lambda: XLNetForSequenceClassification(
             XLNetConfig(**SIZES, d_model=16, n_layer=2, n_head=2, d_inner=24, pad_token_id=0)
         ),
-        {"pad_token": "w0"},
+        {"pad_token": "<0>"},
         None,
     ),
 }

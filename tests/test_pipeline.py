@@ -27,7 +27,7 @@ def test_one_word_names_a_stage_everywhere() -> None:
     """Stage word = module = dvc.yaml stage = MLproject entry point = params section, in order."""
     words = list(STAGES)
     assert list(PIPELINE) == words
-    assert list(ENTRIES) == ["main", "fetch", *words]
+    assert list(ENTRIES) == ["main", "fetch", *words, "confirm"]
     assert all(Path("sparc3/stages", f"{word}.py").is_file() for word in words)
     sections = [f.name for f in fields(Params) if f.name in words]
     assert sections == words

@@ -168,7 +168,8 @@ def _detoxify(spec: Spec, device: str) -> Scorer:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     file, encoder, revision = _detoxify_files(spec)
-    with reading("scorer", str(file), "expected Detoxify's checkpoint: state_dict and config"):
+    remedy = "not a Detoxify checkpoint, which has state_dict and config; get it again"
+    with reading("scorer", str(file), remedy):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         size = saved["config"]["arch"]["args"]["num_classes"]
         classes = map(str, saved["config"]["dataset"]["args"]["classes"])

@@ -74,8 +74,11 @@ def flat(by_block: Mapping[str, Rows]) -> Rows:
 
 def general_rows(params: Params) -> dict[str, Rows]:
     """Texts of every kind of general text."""
-    evaluate = params.evaluate
-    return {name: read_prompts(name, "test")[: evaluate.texts] for name in evaluate.general}
+    texts, tested = params.evaluate.texts, params.test_sets
+    return {
+        name: read_prompts(name, None if name in tested else "test")[:texts]
+        for name in params.evaluate.general
+    }
 
 
 def second_rows(params: Params, behaviour: str) -> Rows:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from sparc3.base.artifacts import metrics_path, prompts_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import write_json, write_jsonl
-from sparc3.base.params import Keep, Model, Params, sets_of
+from sparc3.base.params import Keep, Model, Params, PromptSet, sets_of
 from sparc3.model.checkpoint import front, here, language_model, reading, require_vocabulary
 from sparc3.model.families import context
 from sparc3.prompts.sampling import Prompt, as_row, prompt_set
@@ -43,15 +43,19 @@ def load_tokenizer(spec: Model) -> tuple[Tokenizer, float]:
     return tokenizer, context(config) - len(front(tokenizer))
 
 
-def check_context(key: str, prompts: Sequence[Prompt], longest: float) -> None:
-    """InputError for a prompt that the model cannot read whole."""
+def check_context(key: str, spec: PromptSet, prompts: Sequence[Prompt], longest: float) -> None:
+    """InputError for a prompt that the model cannot read whole, or can score nothing of."""
     for prompt in prompts:
+        about = (
+            f"params: {key}: prompt {prompt.id} ({prompt.text[:40]!r}) has {prompt.tokens} token"
+        )
         if prompt.tokens > longest:
             raise InputError(
-                f"params: {key}: prompt {prompt.id} ({prompt.text[:40]!r}) has "
-                f"{prompt.tokens} tokens, the model's context {longest} after what it puts in "
-                "front; set max_tokens"
+                f"{about}s, the model's context {longest} after what it puts in front; set "
+                "max_tokens"
             )
+        if prompt.tokens < 2 and spec.target == "likelihood":
+            raise InputError(f"{about}, and the target likelihood needs 2; set min_tokens")
 
 
 def describe(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -88,6 +92,9 @@ def run(params: Params) -> dict[str, float]:
     """
     check_data()
     tokenizer, longest = load_tokenizer(params.model)
+    if params.evaluate.window > longest:
+        problem = f"is {params.evaluate.window}; expected at most {longest}, the model's context"
+        raise InputError(f"params: evaluate.window {problem}")
     made: dict[str, list[Prompt]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     specs = sets_of(params)
@@ -96,7 +103,7 @@ def run(params: Params) -> dict[str, float]:
         like = made[spec.match_length] if spec.match_length else None
         made[name] = prompt_set(key, spec, params.prepare.splits, tokenizer, like)
         if name in params.prompt_sets or spec.target == "pair":  # other texts go through windows
-            check_context(key, made[name], longest)
+            check_context(key, spec, made[name], longest)
         log.info("prepare: %s has %d prompts", name, len(made[name]))
         split = "test" if name in params.test_sets else None
         rows[name] = [as_row(prompt, split) for prompt in made[name]]
