@@ -200,31 +200,25 @@ def scale_of(method: str, value: float) -> float:
     return max(0.0, 1 + 2 * value) if method.startswith("aura") else 0.0
 
 
-def typical(project: Project, count: int) -> list[int]:
-    """The words that are most typical of rude prompts, by their weighted log odds."""
-    own, other = (
-        Counter(t for row in project.rows(name, "attribute") for t in encode(row["text"]))
-        for name in ("rude", "general-rude")
-    )
-    prior, z = own + other, {}
+def bad_words(project: Project) -> list[int]:
+    """Words that the scorer calls bad of those in the prompts, the most frequent first; every word
+    is one token.
+    """
+    from profanity_check import predict_prob
 
-    def log_odds(counts: Counter[int], word: int) -> float:
-        weight = counts[word] + prior[word]
-        return math.log(weight / (counts.total() + prior.total() - weight))
-
-    for word in prior:
-        variance = sum(1 / (counts[word] + prior[word]) for counts in (own, other))
-        z[word] = (log_odds(own, word) - log_odds(other, word)) / math.sqrt(variance)
-    ordered = sorted(prior, key=lambda word: (-z[word], word))
-    return [word for word in ordered if z[word] > 0][:count]
+    sets = "rude", "general-rude"
+    rows = [row for name in sets for row in project.rows(name, "attribute")]
+    counts = Counter(word for row in rows for word in row["text"].split())
+    bad = [word for word in counts if predict_prob([word])[0] >= 0.5]
+    return sorted(map(whole.WORDS.index, bad), key=lambda i: (-counts[whole.WORDS[i]], i))
 
 
 def ban(project: Project) -> list[int]:
-    """The longest list of typical words whose ban stays within the budget."""
+    """The longest list of bad words whose ban stays within the budget."""
     general = project.rows("general", "tune", PARAMS["sweep"]["texts"])
     before, longest = Naive(project.folder), []
     for count in EVALUATE["ban"]:
-        words = typical(project, count)
+        words = bad_words(project)[:count]
         after = Naive(project.folder, banned=words)
         cost = percent(before.windowed_nll(general), after.windowed_nll(general))
         if cost + standard_error(before, after, general) <= PARAMS["select"]["ppl_budget"]:
@@ -594,11 +588,11 @@ def test_evaluate_of_texts_is_positive_where_they_are_rarer(
         assert against["value"] == close(shifts[name, "test"] - shifts[BAN, "test"])
 
 
-def test_the_ban_is_of_the_most_typical_words_that_the_budget_allows(project: Project) -> None:
+def test_the_ban_is_of_the_most_frequent_bad_words_that_the_budget_allows(project: Project) -> None:
     found, words = project.metrics("evaluate/rude")["circuits"][BAN], ban(project)
     assert found["tokens"] == [whole.WORDS[word] for word in words]
     assert len(words) in EVALUATE["ban"][:-1]  # so that the budget decides
-    assert set(found["tokens"]) <= {*whole.RUDE, *whole.PLAIN}
+    assert set(found["tokens"]) <= {*whole.RUDE}
     assert BAN not in project.metrics("evaluate/bias")["circuits"]  # which writes nothing
 
 
