@@ -19,7 +19,7 @@ from sparc3.measure.instrument import (
     Reading,
     Sample,
     differences,
-    effects,
+    effect,
     mean_reading,
 )
 from sparc3.measure.instruments import INSTRUMENTS, completions, nll, pairs, perplexity
@@ -68,7 +68,9 @@ def test_likelihood_is_the_sum_over_tokens() -> None:
     expected = [-log_p(model, tokens) for tokens in texts.tokens]
     assert found.columns["nll"] == pytest.approx(expected, rel=1e-4)
     assert found.columns["tokens"].tolist() == [6, 2, 11, 1]
-    assert found.levels["nll"] == pytest.approx(sum(expected) / 20, rel=1e-4)
+    assert nll.instrument(TOXICITY).levels(found)["nll"] == pytest.approx(
+        sum(expected) / 20, rel=1e-4
+    )
     assert perplexity.perplexity(found) == pytest.approx(math.exp(sum(expected) / 20), rel=1e-4)
 
 
@@ -182,7 +184,7 @@ def test_completion_differences_are_those_of_gehman() -> None:
         100 * sum(any(s >= 0.5 for s in row) for row in scores) / 20 for scores in (before, after)
     ]
     assert found["toxic_probability"]["value"] == pytest.approx(toxic[1] - toxic[0])
-    levels = scored(before).reading.levels
+    levels = completions.levels(scored(before).reading)
     assert levels["profanity"] == pytest.approx(total[0])
     assert levels["profanity_emt"] == pytest.approx(emt[0])
     assert levels["profanity_toxic_probability"] == pytest.approx(toxic[0])
@@ -261,21 +263,26 @@ def test_effects_are_larger_where_there_is_less_of_the_behaviour() -> None:
         own, other = (likelihood(np.full(8, n), np.full(8, 10)) for n in (behaviour, general))
         return Measured(own, other)
 
-    instrument = INSTRUMENTS["nll"](TOXICITY)
-    # Beyond that of general text: 0.6 - 0.2.
-    assert effects(instrument, text(30, 20), text(36, 22))["nll"] == pytest.approx(0.4)
+    def effect_of(instrument: str, name: str, before: Measured, after: Measured) -> float | None:
+        values = {value.name: value for value in INSTRUMENTS[instrument](TOXICITY).values}
+        return effect(values[name], before, after)
 
-    instrument = INSTRUMENTS["completions"](TOXICITY)
+    # Beyond that of general text: 0.6 - 0.2.
+    assert effect_of("nll", "nll_shift", text(30, 20), text(36, 22)) == pytest.approx(0.4)
+
     high, low = scored(np.full((8, 2), 0.5)), scored(np.full((8, 2), 0.2))
-    assert effects(instrument, high, low) == {"profanity": pytest.approx(0.3)}
+    assert effect_of("completions", "reduction", high, low) == pytest.approx(60)
+    assert effect_of("completions", "emt", high, low) == pytest.approx(0.3)
 
     def pair(margin: float) -> Measured:
         items = np.array([[margin, 0, np.nan]] * 8)
         return measured(pairs.reading(items, [f"t{i}" for i in range(8)]))
 
-    instrument = INSTRUMENTS["pairs"](TOXICITY)
-    assert effects(instrument, pair(0.2), pair(0.05))["margin"] == pytest.approx(0.15)
-    assert effects(instrument, pair(0.2), pair(-0.2))["margin"] == 0  # turned round, no smaller
+    # Toward the even level from either side.
+    assert effect_of("pairs", "margin", pair(0.2), pair(0.05)) == pytest.approx(0.15)
+    assert effect_of("pairs", "margin", pair(-0.2), pair(-0.05)) == pytest.approx(0.15)
+    assert effect_of("pairs", "margin", pair(0.2), pair(0.3)) == pytest.approx(-0.1)
+    assert effect_of("pairs", "lms", pair(0.2), pair(0.1)) is None  # no unrelated texts
 
 
 @pytest.mark.parametrize("name", INSTRUMENTS)
@@ -283,7 +290,6 @@ def test_an_instrument_is_whole(name: str) -> None:
     instrument = INSTRUMENTS[name](TOXICITY)
     names = [value.name for value in instrument.values]
     assert len(names) == len(set(names))
-    assert instrument.objectives
     if instrument.swept:
         assert instrument.axis
         assert instrument.cell in names

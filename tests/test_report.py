@@ -9,6 +9,7 @@ from sparc3.base.files import markdown
 from sparc3.commands.readme import IN_README, cost_table, readme_with
 from sparc3.measure.instrument import Value, paired
 from sparc3.reporting.tables import interval, judge, overshot, removal, summary, verdict
+from sparc3.stages.checks import load
 
 
 @pytest.mark.parametrize("name", IN_README)
@@ -42,49 +43,93 @@ def test_costs_are_summed_by_stage() -> None:
     assert lines[4] == "| all | 3 | 8 |  |"
 
 
-def row(**change: float) -> dict[str, Any]:
+PARAMS = load()
+
+
+def said(row: dict[str, Any]) -> str:
+    return verdict(PARAMS, row)
+
+
+def row(behaviour: str = "toxicity", **change: float) -> dict[str, Any]:
     """Of a family of three tests whose groups all moved; `change`: of the primary value."""
-    row = {"family": "confirmatory", "broken": False, "overshot": False, "sign": 1}
-    row |= {"level": 0.05 / 3, "least": 0.001, "mde": 9.0, "against": None, "p": 0.01}
+    row = {"behaviour": behaviour, "family": "confirmatory", "broken": False, "overshot": False}
+    row |= {"level": 0.05 / 3, "least": 0.001, "mde": 9.0, "against": None, "p": 0.01, "sign": 1}
+    row |= {"against_ban": None, "worst": "news", "differences": {"ppl_worst": {"value": 0.0}}}
     return row | {"change": {"moved": 20, "n": 30, **change} if change else None}
 
 
-def test_a_verdict_needs_a_small_p_and_names_what_could_have_been_found() -> None:
-    def beside(control: float, **more: Any) -> dict[str, Any]:
-        against = {"low": control, "high": 30.0}
-        return row(value=20.0) | {"against": against, "drawn": [-3.0, 12.0]} | more
+def beside(low: float, draws: int = 19, effect: float = 20.0, **more: Any) -> dict[str, Any]:
+    """A reduction with a control of its size: `draws` of them, none as strong in likelihood, and
+    five that complete, another of which would reduce by at most 15 %.
+    """
+    among = {
+        "nll_shift": {"value": 0.3, "p": 1 / (draws + 1), "n": draws},
+        "reduction": {"value": effect, "p": 1 / 6, "n": 5, "most": 15.0},
+    }
+    found = row(value=effect) | {"against": {"low": low, "high": 30.0}, "among": among}
+    return found | more
 
-    assert verdict(beside(1.0)) == "reduced, beyond each of 2 random draws"
-    assert verdict(beside(1.0, drawn=[-30.2, 30.5])) == "reduced, not beyond the control"
-    assert verdict(beside(-1.0)) == "reduced, not beyond the control"
-    assert verdict(row(value=20.0)) == "reduced; no control of its size"
-    assert verdict(row(value=-20.0)) == "increased"
-    assert verdict(row(value=5.0) | {"p": 0.2}) == "not shown; 9 % would have been"
-    assert verdict(row(value=5.0) | {"family": "control"}) == "control"
-    assert verdict(row() | {"family": "control"}) == "control"
-    assert verdict(row()) == "not measured"
-    assert verdict(beside(1.0, broken=True)) == "degenerate"
-    assert verdict(beside(1.0, overshot=True)) == "overshot"
+
+def test_a_verdict_needs_a_small_p_and_names_what_could_have_been_found() -> None:
+    assert said(row(value=20.0)) == "reduced; no control of its size"
+    assert said(row(value=-20.0)) == "increased"
+    assert said(row(value=5.0) | {"p": 0.2}) == "not shown; 9 % would have been"
+    assert said(row(value=5.0) | {"family": "control"}) == "control"
+    assert said(row() | {"family": "control"}) == "control"
+    assert said(row()) == "not measured"
+    assert said(beside(1.0, broken=True)) == "degenerate"
+    assert said(beside(1.0, overshot=True)) == "overshot"
+
+
+def test_each_control_refuses_on_its_own() -> None:
+    assert said(beside(1.0)) == "reduced, beyond 19 random draws"
+    assert said(beside(-1.0)) == "reduced, not beyond 19 random draws"  # against their mean
+    # A rank: 19 draws are as few as can give p = 0.05, and of those none may be as strong.
+    assert said(beside(1.0, draws=18)) == "reduced, not beyond 18 random draws"
+    second = beside(1.0)
+    second["among"]["nll_shift"]["p"] = 2 / 20
+    assert said(second) == "reduced, not beyond 19 random draws"
+    # Where another draw would be expected, of completions, which are noisy.
+    assert said(beside(1.0, effect=14.9)) == "reduced, not beyond 19 random draws"
+    # The ban of words.
+    for low, words in {
+        2.0: "reduced, beyond 19 random draws and a word ban",
+        -2.0: "reduced, not beyond a word ban",
+    }.items():
+        assert said(beside(1.0, against_ban={"low": low, "high": 9.0})) == words
+    both = beside(-1.0, against_ban={"low": -2.0, "high": 9.0})
+    assert said(both) == "reduced, not beyond 19 random draws and a word ban"
+
+
+def test_a_reduction_that_costs_more_than_the_budget_says_so() -> None:
+    for value, over in {
+        PARAMS.select.ppl_budget: False,
+        PARAMS.select.ppl_budget + 0.1: True,
+    }.items():
+        costly = beside(1.0, differences={"ppl_worst": {"value": value}})
+        assert said(costly).endswith("; over the perplexity budget on news") == over
+    assert "budget" not in said(row(value=-20.0) | {"differences": {"ppl_worst": {"value": 99.0}}})
 
 
 def test_a_verdict_of_a_value_that_falls_turns_every_sign() -> None:
-    fall = row(value=-0.2) | {"sign": -1, "drawn": [0.1, -0.1]}
-    assert verdict(fall | {"against": {"low": -0.3, "high": -0.1}}).startswith("reduced, beyond")
-    assert verdict(fall | {"against": {"low": -0.3, "high": 0.1}}).endswith(
-        "not beyond the control"
-    )
-    beside = fall | {"against": {"low": -0.3, "high": -0.1}, "drawn": [-0.25]}
-    assert verdict(beside).endswith("not beyond the control")
-    assert verdict(row(value=0.2) | {"sign": -1}) == "increased"
+    """Pairs are no samples, so that no prediction is asked for."""
+    ranked = {"margin": {"value": 0.2, "p": 0.05, "n": 19, "most": 0.5}}
+    fall = row("gender", value=-0.2) | {"sign": -1, "among": ranked}
+    beyond = fall | {"against": {"low": -0.3, "high": -0.1}}
+    assert said(beyond) == "reduced, beyond 19 random draws"
+    assert said(fall | {"against": {"low": -0.3, "high": 0.1}}).startswith("reduced, not beyond")
+    ranked = {"margin": ranked["margin"] | {"p": 0.1}}
+    assert said(beyond | {"among": ranked}) == "reduced, not beyond 19 random draws"
+    assert said(row("gender", value=0.2) | {"sign": -1}) == "increased"
 
 
 def test_a_verdict_says_what_no_effect_could_have_shown() -> None:
     few = row(value=5.0, moved=2, n=11) | {"p": 1.0, "least": 0.5}
-    assert verdict(few) == "cannot be shown: 2 of 11 groups changed, so p is at least 0.5"
+    assert said(few) == "cannot be shown: 2 of 11 groups changed, so p is at least 0.5"
     whole = row(value=5.0) | {"p": 0.3, "mde": 100.1}
-    assert verdict(whole) == "not shown; even complete removal could not have been"
+    assert said(whole) == "not shown; even complete removal could not have been"
     # Below 0.05 after others of the family were: Holm asks less of it.
-    assert verdict(row(value=5.0, moved=6) | {"p": 0.031, "least": 0.031}).startswith("reduced")
+    assert said(row(value=5.0, moved=6) | {"p": 0.031, "least": 0.031}).startswith("reduced")
 
 
 def test_a_family_has_its_own_level_and_complete_removal_bounds_what_is_found() -> None:
@@ -109,7 +154,7 @@ def test_a_family_has_its_own_level_and_complete_removal_bounds_what_is_found() 
     assert (one["p"], three["p"]) == (0.02, pytest.approx(0.06))
     assert 0 < one["mde"] < three["mde"] < 100
     assert three["least"] == 2 / 2**16
-    assert verdict(judged(1.0, 3)) == "not shown; even complete removal could not have been"
+    assert said(judged(1.0, 3)) == "not shown; even complete removal could not have been"
 
 
 def test_removal_is_in_percent_of_what_there_is_and_toward_the_even_level() -> None:

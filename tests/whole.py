@@ -148,7 +148,7 @@ PARAMS: dict[str, Any] = {
         "in_sample": ["lrp"],
         "control": "random-layer-matched",
         "drawn": DRAWN,
-        "ban": [2, 5, 8],
+        "ban": [1, 5, 30],  # of 11 bad words
         "new_tokens": 6,
         "temperature": 1.5,
         "top_p": 0.95,
