@@ -47,9 +47,13 @@ def read(model, circuits, sample, how):
 
     nlls = token_nll(model, circuits, sample.tokens, sample.ids, how.batch_tokens, how.progress)
     return [
-        Reading({"longest": top}, sample.groups, {"longest": float(top.mean())}, {"longest": top})
+        Reading({"longest": top}, sample.groups, {"longest": top})
         for top in (np.array([each.max() for each in found], float) for found in nlls)
     ]
+
+
+def levels(reading):
+    return {"longest": float(reading.columns["longest"].mean())}
 
 
 def instrument(behaviour):
@@ -57,7 +61,8 @@ def instrument(behaviour):
         encode=perplexity.encode,
         read=read,
         values=(Value("longest", paired("longest"), "surprise, nats", digits=2),),
-        objectives={"longest": lambda before, after: after.reading.levels["longest"]},
+        levels=levels,
+        objective=lambda before, after: levels(after.reading)["longest"],
         axis="surprise, nats",
         cell="longest",
     )

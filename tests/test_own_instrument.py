@@ -37,14 +37,16 @@ def read(model: Any, circuits: Sequence[Circuit], sample: Sample, how: How) -> l
         lengths = np.array([row["length"] for row in rows], float)
         mean = lengths.reshape(len(sample.ids), -1).mean(1)
         columns = {"length": mean}
-        readings.append(
-            Reading(columns, sample.groups, {"length": float(mean.mean())}, columns, rows)
-        )
+        readings.append(Reading(columns, sample.groups, columns, rows))
     return readings
 
 
+def levels(reading: Reading) -> dict[str, float]:
+    return {"length": float(reading.columns["length"].mean())}
+
+
 def shorter(before: Measured, after: Measured) -> float:
-    return -after.reading.levels["length"]
+    return -levels(after.reading)["length"]
 
 
 def length(behaviour: Behaviour) -> Instrument:
@@ -55,7 +57,8 @@ def length(behaviour: Behaviour) -> Instrument:
             Value("reduction", reduced("length"), "reduction %", column="length"),
             Value("length", paired("length"), "length, tokens", digits=2, less=-1),
         ),
-        objectives={"length": shorter},
+        levels=levels,
+        objective=shorter,
         primary="reduction",
         axis="-length, tokens",
         headline=(("length", "length {:.2f}"),),

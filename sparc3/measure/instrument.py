@@ -207,13 +207,14 @@ def joined(readings: Sequence[Reading]) -> Reading:
 
 
 def effect(value: Value, before: Measured, after: Measured) -> float | None:
-    """A value's change, with the sign that makes it positive where it is less of the behaviour."""
+    """A value's change, positive where it is less of the behaviour; where there is an even level, by
+    how much nearer to it the mean comes.
+    """
     change = value.change(before, after, 1)
-    if change is None:
-        return None
-    mean = before.reading.columns[value.column].mean() if value.column else 0.0
-    sign = -value.less if value.even is not None and mean < value.even else value.less
-    return sign * change.value
+    if change is None or value.even is None:
+        return None if change is None else value.less * change.value
+    apart = float(before.reading.columns[value.column].mean()) - value.even
+    return abs(apart) - abs(apart + change.value)
 
 
 def mean_reading(readings: Sequence[Reading]) -> Reading:

@@ -7,16 +7,17 @@ that is exported, whose neurons were chosen on other items of the same groups.
 
 import logging
 import subprocess
+import tomllib
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparc3.base.artifacts import OUTPUTS, circuit_path, held_out, metrics_path
 from sparc3.base.errors import InputError
-from sparc3.base.files import read_json, write_csv, write_json
+from sparc3.base.files import read_json, read_text, write_csv, write_json
 from sparc3.base.params import SPLITS, Params
 from sparc3.circuits.circuit import read_circuit
 from sparc3.measure.instruments import perplexity
@@ -75,11 +76,11 @@ def commit() -> str:
 
 def run(params: Params) -> dict[str, float]:
     """Write metrics/confirm.json and outputs/confirm. InputError: it was done for this release."""
-    release, head = version("sparc3"), commit()
+    release, head = tomllib.loads(read_text(Path("pyproject.toml")))["project"]["version"], commit()
     if RECORD.is_file() and read_json(RECORD)["release"] == release:
         raise InputError(
             f"{RECORD}: the sealed sets were read for {release}; raise the version in "
-            "pyproject.toml, and install it, for another release"
+            "pyproject.toml for another release"
         )
     given = replace(params.evaluate, **vars(params.confirm))
     found: dict[str, Any] = {}

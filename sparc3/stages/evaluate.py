@@ -356,7 +356,8 @@ def measure(
     model = loading.load(params.model)
     by_name = outcomes(spec, {UNPRUNED: intact, **circuits}, setting, model, how)
     results: dict[str, dict[str, Any]] = {}
-    if evaluate.ban and any(each.writes for each in setting.instruments.values()):
+    writes = any(each.writes for each in setting.instruments.values())
+    if writes and evaluate.ban and spec.scorers:
         ban = fitted_ban(params, spec, model, how)
         with word_ban.banned(model, ban, BIAS):
             test = {setting.first: setting.samples[setting.first]}
