@@ -207,8 +207,8 @@ def joined(readings: Sequence[Reading]) -> Reading:
 
 
 def effect(value: Value, before: Measured, after: Measured) -> float | None:
-    """A value's change, positive where it is less of the behaviour; where there is an even level, by
-    how much nearer to it the mean comes.
+    """A value's change, positive where it is less of the behaviour; where there is an even level,
+    by how much nearer to it the mean comes.
     """
     change = value.change(before, after, 1)
     if change is None or value.even is None:
