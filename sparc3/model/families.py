@@ -47,7 +47,8 @@ EVERY_WEIGHT: dict[str, Any] = {  # no code, no pickle, no made-up weight withou
     "output_loading_info": True,
     "ignore_mismatched_sizes": True,
 }
-logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # `require_weights` tells
+for noise in ("modeling_utils", "integrations.tensor_parallel"):  # `require_weights` tells
+    logging.getLogger(f"transformers.{noise}").setLevel(logging.ERROR)
 
 
 class MLP(NamedTuple):
