@@ -207,14 +207,15 @@ def joined(readings: Sequence[Reading]) -> Reading:
 
 
 def effect(value: Value, before: Measured, after: Measured) -> float | None:
-    """A value's change, positive where it is less of the behaviour; where there is an even level,
-    by how much nearer to it the mean comes.
+    """A value's change, positive where it is less of the behaviour; what goes beyond an even level
+    counts against it.
     """
     change = value.change(before, after, 1)
     if change is None or value.even is None:
         return None if change is None else value.less * change.value
     apart = float(before.reading.columns[value.column].mean()) - value.even
-    return abs(apart) - abs(apart + change.value)
+    gain = change.value if apart < 0 else -change.value
+    return gain if gain <= abs(apart) else 2 * abs(apart) - gain
 
 
 def mean_reading(readings: Sequence[Reading]) -> Reading:
