@@ -952,7 +952,7 @@ def test_the_result_table_shows_the_evaluation(project: Project) -> None:
             of_all = () if method == BAN else project.circuit(behaviour, names[0])
             assert row["neurons"] == str(len(of_all))
             text, cost = worst_text(circuits, names)
-            assert row["perplexity %"] == f"{shown(cost)} {text}"
+            assert row["perplexity %, worst text"] == f"{shown(cost)} {text}"
             over = cost["value"] > PARAMS["select"]["ppl_budget"]
             assert row["verdict"].endswith(f"over the perplexity budget on {text}") == (
                 over and row["verdict"].startswith("reduced")

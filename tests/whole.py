@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 
 INSTRUMENTS = {"rude": ["nll", "completions"], "bias": ["pairs"]}
 BEHAVIOURS = tuple(INSTRUMENTS)
-DRAWS, DRAWN = 4, 2  # of the random control, and those that complete
+DRAWS, DRAWN = 4, 3  # of the random control, and those that complete
 BLOCKS = 2  # of the groups of `bias` that are tested
 CONTROLS = tuple(f"random-layer-matched-{draw}" for draw in range(DRAWS))
 CIRCUITS = ("lrp", "gradient-t", "aura", "aura-published", "most-positive", *CONTROLS)
