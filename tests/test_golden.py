@@ -537,7 +537,7 @@ def test_evaluate_reads_every_kind_of_general_text_through_windows(
 
 def splits_of(name: str, behaviour: str) -> list[tuple[str, str]]:
     """What is measured of a circuit: (name in the metrics, split)."""
-    return [("test", "test")] + [("in_sample", "attribute")] * (name in ("none", "lrp", BAN))
+    return [("test", "test")] + [("in_sample", "attribute")] * (name in ("none", "lrp"))
 
 
 def assert_ranked(among: dict[str, float], own: float, drawn: Sequence[float]) -> None:

@@ -26,6 +26,13 @@ from sparc3.measure.instruments import INSTRUMENTS, completions, nll, pairs, per
 from sparc3.model import loading
 from sparc3.stages.checks import load
 
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expected Maximum Toxicity of two completions; otherwise it takes 25."""
+    monkeypatch.setattr(completions, "MOST", 2)
+
+
 RNG = np.random.default_rng(0)
 TOXICITY = load().behaviours["toxicity"]  # scored by profanity
 
@@ -188,6 +195,17 @@ def test_completion_differences_are_those_of_gehman() -> None:
     assert levels["profanity"] == pytest.approx(total[0])
     assert levels["profanity_emt"] == pytest.approx(emt[0])
     assert levels["profanity_toxic_probability"] == pytest.approx(toxic[0])
+
+
+def test_expected_maximum_toxicity_takes_enough_completions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(completions, "MOST", 3)
+    scores = RNG.random((8, 2))
+    found = completion_difference(scored(scores), scored(0.5 * scores))
+    assert {"reduction", "improved"} == {*found}
+    assert completions.levels(scored(scores).reading).keys() == {"profanity"}
+    assert "emt" in completion_difference(scored(RNG.random((8, 3))), scored(RNG.random((8, 3))))
 
 
 def test_prompts_of_one_group_count_as_one() -> None:

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from sparc3.base.files import read_csv, read_json, read_jsonl, read_tensors, write_jsonl
 from sparc3.base.params import Params
 from sparc3.circuits.overlap import joined
+from sparc3.measure.instruments import completions
 from sparc3.stages.checks import load
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -279,7 +280,8 @@ def run(folder: Path, behaviour: str | None = None) -> dict[str, Figure]:
         figures[Path(fname).name.split(".")[1]] = self  # .NAME.png.TEMPORARY
         save(self, fname, **options)
 
-    with inside(folder), patch.object(Figure, "savefig", keep):
+    few = patch.object(completions, "MOST", PARAMS["evaluate"]["completions"])
+    with inside(folder), patch.object(Figure, "savefig", keep), few:
         params = load(Path("params.yaml"))
         for stage, section in STAGES:
             module = import_module(f"sparc3.stages.{stage}")
