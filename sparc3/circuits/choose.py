@@ -27,19 +27,15 @@ def protected(importance: Array, share: float) -> Array:
 
 
 def ranked(differential: Array, barred: Array) -> Array:
-    """Flat ids (layer * width + neuron) of all neurons that are not barred.
-
-    Sorted from the most negative on; ties go to the lower id.
+    """Flat ids (layer * width + neuron) of all neurons that are not barred, from the most negative
+    on; ties go to the lower id.
     """
     values = np.where(barred, np.inf, differential).ravel()
     return np.argsort(values, kind="stable")[: differential.size - int(barred.sum())]
 
 
 def choose(differential: Array, k: int, barred: Array, key: str) -> Array:
-    """The first k of `ranked`: flat ids of the k most negative neurons that are not barred.
-
-    Raises InputError if fewer than k are left; `key` of params is what asked for k.
-    """
+    """The first k of `ranked`, as `key` of params asks; InputError if fewer are left."""
     ids = ranked(differential, barred)
     if k > ids.size:
         raise InputError(
