@@ -174,8 +174,8 @@ def drawn_covariances(
 
 
 def group_products(scores: Mapping[str, Scores]) -> tuple[Array, Array, dict[str, slice], Array]:
-    """Grouping key and number of prompts of every group of every set, where each set's groups lie,
-    and the covariances over neurons of the groups' summed scores, (group, group).
+    """Key and size of every group of every set, where each set's groups lie, and the covariances
+    over neurons of the groups' summed scores, (group, group).
     """
     keys, sizes, where, members = [], [], {}, {}
     start = 0

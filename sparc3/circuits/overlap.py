@@ -103,10 +103,8 @@ def overlap_p(observed: int, sizes: Sequence[int], total: int) -> float:
 
 
 def layered_log_distribution(counts: Array, width: int) -> Array:
-    """As `log_distribution`, for sets that keep their number of neurons in every layer.
-
-    `counts` (layer, set) holds those numbers. The overlap is the sum of independent overlaps of the
-    layers, so its law is the convolution of theirs.
+    """As `log_distribution`, for sets that keep their number of neurons in every layer, `counts`
+    (layer, set): the convolution of the layers' laws.
     """
     law = np.zeros(1)
     for sizes in counts.tolist():

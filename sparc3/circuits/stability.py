@@ -54,7 +54,5 @@ def selection_frequency(chosen: Array, count: int) -> Array:
 
 
 def mean_overlap(chosen: Array, k: int) -> float:
-    """Mean share of the full sample's circuit, candidates 0 to k - 1, that a resample finds again:
-    in [0, 1], and 1 for an empty circuit.
-    """
+    """Mean share of candidates 0 to k - 1 that a resample finds again; 1 for an empty circuit."""
     return float((chosen < k).sum(axis=1).mean() / k) if k else 1.0

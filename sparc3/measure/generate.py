@@ -238,9 +238,8 @@ def _next(
 
 
 def draw(logits: Tensor, streams: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token id for each row of `logits` (row, vocabulary), which are overwritten.
-
-    `streams` (row,) int64 decides the draw. NOT_FINITE for a row whose logits are not.
+    """One token id for each row of `logits` (row, vocabulary), which are overwritten: as `streams`
+    (row,) int64 decide, and NOT_FINITE for a row whose logits are not.
     """
     p = logits.div_(temperature).softmax(1)
     bad = ~p[:, 0].isfinite()  # in a softmax, one bad entry spoils its row

@@ -105,9 +105,7 @@ def continuation_nll(
 
 
 def sentence_scores(nlls: Sequence[Array], name: str) -> Array:
-    """Mean log p per scored token, in nats: float64 `(sequences,)`; InputError, with the item's
-    `name`, for a sequence without one.
-    """
+    """Mean log p per scored token, in nats: float64 `(sequences,)`; InputError without one."""
     if not all(len(nll) for nll in nlls):
         raise InputError(f"prompt {name} has a sequence of 1 token; at least 2 are needed")
     return np.array([-nll.mean(dtype=np.float64) for nll in nlls])

@@ -196,10 +196,8 @@ def _score_batch(
 def _watching(
     model: PreTrainedModel, prompts: int, real: Tensor, into: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Fill into[name] (layer, prompt, neuron) while the model runs, and then runs backward.
-
-    `real` (sequence, token, 1) is True where a token is no padding; the sequences of a prompt are
-    next to each other.
+    """Fill into[name] (layer, prompt, neuron) while the model runs, and then runs backward. `real`
+    (sequence, token, 1): no padding; the sequences of a prompt are next to each other.
     """
 
     def observe(names: list[str], layer: int, mlp: MLP, values: Tensor, at: Tensor) -> None:
