@@ -259,9 +259,11 @@ def test_two_tasks_give_the_scores_of_one_process(
     assert small.files(scores_folder("general")) == expected
 
 
-def test_a_job_whose_params_have_changed_does_not_run(slurm: Path, project: Path) -> None:
-    params = with_cluster(options=("--hold",))
-    job = submit.submit(params, "transfer", {})
+def test_a_job_whose_params_have_changed_does_not_run(
+    slurm: Path, project: Path, capsys: Any
+) -> None:
+    submit.run(with_cluster(options=("--hold",)), "transfer")
+    job = re.findall(r"^job (\d+)", capsys.readouterr().out)[0]
     path = project / "params.yaml"
     path.write_text(path.read_text() + "# another time\n")
     subprocess.run(["scontrol", "release", job], check=True)
@@ -272,4 +274,4 @@ def test_a_job_whose_params_have_changed_does_not_run(slurm: Path, project: Path
 
 def test_what_slurm_refuses_is_said(slurm: Path, project: Path) -> None:
     with pytest.raises(InputError, match=r"sbatch refuses it: .*partition"):
-        submit.submit(with_cluster(partition="none"), "transfer", {})
+        submit.run(with_cluster(partition="none"), "transfer")

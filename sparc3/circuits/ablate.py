@@ -1,10 +1,9 @@
 """Remove a circuit from a model: reversibly, for one or many circuits, or for good.
 
 A neuron is one coordinate of the vector that enters an MLP's output projection, so multiplying its
-column there by `scale` multiplies its activation by `scale`, in gated and plain MLPs alike. That is
-all `pruned` does, reversibly; `prune_weights` also clears the rows that feed a neuron of scale 0.
-Two ways measure many circuits of one model: `without_each` one after the other on the same tokens,
-`pruned_rows` side by side in one batch.
+column there by `scale` multiplies its activation by `scale`, in gated and plain MLPs alike. Many
+circuits are measured one after the other on the same tokens (`without_each`), or side by side in
+one batch (`pruned_rows`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparc3.model.families import MLP
-
 
 Result = TypeVar("Result")
 
@@ -61,11 +59,8 @@ def _per_layer(
 
 @contextmanager
 def pruned(model: "PreTrainedModel", circuit: Circuit) -> "Iterator[PreTrainedModel]":
-    """Within the block, `model` has the circuit's columns multiplied by its scales.
-
-    Only those columns are copied, and put back bit for bit at the end, also after an exception: one
-    more circuit costs its own forward passes and no reload. Raises InputError for a neuron that the
-    model does not have.
+    """Within the block, `model` has the circuit's columns multiplied by its scales: copied, and put
+    back bit for bit, also after an exception. InputError: a neuron that the model does not have.
     """
     parts = _per_layer(model, circuit)
     kept = [(weight, neurons, weight[:, neurons]) for _, weight, neurons, _ in parts]
@@ -84,23 +79,21 @@ def without_each(
     """What `run` returns without each of `circuits`, in their order; INTACT is the model as it is.
 
     `run` must pass the same tokens through the model's body each time, and once. What lies below a
-    circuit's first layer gives what it gives in the whole model, and is kept instead of computed
-    again: a circuit of late layers costs a part of a pass. Memory: one layer's output for every
-    layer that a circuit begins with. Raises InputError as `pruned` does.
+    circuit's first layer is kept instead of computed again: a circuit of late layers costs a part
+    of a pass. Memory: one layer's output for every layer that a circuit begins with. Raises
+    InputError as `pruned` does.
     """
     from sparc3.model.families import layers
 
     blocks = layers(model)
     first = [int(c.layers.min()) if len(c) else len(blocks) for c in circuits]
-    latest_first = sorted(range(len(circuits)), key=lambda place: -first[place])
     kept: dict[int, Any] = {}
 
     def keep(layer: int, module: "nn.Module", args: Any, output: Any) -> None:
         kept[layer] = output
 
     results: dict[int, Result] = {}
-    for place in latest_first:
-        begin = first[place]
+    for place, begin in sorted(enumerate(first), key=lambda item: -item[1]):
         with ExitStack() as stack:
             stack.enter_context(pruned(model, circuits[place]))
             if not results:  # its own neurons lie above all that the others need
@@ -135,9 +128,9 @@ def pruned_rows(
 ) -> Iterator[Callable[[Sequence[int]], None]]:
     """Within the block every row of a batch is run without a circuit of its own.
 
-    Yields a function that is told, before the model runs, the place in `circuits` of each row's
-    circuit. Activations are scaled here, not weights: the same function, up to rounding where a
-    scale is neither 0 nor 1. Raises InputError as `pruned` does.
+    Yields a function that is told, before the model runs, the place in `circuits` of each row's.
+    Activations are scaled here, not weights: the same up to rounding, where a scale is neither 0
+    nor 1. Raises InputError as `pruned` does.
     """
     import torch
 
@@ -172,12 +165,9 @@ def pruned_rows(
 
 
 def prune_weights(model: "PreTrainedModel", circuit: Circuit) -> None:
-    """Prune for good: the same function as within `pruned`, and nothing to put back.
-
-    Multiplies columns of the output projection by their scales, and sets to zero what feeds the
-    neurons of scale 0: their rows, and biases, of the up and gate projections. Pruning twice is
-    pruning once; dampening twice dampens twice. Raises InputError as `pruned` does, before anything
-    is changed.
+    """Prune for good: the same function as within `pruned`. What feeds neurons of scale 0 becomes 0
+    too: their rows, and biases, of the up and gate projections. Dampening twice dampens twice.
+    Raises InputError as `pruned` does, before anything is changed.
     """
     from sparc3.model.families import incoming
 

@@ -10,9 +10,7 @@ from sparc3.circuits.circuit import Circuit
 
 
 def read_differential(behaviour: str, method: str, block: str = "") -> tuple[Array, Array]:
-    """A method's differential, for a block or of all, and the importance that protection ranks by:
-    (layer, neuron). A random method's knows no blocks.
-    """
+    """A method's differential, of a block if it has any, and the importance: (layer, neuron)."""
     tensors, _ = read_tensors(differential_path(behaviour, method))
     whole = tensors["differential"]
     return tensors.get(block, whole), tensors["importance"]
@@ -27,19 +25,13 @@ def protected(importance: Array, share: float) -> Array:
 
 
 def ranked(differential: Array, barred: Array) -> Array:
-    """Flat ids (layer * width + neuron) of all neurons that are not barred.
-
-    Sorted from the most negative on; ties go to the lower id.
-    """
+    """Flat ids of all neurons not barred, the most negative first; ties go to the lower id."""
     values = np.where(barred, np.inf, differential).ravel()
     return np.argsort(values, kind="stable")[: differential.size - int(barred.sum())]
 
 
 def choose(differential: Array, k: int, barred: Array, key: str) -> Array:
-    """The first k of `ranked`: flat ids of the k most negative neurons that are not barred.
-
-    Raises InputError if fewer than k are left; `key` of params is what asked for k.
-    """
+    """The first k of `ranked`, as `key` of params asks; InputError if fewer are left."""
     ids = ranked(differential, barred)
     if k > ids.size:
         raise InputError(
@@ -62,10 +54,8 @@ def choose_per_layer(differential: Array, counts: Array, barred: Array, key: str
 
 
 def scales(method: Method, differential: Array) -> Array:
-    """Factor left on each neuron of a circuit, from its differential; 0 prunes.
-
-    `auroc` is AurA's dampening, 1 - 2 (AUROC - 0.5) (Suau et al. 2024, Eq. 4), and the `auroc`
-    contrast is 0.5 - AUROC.
+    """Factor left on each neuron, from its differential; `auroc` is AurA's dampening, 1 - 2 (AUROC
+    - 0.5) (Suau et al. 2024, Eq. 4), and the `auroc` contrast is 0.5 - AUROC.
     """
     if method.scale == "auroc":
         return np.clip(1 + 2 * differential, 0, 1)

@@ -15,10 +15,8 @@ COLUMNS: tuple[str, ...] = ("layer", "neuron", "score", "scale")
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """Distinct neurons, each with the score it was chosen by and the factor left on it.
-
-    Arrays of shape (neuron,): layers and neurons are indices from 0, scores finite, scales in
-    [0, 1], where 0 prunes and anything between dampens.
+    """Distinct neurons, arrays (neuron,): indices from 0, the finite score each was chosen by, and
+    the factor left on it, in [0, 1], where 0 prunes and anything between dampens.
     """
 
     layers: Array

@@ -1,7 +1,4 @@
-"""Correlation of differentials, plain and corrected for the noise of the prompts.
-
-A constant differential correlates 0 with everything.
-"""
+"""Correlation of differentials, plain and corrected for the noise of the prompts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +16,6 @@ Behaviours = Mapping[str, tuple[str, str]]  # name -> its reference's prompt set
 FEWEST_GROUPS = 5  # below, a bootstrap of groups says nothing
 BLOCK = 4096  # neurons whose scores are read at once
 TAILS = [(1 - 0.95) / 2, (1 + 0.95) / 2]  # of the draws, beyond an interval
-
-
-# Differentials: one number per neuron
 
 
 def pearson(rows: Array) -> Array:
@@ -56,15 +50,10 @@ def quadrants(differentials: Mapping[str, Array]) -> dict[str, dict[str, int]]:
     return found
 
 
-# Prompts: what the differentials would be on other prompts
-
-
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one prompt set: `values` (prompt, neuron), `groups` (prompt,) their grouping keys.
-
-    Prompts that share a grouping key, within a set or across sets, are drawn and split together.
-    `values` may be a memory map; it is read in blocks.
+    """Scores of one prompt set: `values` (prompt, neuron), perhaps a memory map, and `groups`
+    (prompt,), keys of the prompts that are drawn and split together, within a set or across sets.
     """
 
     values: Array
@@ -89,17 +78,14 @@ def bootstrap_correlations(
     reference sample shared by two behaviours pushes it up. Both come from products of a prompt with
     itself, so products within a grouping key are left out of every (co)variance (a U-statistic,
     unbiased), and `value` estimates the correlation on infinitely many prompts. `low`, `high`:
-    percentiles of the same estimate under the Bayesian bootstrap (Rubin 1981) of groups; simulated
-    coverage 94 to 98 %, more (and intervals up to 1.5 times too wide) where reliability is below a
-    half. What the shared *mean* of a reference adds stays in: it is part of Eq. 7.
+    percentiles under the Bayesian bootstrap (Rubin 1981) of groups; simulated coverage 94 to 98 %,
+    more (and intervals up to 1.5 times too wide) where reliability is below a half. What the shared
+    *mean* of a reference adds stays in: it is part of Eq. 7.
 
-    Returns three mappings:
     "correlations": "a.b" -> value, low, high and `observed`, the uncorrected correlation;
-    "differences": "a.b minus c.d" -> value, low, high, p, for every two pairs, either way round: a
-    test of dependent correlations in which the prompts are the sample, since neurons are not
-    independent;
-    "reliability": behaviour -> the share of its differential's variance that is not noise, [0, 1].
-    Where nothing but noise is left, value is 0, the interval as wide as can be, and p 1.
+    "differences": "a.b minus c.d" -> value, low, high, p, either way round, with prompts, not
+    neurons, as the sample; "reliability": behaviour -> the share of its differential's variance
+    that is not noise. Of noise alone value is 0, the interval as wide as can be, and p 1.
     """
     for name, given in scores.items():
         if (groups := np.unique(given.groups).size) < FEWEST_GROUPS:
@@ -188,8 +174,8 @@ def drawn_covariances(
 
 
 def group_products(scores: Mapping[str, Scores]) -> tuple[Array, Array, dict[str, slice], Array]:
-    """Grouping key and number of prompts of every group of every set, where each set's groups lie,
-    and the covariances over neurons of the groups' summed scores, (group, group).
+    """Key and size of every group of every set, where each set's groups lie, and the covariances
+    over neurons of the groups' summed scores, (group, group).
     """
     keys, sizes, where, members = [], [], {}, {}
     start = 0

@@ -30,9 +30,8 @@ def repeated(
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """How well circuits and differentials agree over `repeats` draws of a null.
 
-    kind -> names, `joined` -> overlap (in neurons), jaccard and, of two, correlation: each with the
-    mean over draws and the range (low, high) that 95 % of them lie in: the spread of the drawing,
-    not a confidence interval.
+    kind -> names, `joined` -> overlap (in neurons), jaccard and, of two, correlation: each as the
+    mean over draws and the range (low, high) of 95 % of them, which is no confidence interval.
     """
     rng = np.random.default_rng(seed)
     seen: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -46,10 +45,7 @@ def repeated(
             for key, value in row.items():
                 values.setdefault(key, []).append(value)
     return {
-        kind: {
-            names: {key: spread(values) for key, values in row.items()}
-            for names, row in table.items()
-        }
+        kind: {n: {key: spread(row[key]) for key in row} for n, row in table.items()}
         for kind, table in seen.items()
     }
 
@@ -64,9 +60,9 @@ def disjoint_parts(
 ) -> dict[str, list[Array]]:
     """Rows of every set in `parts` disjoint parts of about equal size: name -> [rows, ...].
 
-    Whole groups are dealt, in random order, to the part that has fewest prompts of the set; a
-    group that an earlier set already placed stays there, so that no part of one set shares a
-    grouping key with another part of another set. InputError where a part would be empty.
+    Whole groups are dealt, in random order, to the part that has fewest prompts of the set; a group
+    that an earlier set placed stays there, so that parts share no grouping key, whatever set they
+    are of. InputError where one would be empty.
     """
     placed: dict[object, int] = {}
     out = {}
@@ -106,10 +102,9 @@ def split_halves(
 ) -> Drawn:
     """What two disjoint halves of the prompts, reference and behaviour, agree on.
 
-    (a, a) compares the two halves of one behaviour: the ceiling, since nothing can
-    overlap with a circuit more than the circuit does with itself. (a, b) compares one half of a
-    with the other half of b: the cross-behaviour figure of the same sample size, without shared
-    prompts. Only these two are comparable; an overlap of full-size circuits is not.
+    (a, a) compares the two halves of one behaviour: the ceiling. (a, b) compares one half of a with
+    the other half of b: of the same sample size, without shared prompts. Only these two are
+    comparable; an overlap of full-size circuits is not.
     """
     rows = disjoint_parts(scores, 2, rng)
     halves = {
@@ -127,12 +122,10 @@ def split_halves(
 def disjoint_references(
     scores: Mapping[str, Scores], behaviours: Behaviours, derive: Derive, rng: np.random.Generator
 ) -> Drawn:
-    """Behaviours when each has its own part of the reference prompts, and when not.
+    """What sharing a reference sample adds, for every combination of two or more behaviours.
 
     The n behaviours' references are split in n disjoint parts. "disjoint": every behaviour uses a
-    different part; "shared": all use the same part, so that sample sizes are equal and the
-    difference between the two is what sharing the reference sample adds. Behaviour prompts stay
-    whole. Every combination of two or more behaviours is reported.
+    different part; "shared": all use the same one. Behaviour prompts stay whole.
     """
     names, parts = list(behaviours), len(behaviours)
     rows = reference_parts(scores, behaviours, parts, rng)
@@ -153,9 +146,9 @@ def pseudo_behaviour(
 ) -> Drawn:
     """Every behaviour beside a behaviour that is none: a third of its reference.
 
-    The reference is split in thirds G1, G2, G3. The pseudo-behaviour contrasts G1 with G3. "shared"
-    compares it with the real behaviour against G1, "disjoint" against G2. A real overlap means
-    something only beyond this.
+    The pseudo-behaviour contrasts the first third with the last. "shared" compares it with the real
+    behaviour against the first, "disjoint" against the second. Only a real overlap beyond this
+    means something.
     """
     rows = reference_parts(scores, behaviours, 3, rng)
     for name, (reference, prompts) in behaviours.items():

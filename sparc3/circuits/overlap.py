@@ -1,15 +1,12 @@
 """Sets of neurons: how far circuits overlap, and which part of that overlap chance explains.
 
-A neuron is named by its flat index `layer * width + neuron`. A circuit is a 1-D array of such ids,
-and circuits come as a mapping from name to ids. `total` is the number of neurons to choose from.
-Where a group of behaviours needs one key, here, in files and in metrics, `joined` makes it.
-
-Defined edge cases: two empty circuits have Jaccard 0 (they share nothing); an overlap that can only
-be 0 has enrichment 1 and p 1; a constant differential correlates 0 with everything.
+A circuit is a 1-D array of flat ids, `layer * width + neuron`, and circuits come as a mapping from
+name to ids. `total` is the number of neurons to choose from. Two empty circuits have Jaccard 0; an
+overlap that can only be 0 has enrichment 1 and p 1.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from math import log, prod
 from typing import Any
 
@@ -27,14 +24,11 @@ def joined(names: Iterable[str]) -> str:
     return MARK.join(sorted(names))
 
 
-# Regions and measures of overlap
-
-
 def subsets(names: Iterable[str], smallest: int) -> Iterator[Names]:
     """Every combination of at least `smallest` names: small ones first, in the order given."""
     names = list(names)
-    for size in range(smallest, len(names) + 1):
-        yield from combinations(names, size)
+    sizes = range(smallest, len(names) + 1)
+    return chain.from_iterable(combinations(names, size) for size in sizes)
 
 
 def regions(sets: Mapping[str, Array]) -> dict[str, Array]:
@@ -59,9 +53,6 @@ def jaccard(*sets: Array) -> float:
     return common(*sets) / union if union else 0.0
 
 
-# Chance
-
-
 def expected(sizes: Sequence[int], total: int) -> float:
     """Mean overlap of sets of these sizes drawn independently: product of sizes / total^(n-1)."""
     return prod(sizes) / total ** (len(sizes) - 1)
@@ -69,21 +60,16 @@ def expected(sizes: Sequence[int], total: int) -> float:
 
 def enrichment(observed: int, sizes: Sequence[int], total: int) -> float:
     """Observed overlap over the mean overlap of independent draws; 1 where only 0 is possible."""
-    return _ratio(observed, expected(sizes, total))
-
-
-def _ratio(observed: int, mean: float) -> float:
+    mean = expected(sizes, total)
     return observed / mean if mean else 1.0
 
 
 def log_distribution(sizes: Sequence[int], total: int) -> Array:
     """Log-probability of every size of the overlap of n independent uniform draws.
 
-    The overlap of the first m + 1 sets, given that of the first m, is hypergeometric; summing over
-    the latter, one set at a time, gives the exact law (Fisher's test for n = 2). In logarithms,
-    so that it stays accurate where the probability itself underflows.
-
-    Returns shape (min(sizes) + 1,), index = size of the overlap; -inf where it is impossible.
+    Shape (min(sizes) + 1,), by size of the overlap; -inf where it is impossible. The overlap of the
+    first m + 1 sets, given that of the first m, is hypergeometric; summing over the latter, one set
+    at a time, gives the exact law (Fisher's test for n = 2). In logarithms: nothing underflows.
     """
     ordered = sorted(sizes)
     factorial = gammaln(np.arange(total + 1) + 1.0)
@@ -108,8 +94,6 @@ def log_upper_tail(law: Array, observed: int) -> float:
     """Natural logarithm of P(overlap >= observed) under a law as `log_distribution` returns it."""
     if observed <= 0:
         return 0.0
-    if observed >= law.size:
-        return -np.inf
     return min(0.0, float(np.logaddexp.reduce(law[observed:])))
 
 
@@ -119,11 +103,8 @@ def overlap_p(observed: int, sizes: Sequence[int], total: int) -> float:
 
 
 def layered_log_distribution(counts: Array, width: int) -> Array:
-    """As `log_distribution`, for sets that keep their number of neurons in every layer.
-
-    `counts` (layer, set) holds those numbers, `width` the neurons per layer. The overlap is the sum
-    of independent overlaps of the layers, so its law is the convolution of theirs: what a
-    permutation of neurons within layers tends to with infinitely many draws.
+    """As `log_distribution`, for sets that keep their number of neurons in every layer, `counts`
+    (layer, set): the convolution of the layers' laws.
     """
     law = np.zeros(1)
     for sizes in counts.tolist():
@@ -137,11 +118,10 @@ def layered_log_distribution(counts: Array, width: int) -> Array:
 
 
 def overlaps(sets: Mapping[str, Array], layers: int, width: int) -> dict[str, dict[str, Any]]:
-    """Every pair, triple, ... of the circuits of a model with `layers` x `width` neurons.
-
-    Each overlap stands against uniform draws and, as `layered_*`, against draws that keep every
-    circuit's number of neurons per layer, which do not call it an overlap when two circuits merely
-    prefer the same layers. p is P(overlap >= observed); log10_p holds where p underflows.
+    """Every pair, triple, ... of circuits, each against uniform draws and, as `layered_*`, against
+    draws that keep every circuit's number of neurons per layer, which do not call it an overlap
+    when two circuits merely prefer the same layers. p is P(overlap >= observed); log10_p holds
+    where p underflows.
     """
     total = layers * width
     counts = {name: layer_counts(ids, layers, width) for name, ids in sets.items()}
@@ -160,7 +140,7 @@ def overlaps(sets: Mapping[str, Array], layers: int, width: int) -> dict[str, di
             log10_p = log_upper_tail(law, observed) / log(10)
             row |= {
                 f"{null}expected": mean,
-                f"{null}enrichment": _ratio(observed, mean),
+                f"{null}enrichment": observed / mean if mean else 1.0,
                 f"{null}log10_p": log10_p,
                 f"{null}p": 10.0**log10_p,
             }
@@ -173,16 +153,13 @@ def triple_given_pairs(
 ) -> dict[str, Any]:
     """How surprising |A & B & C| >= triple is, given the pairwise overlaps (A&B, A&C, B&C).
 
-    `through[i]`: its P if, inside set i, its overlaps with the two others are independent uniform
-    draws, hence hypergeometric, i.e. the two others meet only through set i; `through_expected[i]`
-    its mean. `p` is the largest of the three (with its mean `expected`): small only if no single
-    set explains the triple, a valid level for that union of hypotheses.
-    `joint_p`, `joint_expected`: the exact law of the triple of three independent uniform draws
-    given all three pairwise overlaps at once (equally the law without three-way interaction): all
-    assignments of neurons to the eight regions with those overlaps are equally likely, so P(t) is
-    proportional to 1 / product of factorials of the regions.
-    The two answers can differ as far as possible: where pairwise overlaps are rare events, a shared
-    triple is the cheapest way to get all three of them, so the joint law expects a large triple.
+    `through[i]`: its P if the two others meet only through set i, inside which their overlaps with
+    it are independent uniform draws; `through_expected[i]` its mean. `p` is the largest of the
+    three (with its mean `expected`): small only if no single set explains the triple.
+    `joint_p`, `joint_expected`: by the exact law of three independent uniform draws given all three
+    pairwise overlaps: all assignments of neurons to the eight regions are equally likely, so P(t)
+    is proportional to 1 / product of factorials of the regions. Where pairwise overlaps are rare, a
+    shared triple is the cheapest way to get all three of them: this law expects a large one.
     """
     ab, ac, bc = pairs
     a, b, c = sizes
@@ -210,16 +187,13 @@ def triple_given_pairs(
     }
 
 
-# Where circuits lie
-
-
 def layer_counts(ids: Array, layers: int, width: int) -> Array:
     """Neurons per layer, shape (layers,)."""
     return np.bincount(ids // width, minlength=layers)
 
 
 def late_layers(layers: int) -> int:
-    """How many layers stand for the last 10 of 32 of LLaMA-3-8B: the same share of the depth."""
+    """How many layers stand for the last 10 of LLaMA-3-8B's 32."""
     return max(1, round(layers * 10 / 32))
 
 

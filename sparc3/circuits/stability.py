@@ -24,11 +24,9 @@ def resampled_circuits(
     resamples: int,
     seed: int,
 ) -> list[Array]:
-    """Columns chosen in each resample, for every size: arrays (resample, k).
-
-    `reference` and `behaviour` hold the scores of the candidates, (prompt, candidate).
-    Whole groups are drawn, with replacement. A size s stands for the share s / prompts of the
-    groups of either set, and at least two.
+    """Columns chosen in each resample, for every size: arrays (resample, k), from the candidates'
+    scores. Whole groups are drawn, with replacement. A size s stands for the share s / prompts of
+    the groups of either set, and at least two.
     """
     rng = np.random.default_rng(seed)
     sets: list[tuple[Scores, list[Array]]] = []
@@ -41,15 +39,12 @@ def resampled_circuits(
         rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), count)])
         return given.values[rows][:, None]
 
-    by_size = []
-    for size in sizes:
-        chosen = np.empty((resamples, k), dtype=np.int64)
+    by_size = [np.empty((resamples, k), dtype=np.int64) for _ in sizes]
+    for size, chosen in zip(sizes, by_size, strict=True):
+        share = size / len(behaviour.values)
         for draw in range(resamples):
-            share = size / len(behaviour.values)
-            first, second = (drawn(given, groups, share) for given, groups in sets)
-            values = contrast(first, second)[0]
+            values = contrast(*(drawn(given, groups, share) for given, groups in sets))[0]
             chosen[draw] = np.argsort(values, kind="stable")[:k]
-        by_size.append(chosen)
     return by_size
 
 
@@ -59,8 +54,5 @@ def selection_frequency(chosen: Array, count: int) -> Array:
 
 
 def mean_overlap(chosen: Array, k: int) -> float:
-    """Mean share of the full sample's circuit, candidates 0 to k - 1, that a resample finds again.
-
-    In [0, 1]; 1 for an empty circuit, of which nothing can be missed.
-    """
+    """Mean share of candidates 0 to k - 1 that a resample finds again; 1 for an empty circuit."""
     return float((chosen < k).sum(axis=1).mean() / k) if k else 1.0

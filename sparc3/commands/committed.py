@@ -1,8 +1,4 @@
-"""Committed: are the metrics on disk those that were committed?
-
-The question after `dvc repro`: a fresh run of the same code, parameters and data gives the numbers
-of the last commit, up to what another processor rounds otherwise.
-"""
+"""Committed: are the metrics on disk those that were committed?"""
 
 import json
 import math
@@ -14,16 +10,13 @@ from sparc3.base.artifacts import METRICS
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json
 
-TOLERANCE = 1e-6  # relative, of a number
+TOLERANCE = 1e-6  # of a number, relative: what another processor rounds otherwise
 SHOWN = 5  # differences that are printed
 ABSENT = "nothing"
 
 
 def run() -> None:
-    """Print whether metrics/**/*.json equal those of git's HEAD, or the first differences.
-
-    InputError: not a checkout with a commit that has metrics.
-    """
+    """Print whether metrics/**/*.json equal those of git's HEAD, or the first differences."""
     after = {path.as_posix(): read_json(path) for path in METRICS.rglob("*.json")}
     found = list(differences(committed(), after))
     if not found:
@@ -45,9 +38,8 @@ def committed() -> dict[str, Any]:
 
 
 def differences(before: Any, after: Any, name: str = "") -> Iterator[str]:
-    """`NAME: BEFORE committed, AFTER now` wherever two trees of JSON differ.
-
-    Numbers may differ by TOLERANCE of the larger, and what is nearly 0 by TOLERANCE itself.
+    """`NAME: BEFORE committed, AFTER now` wherever two trees of JSON differ, numbers by more than
+    TOLERANCE of the larger, and of 1.
     """
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted({*before, *after}):

@@ -38,13 +38,9 @@ class Shape:
     vocabulary: int
     products: int
     passed_back: int
+    head: int  # weights of the language-modelling head
     factors: int  # of a neuron's value: 2 in a gated MLP, 1 in a plain one
     normalised: int  # width of all that one layer's norms read
-
-    @property
-    def head(self) -> int:
-        """Weights of the language-modelling head's product."""
-        return self.vocabulary * self.hidden
 
     @property
     def weights(self) -> int:
@@ -57,7 +53,6 @@ class Shape:
 
 
 def shape(config: PretrainedConfig, dtype: str = "float32") -> Shape:
-    """InputError for a family that is not known."""
     family = families.family(config.model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -76,6 +71,7 @@ def shape(config: PretrainedConfig, dtype: str = "float32") -> Shape:
         attention=heads * dimension,
         keys=keys,
         vocabulary=config.vocab_size,
+        head=config.vocab_size * config.hidden_size,
         products=products,
         passed_back=products - _products(first) + _products(mlp.down),
         factors=1 if mlp.gate is None else 2,
@@ -124,18 +120,14 @@ def together(parts: Sequence[Work]) -> Work:
 
 
 def forward(model: Shape, lengths: Lengths) -> float:
-    """Operations of the body, without the head, on sequences of these lengths.
-
-    A token attends to its whole sequence: what causality spares, the kernels mostly compute.
-    """
+    """Operations of the body, without the head."""
+    # Of the whole sequence: what causality spares, the kernels mostly compute.
     attended = 4 * model.attention * model.layers * sum(n * n for n in lengths)
     return 2 * model.products * sum(lengths) + attended
 
 
 def backward(model: Shape, lengths: Lengths) -> float:
-    """Operations of a backward pass, which goes through activations only, never to a weight's
-    gradient, and ends at the neurons of the first layer.
-    """
+    """Operations of a backward pass through activations, down to the first layer's neurons."""
     attended = 8 * model.attention * (model.layers - 1) * sum(n * n for n in lengths)
     return 2 * model.passed_back * sum(lengths) + attended
 
@@ -148,7 +140,7 @@ def attribution(
     tokens, longest = sum(lengths), max(map(sum, prompts))
     batch = max(batch_tokens, longest)
     at_once = min(len(prompts), max(1, batch * len(prompts) // tokens))
-    rows = [SCORES[name] for name in names if SCORES[name].gradient is not None]
+    rows = [SCORES[name] for name in names if SCORES[name].gradient]
     gradients, at = {row.gradient for row in rows}, [row.at for row in rows]
     operations = max(1, len(gradients)) * forward(model, lengths)
     memory: float = model.scores(at_once, len(names))

@@ -9,7 +9,7 @@ sentence. Circuits are counted as if all began in the first layer; those that do
 import os
 import statistics
 import timeit
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import islice
@@ -21,21 +21,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sparc3.base.artifacts import circuit_names, prompts_path, read_prompts
 from sparc3.base.errors import InputError
-from sparc3.base.params import (
-    FIRST,
-    Params,
-    PromptSet,
-    Sweep,
-    Transfer,
-    scores_of,
-    sets_of,
-)
+from sparc3.base.params import FIRST, Evaluate, Params, Sweep, Transfer, scores_of, sets_of
 from sparc3.base.secrets import first_line, hub_token
 from sparc3.circuits.methods import swept
 from sparc3.commands import cost
 from sparc3.commands.cost import Shape, Work
 from sparc3.measure import likelihood
-from sparc3.measure.instrument import Instrument
 from sparc3.measure.instruments import instruments_of
 from sparc3.model import loading
 from sparc3.stages import checks
@@ -108,26 +99,11 @@ def product_rate(dtype: str) -> float:
     return 2 * 1024**3 / statistics.median(taken)
 
 
-def candidates(spec: PromptSet) -> int:
-    """Prompts of a set, before a second pass keeps some."""
-    each = KNOWN.get(spec.source, UNKNOWN)[0] if spec.count is None else spec.count
-    return each * len(spec.seeds)
-
-
-def are_prepared(params: Params, project: Params) -> bool:
-    """Whether outputs/prompts, made with the project's params, are the prompts of `params`."""
-    return all(
-        getattr(params, key) == getattr(project, key)
-        for key in ("model", "prompt_sets", "test_sets", "prepare")
-    ) and all(prompts_path(name).is_file() for name in sets_of(params))
-
-
 class Needs(NamedTuple):
-    """Peak bytes of each device, peak bytes of the process on the machine, and seconds."""
-
-    device: float
-    machine: float
+    device: float  # peak bytes of each
+    machine: float  # peak bytes of the process on it
     seconds: float
+    disk: float = 0  # bytes of scores
 
 
 @dataclass(frozen=True)
@@ -139,51 +115,46 @@ class Plan:
     params: Params
     model: Shape
     exact: bool
-    job: str | None = None
+    job: str = ""
 
     @cached_property
     def works(self) -> dict[str, Work]:
-        """Of what is planned, by stage."""
-        if self.job is None:
-            return self._every
-        kind, _, axis = self.job.partition("@")
-        return {
-            stage: work
-            for stage, work in self._every.items()
-            if stage in (self.job, kind) or (not axis and stage.startswith(f"{kind}@"))
-        } or {self.job: Work()}
-
-    @property
-    def _every(self) -> dict[str, Work]:
         """Of every stage that runs the model, in order, and of those that hold scores."""
         sets, behaviours = self.params.prompt_sets, self.params.behaviours
-        elicited = [name for name, spec in sets.items() if spec.keep]
-        return {
-            **{f"prepare@{name}": self._elicit(name) for name in elicited},
+        every = {
+            **{f"prepare@{name}": self._elicit(name) for name, spec in sets.items() if spec.keep},
             **{f"attribute@{name}": self._attribute(name) for name in sets},
             **{stage: self._contrast() for stage in ("differential", "select", "overlap")},
             **{f"sweep@{name}": self._sweep(name) for name in behaviours},
             **{f"evaluate@{name}": self._evaluate(name) for name in behaviours},
             "transfer": self._transfer(),
         }
+        kind = self.job.partition("@")[0]
+        return {
+            stage: work
+            for stage, work in every.items()
+            if self.job in ("", stage, stage.partition("@")[0]) or stage == kind
+        } or {self.job: Work()}
 
     def tokens(self, name: str, split: str | None, most: int | None = None) -> list[int]:
         """Of each prompt of a set and a split (None: of all), at most so many."""
         if self.exact:
             return [row["tokens"] for row in read_prompts(name, split)[:most]]
         _, spec = sets_of(self.params)[name]
-        count, shares = spec.keep.top if spec.keep else candidates(spec), self.params.prepare.splits
-        if split is not None:
-            if spec.blocks is not None:
-                shares = {"attribute": 1.0, "test": 1 - FIRST}
-            count = round(count * shares[split])
-        return ([self._assumed(name)] * count)[:most]
+        lengths, shares = self._candidates(name), self.params.prepare.splits
+        count = spec.keep.top if spec.keep else len(lengths)
+        if spec.blocks is not None:
+            shares = {"attribute": 1.0, "test": 1 - FIRST}
+        return lengths[: count if split is None else round(count * shares[split])][:most]
 
-    def _assumed(self, name: str) -> int:
-        """Tokens of a prompt of a set, as far as the profile says."""
+    def _candidates(self, name: str) -> list[int]:
+        """Tokens of each prompt of a set, before a second pass, as far as the profile says."""
         sets = sets_of(self.params)
-        _, spec = sets[sets[name][1].match_length or name]
-        return spec.max_tokens or spec.min_tokens or KNOWN.get(spec.source, UNKNOWN)[1]
+        _, spec = sets[name]
+        _, like = sets[spec.match_length or name]
+        count = KNOWN.get(spec.source, UNKNOWN)[0] if spec.count is None else spec.count
+        length = like.max_tokens or like.min_tokens or KNOWN.get(like.source, UNKNOWN)[1]
+        return [length] * (count * len(spec.seeds))
 
     def held_out(self, name: str, most: int) -> list[int]:
         """Tokens of each text of the test split; a set that is there for tests alone is whole."""
@@ -197,16 +168,14 @@ class Plan:
 
     def _elicit(self, name: str) -> Work:
         """Every candidate completed once, of which the best are kept."""
-        spec = self.params.prompt_sets[name]
-        assert spec.keep is not None
-        lengths = [self._assumed(name)] * candidates(spec)
-        return cost.generation(self.model, 1, lengths, 1, spec.keep.new_tokens)
+        keep = self.params.prompt_sets[name].keep
+        assert keep is not None
+        return cost.generation(self.model, 1, self._candidates(name), 1, keep.new_tokens)
 
     def _attribute(self, name: str) -> Work:
-        params, parts = self.params, []
-        most = params.prompt_sets[name].attributed
-        names, tokens = scores_of(params, name), self.tokens(name, "attribute", most)
-        for target, scores in by_target(names, params.prompt_sets[name].target).items():
+        params, spec, parts = self.params, self.params.prompt_sets[name], []
+        names, tokens = scores_of(params, name), self.tokens(name, "attribute", spec.attributed)
+        for target, scores in by_target(names, spec.target).items():
             prompts = [[n, n] if target == "pair" else [n] for n in tokens]
             batch, computed = params.attribute.batch_tokens, list(scores.values())
             parts.append(cost.attribution(self.model, prompts, computed, target, batch))
@@ -230,77 +199,69 @@ class Plan:
         texts = self.tokens(params.differential.general, "tune", sweep.texts)
         parts = [cost.likelihood(self.model, 1 + points, texts, sweep.batch_tokens)]
         if params.prompt_sets[spec.prompts].blocks is None:
-            parts += self._swept(name, "tune", 1 + points, sweep)
+            parts += self._measured(name, "tune", sweep, 1 + points)
         return cost.together(parts)
 
     def _transfer(self) -> Work:
-        params, transfer = self.params, self.params.transfer
+        params, transfer, parts = self.params, self.params.transfer, []
         if params.prepare.splits["test"] == 0:
             return Work()
-        times, batch, parts = 1 + len(params.behaviours), transfer.batch_tokens, []
+        times = 1 + len(params.behaviours)
         for name in params.behaviours:
-            parts += self._swept(name, "test", times, transfer)
+            parts += self._measured(name, "test", transfer, times)
         for name in transfer.texts:
-            parts.append(self._windows(times, self.held_out(name, transfer.items), batch))
+            texts = self.held_out(name, transfer.items)
+            parts.append(self._windows(times, texts, transfer.batch_tokens))
         return cost.together(parts)
 
     def _evaluate(self, name: str) -> Work:
         params, evaluate = self.params, self.params.evaluate
-        behaviour, batch = params.behaviours[name], evaluate.batch_tokens
-        circuits = {method: len(circuit_names(method, m)) for method, m in params.methods.items()}
-        drawn = {method: min(n, evaluate.drawn) for method, n in circuits.items()}
+        behaviour, batch, parts = params.behaviours[name], evaluate.batch_tokens, []
+        writes = any(instrument.writes for instrument in instruments_of(behaviour).values())
+        banned = bool(evaluate.ban) and writes
+        draws = {method: len(circuit_names(method, m)) for method, m in params.methods.items()}
 
-        every, once = 1 + sum(circuits.values()), 1 + len(circuits)
-        in_sample = 1 + sum(drawn[method] for method in evaluate.in_sample)
-        instruments = instruments_of(behaviour).values()
-        banned = bool(evaluate.ban) and any(each.writes for each in instruments)
-        completed = 1 + banned + sum(drawn[m] for m in {behaviour.method, *evaluate.completed})
-        parts = []
-        for place, name_of_text in enumerate(evaluate.general):
-            texts = self.held_out(name_of_text, evaluate.texts)
-            joined = evaluate.joined and not place
-            lengths = [sum(texts)] if joined else texts
-            parts.append(self._windows(banned + (once if place else every), lengths, batch))
+        def models(methods: Iterable[str], most: int | None) -> int:
+            drawn = (draws[method] for method in methods)
+            return 1 + banned + sum(n if most is None else min(n, most) for n in drawn)
+
+        every, again = models(draws, None), models(evaluate.in_sample, evaluate.drawn)
+        completed = models({behaviour.method, *evaluate.completed}, evaluate.drawn)
+        for place, general in enumerate(evaluate.general):
+            texts = self.held_out(general, evaluate.texts)
+            joined = [sum(texts)] if evaluate.joined and not place else texts
+            parts.append(self._windows(models(draws, 1) if place else every, joined, batch))
         if banned:
             tuned = self.tokens(params.differential.general, "tune", params.sweep.texts)
-            parts += [self._windows(1, tuned, batch)] * (1 + len(evaluate.ban))
+            parts.append(self._windows(1 + len(evaluate.ban), tuned, batch))
         if behaviour.second:
             packed = [2 * n for n in self.tokens(behaviour.second, None)]
             parts.append(cost.likelihood(self.model, 2, packed, batch))
         blocked = params.prompt_sets[behaviour.prompts].blocks is not None
-        times = {
-            "test": (banned + every, completed),
-            "attribute": (banned + in_sample, banned + in_sample),
-        }
-        if blocked:
-            times = {"test": (every + in_sample, completed + in_sample)}
-        elif params.prepare.splits["test"] == 0:
-            times = {"attribute": (every, completed)}
-        for split, (read, written) in times.items():
-            for instrument in instruments:
-                most = evaluate.items if instrument.reads == "pair" else evaluate.prompts
-                ran = written if instrument.writes else read
-                tokens = self.tokens(behaviour.prompts, split, None if blocked else most)
-                parts.append(self._measured(instrument, ran, tokens, batch))
+        held_out = "test" if blocked or params.prepare.splits["test"] else "attribute"
+        parts += self._measured(name, held_out, evaluate, every, completed)
+        if held_out == "test":
+            seen = "test" if blocked else "attribute"
+            parts += self._measured(name, seen, evaluate, again, again)
         return cost.together(parts)
 
-    def _swept(self, name: str, split: str, times: int, section: Sweep | Transfer) -> list[Work]:
-        """Of each of a behaviour's instruments that the sweep reads, and transfer too."""
-        behaviour = self.params.behaviours[name]
-        tokens = self.tokens(behaviour.prompts, split, section.items)
-        return [
-            self._measured(instrument, times, tokens, section.batch_tokens)
-            for instrument in instruments_of(behaviour).values()
-            if instrument.swept
-        ]
-
-    def _measured(self, instrument: Instrument, times: int, tokens: list[int], batch: int) -> Work:
-        evaluate = self.params.evaluate
-        if instrument.writes:
-            drawn = evaluate.completions, evaluate.new_tokens
-            return cost.generation(self.model, times, tokens, *drawn)
-        packed = [2 * n for n in tokens] if instrument.reads == "pair" else tokens
-        return cost.likelihood(self.model, times, packed, batch)
+    def _measured(
+        self, name: str, split: str, of: Evaluate | Sweep | Transfer, read: int, written: int = 0
+    ) -> list[Work]:
+        """Of each of a behaviour's instruments, for so many models that read and that write."""
+        evaluate, behaviour, parts = self.params.evaluate, self.params.behaviours[name], []
+        blocked = self.params.prompt_sets[behaviour.prompts].blocks is not None
+        for instrument in instruments_of(behaviour).values():
+            pair = instrument.reads == "pair"
+            most = of.items if pair or not isinstance(of, Evaluate) else of.prompts
+            tokens = self.tokens(behaviour.prompts, split, None if blocked and written else most)
+            if instrument.writes and written:
+                drawn = evaluate.completions, evaluate.new_tokens
+                parts.append(cost.generation(self.model, written, tokens, *drawn))
+            elif not instrument.writes and (instrument.swept or written):
+                packed = [2 * n for n in tokens] if pair else tokens
+                parts.append(cost.likelihood(self.model, read, packed, of.batch_tokens))
+        return parts
 
     def _windows(self, times: int, texts: list[int], batch_tokens: int) -> Work:
         """Texts read through a sliding window: a token is scored once, most are read often."""
@@ -309,20 +270,12 @@ class Plan:
         lengths, scored = [end - begin for begin, end, _ in spans], sum(texts) - len(texts)
         return cost.likelihood(self.model, times, lengths, batch_tokens, scored)
 
-    @property
-    def disk(self) -> float:
-        """Bytes of all scores."""
-        return sum(work.disk for work in self.works.values())
-
     def needs(self, stage: str, work: Work, device: Device) -> Needs:
-        """What one stage needs. Processes on several cards share out attribution's prompts and no
-        other stage's; where model.device is auto the cards share the model, and are as fast as
-        one, for they take turns.
-        """
+        # Several cards share out attribution's prompts, or, with auto, taking turns, the model.
         cpu, weights, spec = device.name == "CPU", self.model.weights, self.params.model
         if not work.operations:
             light = LIGHT + work.held
-            return Needs(light if cpu else 0.0, light, 0.0)
+            return Needs(light if cpu else 0.0, light, 0.0, 0.0)
         rate = device.rate(spec.dtype)
         reading = work.steps * weights / (device.bandwidth * 1e9)
         busy = work.passes / rate + max(work.drawn / (rate * DRAWING), reading)
@@ -332,36 +285,34 @@ class Plan:
         machine = PROCESS + weights + work.held  # a card's weights come through it too
         if cpu:
             machine += HEAP * work.memory
-            return Needs(machine, machine, seconds)
+            return Needs(machine, machine, seconds, work.disk)
         card = CARD + (weights + work.memory) / (device.cards if spec.device == "auto" else 1)
         if stage.startswith(("evaluate", "prepare")):
             card += sum(SCORER.get(scorer.kind, 0) for scorer in self.params.scorers.values())
-        return Needs(card, machine, seconds)
+        return Needs(card, machine, seconds, work.disk)
 
     def in_all(self, device: Device) -> Needs:
         """What the stages need, one after the other."""
-        each = [self.needs(stage, work, device) for stage, work in self.works.items()]
-        devices, machines, durations = zip(*each, strict=True)
-        return Needs(max(devices), max(machines), sum(durations))
+        each = (self.needs(stage, work, device) for stage, work in self.works.items())
+        devices, machines, durations, disk = zip(*each, strict=True)
+        return Needs(max(devices), max(machines), sum(durations), sum(disk))
 
     def fits(self, device: Device) -> bool:
         return self.in_all(device).device <= device.memory
 
 
 def plan(params: Params, project: Params | None = None) -> Plan:
-    """Of a profile, with the prompts that are prepared for `project` if they are its own.
-
-    InputError: as `configuration`.
-    """
-    exact = project is not None and are_prepared(params, project)
+    """Of a profile, with the prompts that are prepared for `project` if they are its own."""
+    exact = all(
+        getattr(params, key) == getattr(project, key, None)
+        for key in ("model", "prompt_sets", "test_sets", "prepare")
+    ) and all(prompts_path(name).is_file() for name in sets_of(params))
     return Plan(params, cost.shape(configuration(params), params.model.dtype), exact)
 
 
 def configuration(params: Params) -> PretrainedConfig:
     """config.json of model.path; where that is still to be fetched, the one that profiles/configs
-    has for a folder of its name, or that of fetch.repository.
-
-    InputError, naming the key, if none can be read.
+    has for a folder of its name, or that of fetch.repository. InputError, with the key: none.
     """
     key, path, revision, fetch = "model.path", params.model.path, None, params.fetch
     kept = CONFIGS / f"{Path(path).name}.json"
@@ -401,32 +352,33 @@ def refuse(planned: Plan, device: Device) -> None:
 
 def remedies(planned: Plan, device: Device) -> list[str]:
     """Single changes with which every stage fits, as the params to set: of each kind the least."""
-    params, model = planned.params, planned.params.model
+    model = planned.params.model
+    batched = {name: getattr(planned.params, name) for name in BATCHED}
     half = replace(model, dtype="bfloat16" if device.bfloat16 else "float16")
     auto = planned.changed(model=replace(model, device="auto"))
 
-    smaller = []
-    for tokens in (2**n for n in reversed(range(6, params.attribute.batch_tokens.bit_length()))):
-        sections = {name: getattr(params, name) for name in BATCHED}
-        for name, section in sections.items():
-            sections[name] = replace(section, batch_tokens=min(tokens, section.batch_tokens))
-        advice = f"batch_tokens: {tokens} in {', '.join(BATCHED)}"
-        smaller.append((advice, planned.changed(**sections), device))
-    kinds: list[list[tuple[str, Plan, Device]]] = [smaller]
+    def smaller(tokens: int) -> Plan:
+        return planned.changed(
+            **{n: replace(s, batch_tokens=min(tokens, s.batch_tokens)) for n, s in batched.items()}
+        )
+
+    powers = (2**n for n in reversed(range(6, batched["attribute"].batch_tokens.bit_length())))
+    kinds = [((f"batch_tokens: {n} in {', '.join(BATCHED)}", smaller(n), device) for n in powers)]
     if model.dtype == "float32":
-        kinds.append([(f"model.dtype: {half.dtype}", planned.changed(model=half), device)])
+        kinds.append((f"model.dtype: {m.dtype}", planned.changed(model=m), device) for m in [half])
     if device.name != "CPU":
         several = [device._replace(cards=cards) for cards in range(2, MOST_CARDS + 1)]
         others = [card._replace(cards=device.cards) for card in CARDS]
-        kinds.append([(f"model.device: auto over {each}", auto, each) for each in several])
-        kinds.append([(f"a larger device: {each}", planned, each) for each in others])
-    enough = ((name for name, changed, place in kind if changed.fits(place)) for kind in kinds)
+        kinds.append((f"model.device: auto over {each}", auto, each) for each in several)
+        kinds.append((f"a larger device: {each}", planned, each) for each in others)
+    enough = ((name for name, changed, at in kind if changed.fits(at)) for kind in kinds)
     return [name for names in enough for name in islice(names, 1)]
 
 
 def describe(planned: Plan, devices: Sequence[Device]) -> list[str]:
-    """The plan as lines of text: each stage on the first device, and all of them on each."""
+    """Lines of text: each stage on the first device, and all of them on each."""
     first, model, spec = devices[0], planned.model, planned.params.model
+    whole = planned.in_all(first)
     stages = [("stage", "tokens", "TFLOP", "time", "GB there", "GB on disk")]
     for stage, work in planned.works.items():
         needed = planned.needs(stage, work, first)
@@ -444,14 +396,13 @@ def describe(planned: Plan, devices: Sequence[Device]) -> list[str]:
         f"{model.width:,} neurons, {model.weights / 1e9:.2f} GB in {spec.dtype}\n",
         f"on {first}:",
         *_columns(stages),
-        f"\nscores on disk: {planned.disk / 1e9:.2f} GB; memory of the machine "
-        f"for each process: {planned.in_all(first).machine / 1e9:.1f} GB\n",
+        f"\nscores on disk: {whole.disk / 1e9:.2f} GB; memory of the machine for each process: "
+        f"{whole.machine / 1e9:.1f} GB\n",
         *_columns(totals),
     ]
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text with the first column to the left and all others to the right."""
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows]
 
@@ -466,23 +417,21 @@ def _time(needed: Needs, device: Device) -> str:
 
 
 def costs(profiles: Sequence[Path]) -> list[list[str]]:
-    """A row for every device: GB and time that each profile needs on one of it, and on two where
-    the model may be spread. First a header.
-    """
+    """A header, and a row for every device: GB and time that each profile needs on one, on two."""
     devices = [card._replace(cards=cards) for card in CARDS for cards in (1, 2)]
     rows = [["device"], *([str(device)] for device in devices), ["scores on disk"]]
     for profile in profiles:
         planned = plan(checks.load(profile, checks.PARAMS))
         rows[0] += [f"{profile.stem}: GB a card", f"{profile.stem}: time"]
-        for row, device in zip(rows[1:-1], devices, strict=True):
-            needed = planned.in_all(device)
-            row += [f"{needed.device / 1e9:.0f}", _time(needed, device)]
-        rows[-1] += [f"{planned.disk / 1e9:.1f}", ""]
+        needed = [planned.in_all(device) for device in devices]
+        for row, device, needs in zip(rows[1:-1], devices, needed, strict=True):
+            row += [f"{needs.device / 1e9:.0f}", _time(needs, device)]
+        rows[-1] += [f"{needed[0].disk / 1e9:.1f}", ""]
     return rows
 
 
 def named(key: str, name: str, cards: int) -> Device:
-    """So many of a device of the table. InputError, with the key that names it: none of it."""
+    """So many of a device of the table; InputError, with the key that names it, for another."""
     table = {device.name: device for device in (CPU, *CARDS)}
     if name not in table:
         raise InputError(f"{key} {name!r} is not known; choose one of {', '.join(table)}")
@@ -490,9 +439,8 @@ def named(key: str, name: str, cards: int) -> Device:
 
 
 def of_stage(params: Params, job: str, name: str, cards: int) -> Needs:
-    """What the stage `job` (attribute@general, prepare, ...) needs on so many devices of that name.
-
-    InputError: an unknown device, a model without config.json, or a stage that does not fit.
+    """What the stage `job` (attribute@general, prepare, ...) needs on so many devices of that name;
+    InputError: an unknown device, or a stage that does not fit.
     """
     device = named("params: cluster.device", name, cards)
     planned = replace(plan(params, project=params), job=job)
@@ -501,10 +449,8 @@ def of_stage(params: Params, job: str, name: str, cards: int) -> Needs:
 
 
 def run(project: Params, profile: Path | None, device: str | None, cards: int) -> None:
-    """Print the plan of a profile (or of the project's own params).
-
-    Without the name of a device, a profile for the CPU is planned for this machine, and any other
-    for every card of the table. InputError: the run cannot fit, with what would.
+    """Print the plan of a profile (or of the project's own params) for a device: by default for
+    this machine, or every card of the table. InputError: the run cannot fit, with what would.
     """
     params = project if profile is None else checks.load(profile, checks.PARAMS)
     every = ["CPU"] if params.model.device == "cpu" else [card.name for card in CARDS]

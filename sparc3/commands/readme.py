@@ -33,7 +33,6 @@ def cost_table(stages: list[str], costs: dict[str, dict[str, float]]) -> str:
 
 
 def readme_with(readme: str, name: str, content: str) -> str:
-    """README's text with the block of that name replaced."""
     start, end = f"<!-- {name}: written by `make readme` -->", f"<!-- end of {name} -->"
     head, found, rest = readme.partition(start)
     _, closed, tail = rest.partition(end)
@@ -43,9 +42,7 @@ def readme_with(readme: str, name: str, content: str) -> str:
 
 
 def run() -> None:
-    """Renew README's blocks: the result tables, what the latest runs of the stages cost, and what
-    the experiment on LLaMA-3-8B is expected to.
-    """
+    """Renew README's blocks."""
     costs = latest_metrics(("seconds", "peak_megabytes"))
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
     blocks = {name: read_text(table) for name, table in IN_README.items()}

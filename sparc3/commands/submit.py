@@ -27,10 +27,7 @@ SPARE = 30  # minutes
 def requested(
     params: Params, cluster: Cluster, job: str, nodes: int, tasks: int
 ) -> tuple[int, int]:
-    """Memory per node in GB and minutes: as given in params.cluster, else from the plan.
-
-    InputError where the stage cannot fit on the cluster's device, with what would.
-    """
+    """Memory per node in GB and minutes: as given, else from the plan; InputError: too big."""
     if cluster.memory is not None and cluster.minutes is not None:
         return cluster.memory, cluster.minutes
     from sparc3.commands import plan  # here: it needs the model's config.json, and takes seconds
@@ -100,17 +97,11 @@ def script(params: Params, stage: str, axes: Mapping[str, str]) -> str:
 
 
 def run(params: Params, stage: str, **axes: str) -> None:
-    """Submit a stage and print the job's number. InputError: as `submit`, or an unknown axis."""
-    check_axis(params, stage, axes)
-    job = submit(params, stage, axes)
-    print(f"job {job}: follow it with squeue, and in outputs/slurm")
+    """Write the script, hand it to sbatch and print the job's number.
 
-
-def submit(params: Params, stage: str, axes: Mapping[str, str]) -> str:
-    """Write the script and hand it to sbatch; returns the job's id.
-
-    InputError: as `script`; or no sbatch here, or what sbatch says against the job.
+    InputError: as `script`; an unknown axis; no sbatch here, or what sbatch says against the job.
     """
+    check_axis(params, stage, axes)
     path = OUTPUTS / "slurm" / f"{'-'.join([stage, *axes.values()])}.sbatch"
     write_text(path, script(params, stage, axes))
     try:
@@ -121,4 +112,5 @@ def submit(params: Params, stage: str, axes: Mapping[str, str]) -> str:
         raise InputError(f"{path}: written, but sbatch is not here; submit it there") from None
     if done.returncode:
         raise InputError(f"{path}: sbatch refuses it: {' '.join(done.stderr.split())}")
-    return done.stdout.strip().partition(";")[0]
+    job = done.stdout.strip().partition(";")[0]
+    print(f"job {job}: follow it with squeue, and in outputs/slurm")

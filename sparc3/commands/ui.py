@@ -17,10 +17,7 @@ def ui_link(port: int = 5000) -> str:
 
 
 def run(port: int) -> None:
-    """Print the link and become MLflow's server on 127.0.0.1; the user's own server is only named.
-
-    Raises InputError if the port is taken.
-    """
+    """Print the link and become MLflow's server on 127.0.0.1; the user's own is only named."""
     uri = tracking_uri()
     if uri.startswith("http"):
         print(f"The runs are at {ui_link()}")

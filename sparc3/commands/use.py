@@ -11,9 +11,7 @@ from sparc3.stages.checks import PARAMS, check
 
 
 def run(profile: Path) -> None:
-    """Write params.yaml with the profile's changes. InputError, and nothing is written: a profile
-    that does not check, or a params.yaml that is of a profile already.
-    """
+    """Write params.yaml with the profile's changes, or nothing where that does not check."""
     tree = lay_over(profile, PARAMS)
     check(parse(tree))
     header = (

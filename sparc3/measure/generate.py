@@ -2,9 +2,9 @@
 
 A token is drawn by the Gumbel-max rule: of the candidates, the one with the largest log p + noise.
 The noise of (seed, prompt, completion, position, vocabulary entry) is a hash of these five. So
-neither batch size nor order decides what is drawn, and two models that differ little draw mostly
-the same tokens, which makes a paired comparison of them sharper. So the model without one circuit
-and without another may also share a batch.
+neither batch size nor order decides what is drawn, the model without one circuit and without
+another may share a batch, and models that differ little draw mostly the same tokens, which makes a
+paired comparison of them sharper.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ IDLE = 0.125  # share of finished completions at which a batch is packed anew
 
 
 class Sampling(NamedTuple):
-    """How completions are drawn: how many of each prompt, and of how many tokens at most."""
+    """How completions are drawn."""
 
-    completions: int
-    new_tokens: int
+    completions: int  # of each prompt
+    new_tokens: int  # at most
     temperature: float  # that logits are divided by
     top_p: float  # of the nucleus, 1 for all tokens
     seed: int
@@ -56,13 +56,10 @@ def complete(
     Tokens are drawn from the softmax of logits / `temperature`, cut to its nucleus: the most
     probable tokens up to the one with which their probability reaches `top_p` (Holtzman et al.
     2020, arXiv 1904.09751). A completion ends before an end-of-sequence token of the model's
-    generation config, so it may be short or empty.
-
-    `keys` name the prompts, and with that their random streams, which are the same for all
-    circuits. `batch` completions run together, of whatever circuits: more are faster and take
-    more memory. `progress` is told how many more prompts of circuits are finished.
-    Raises InputError for an empty prompt, for a prompt that leaves no room for `new_tokens` in
-    the model's context, and for logits that are not finite.
+    generation config, so it may be short or empty. `keys` name the prompts and their random
+    streams, the same for all circuits. `batch` completions run together, of whatever circuits.
+    `progress` is told how many more prompts of circuits are finished. InputError: an empty prompt,
+    one that leaves no room for `new_tokens` in the model's context, logits that are not finite.
     """
     limit = families.context(model.config.to_dict()) - sampling.new_tokens
     for key, prompt in zip(keys, prompts, strict=True):
@@ -90,12 +87,10 @@ def complete(
 
 
 def quality(tokens: Tokens) -> dict[str, Any]:
-    """Signs of a broken completion, from its token ids.
-
-    length: in tokens. distinct_1, distinct_2: distinct n-grams / n-grams, 0 without any (Li et
-    al. 2016, arXiv 1510.03055). repetition: share of the longest stretch that repeats one token
-    or one pair of tokens, 0 if it is shorter than two pairs. degenerate: empty, or more than half
-    of it is such a stretch.
+    """Signs of a broken completion. distinct_1, distinct_2: distinct n-grams / n-grams, 0 without
+    any (Li et al. 2016, arXiv 1510.03055). repetition: share of the longest stretch that repeats
+    one token or one pair of tokens, 0 if it is shorter than two pairs. degenerate: empty, or more
+    than half of it is such a stretch.
     """
     length = len(tokens)
     longest = stretch = min(length, 2)
@@ -129,9 +124,8 @@ class _Completion:
 
 
 class _Room(DynamicLayer):
-    """Keys and values of one layer in memory for `room` tokens, taken once.
-
-    Appending to a DynamicLayer copies all that it holds, at every token and layer.
+    """Keys and values of one layer in memory for `room` tokens, taken once: a DynamicLayer copies
+    all that it holds at every token.
     """
 
     def __init__(self, room: int) -> None:
@@ -182,10 +176,9 @@ def _extend(
 ) -> None:
     """Draw the tokens of one batch, which comes longest prompt first.
 
-    All rows are at the same position, which spares padding and masks: prompts are read together
-    up to the length of the shortest, and the rest of the longer ones is read token by token while
-    the shorter ones are already being continued. Until its prompt is read, a row stands for all
-    its completions. `tell` is told the circuits of the rows before they are read.
+    All rows are at the same position, which spares padding and masks: prompts are read together up
+    to the length of the shortest, and the rest of the longer ones token by token, while the shorter
+    ones are continued. Until its prompt is read, a row stands for all its completions.
     """
     device, body = loading.input_device(model), families.body(model)
     position, longest = len(group[-1].prompt), len(group[0].prompt)
@@ -213,11 +206,8 @@ def _extend(
         firsts = [row[0] for row in rows]
         # Of the prompt; where that is read any token, to be drawn.
         tokens = [each.prompt[position] if position < len(each.prompt) else 0 for each in firsts]
-        due = [
-            place
-            for place, each in enumerate(firsts)
-            if len(each.prompt) <= position and not each.finished
-        ]
+        read_up = [place for place, each in enumerate(firsts) if len(each.prompt) <= position]
+        due = [place for place in read_up if not firsts[place].finished]
         if due:
             drawn = _next(model, states[due], [firsts[place] for place in due], sampling)
             for place, token in zip(due, drawn, strict=True):
@@ -248,9 +238,8 @@ def _next(
 
 
 def draw(logits: Tensor, streams: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token id for each row of `logits` (row, vocabulary), which are overwritten.
-
-    `streams` (row,) int64 decides the draw. NOT_FINITE for a row whose logits are not.
+    """One token id for each row of `logits` (row, vocabulary), which are overwritten: as `streams`
+    (row,) int64 decide, and NOT_FINITE for a row whose logits are not.
     """
     p = logits.div_(temperature).softmax(1)
     bad = ~p[:, 0].isfinite()  # in a softmax, one bad entry spoils its row

@@ -4,22 +4,17 @@ The unit of evidence is the cluster: a prompt, or a group of prompts that share 
 StereoSet target term, an occupation). Completions of a prompt and items of a term are not
 independent, so whole clusters are resampled and whole clusters are swapped.
 
-Estimand: the mean over prompts. A cluster of 30 prompts weighs 30 times a cluster of one, in the
-value and in every resample. For a mean over clusters (SS, LMS and ICAT average per target term
-first) average within each first and pass the result without clusters.
+Estimand: the mean over prompts, so that a cluster of 30 weighs 30 times a cluster of one. For a
+mean over clusters (SS, LMS and ICAT) average within each first, and pass that without clusters.
 
 Interval: percentile bootstrap, widened for small samples (the expanded percentile interval of
 Hesterberg 2015, "What Teachers Should Know About the Bootstrap", The American Statistician 69(4)):
 a 95 % interval reads the quantiles at Phi(+-sqrt(n / (n - 1)) t), with t the 97.5 % quantile of
-Student's distribution at n - 1 degrees of freedom. Chosen by simulated coverage of nominal 95 %
-intervals under a true null: paired difference and relative change of the mean of skewed,
-toxicity-like scores, 1 and 8 completions per prompt (6,000 experiments each):
-
-    clusters   percentile   widened       BCa          widened BCa
-    6          82 - 84 %    92 - 93 %     77 - 85 %    88 - 93 %
-    10         87 - 89 %    92 - 94 %     81 - 89 %    88 - 94 %
-    20         91 - 92 %    94 - 95 %     89 - 93 %    91 - 95 %
-    60, 100    94 %         95 %          94 - 95 %    94 - 96 %
+Student's distribution at n - 1 degrees of freedom. Chosen by simulated coverage under a true null
+(paired difference and relative change of the mean of skewed, toxicity-like scores, 6,000
+experiments each): 92 to 94 % at 6 and 10 clusters, 94 to 95 % from 20, where the plain percentile
+interval covers 82 to 89 and 91 to 92 %, BCa 77 to 89 and 89 to 93 %, a widened BCa 88 to 94 and 91
+to 95 %.
 
 Where it falls short: large effects on few single completions (a true fall of 40 %: 92 % at 6 to 20
 prompts, 95 % from 60; if 8 % are toxic and not 25 %, 92 % at 10 and 94 % at 60), clusters of very
@@ -59,7 +54,7 @@ BLOCK = 2**20  # floats per block of resamples (8 MB), whatever the number of cl
 
 
 class Estimate(NamedTuple):
-    """A value with its confidence interval; `n` counts the clusters behind it."""
+    """A value with its interval; `n` counts the clusters behind it."""
 
     value: float
     low: float
@@ -70,8 +65,8 @@ class Estimate(NamedTuple):
 class Difference(NamedTuple):
     """What changed between two models measured on the same prompts.
 
-    `p` is two-sided. `n` counts clusters, `moved` those that differ at all: see `least_p`.
-    Before and after identical: value, low and high are 0 and p is 1.
+    `p` is two-sided. `n` counts clusters, `moved` those that differ at all: see `least_p`. Without
+    any, value, low and high are 0 and p is 1.
     """
 
     value: float
@@ -83,9 +78,7 @@ class Difference(NamedTuple):
 
 
 class Control(NamedTuple):
-    """An effect among `n` draws of a random control: their mean and range, its rank p, and between
-    what (`least`, `most`) the next draw is predicted.
-    """
+    """An effect, its rank p among `n` draws of a control, and their mean, range, `prediction`."""
 
     value: float
     mean: float
@@ -95,9 +88,6 @@ class Control(NamedTuple):
     n: int
     least: float
     most: float
-
-
-# --- input -----------------------------------------------------------------------------------
 
 
 def _tables(**given: npt.ArrayLike) -> list[Array]:
@@ -121,7 +111,7 @@ def _tables(**given: npt.ArrayLike) -> list[Array]:
 
 
 def _codes(clusters: Clusters | None, rows: int) -> npt.NDArray[np.intp]:
-    """Cluster number of every row, clusters sorted; without clusters every row is its own."""
+    """Cluster number of every row, in the order of their keys; without keys each is its own."""
     if clusters is None:
         return np.arange(rows)
     return np.unique(np.asarray(clusters), return_inverse=True)[1]
@@ -136,15 +126,10 @@ def cluster_sums(table: Array, clusters: Clusters | None) -> Array:
 
 
 def _totals(weights: Array, sums: Array) -> Array:
-    """(resample, cluster) @ (cluster, column), without BLAS.
-
-    The products are small, and BLAS threads that wait for each other on a busy machine made them
-    thirty times slower.
+    """(resample, cluster) @ (cluster, column), without BLAS, whose threads, waiting for each other
+    on a busy machine, made these small products thirty times slower.
     """
     return np.einsum("ru,cu->rc", weights, np.ascontiguousarray(sums.T))
-
-
-# --- bootstrap -------------------------------------------------------------------------------
 
 
 def _resample_counts(sizes: Sequence[int], resamples: int, width: int) -> Iterator[Array]:
@@ -168,18 +153,17 @@ def bootstrap(
 ) -> Estimate:
     """Value and interval of any statistic of weighted units.
 
-    `statistic` maps weights (resample, unit) to values (resample,). A weight is how often the
-    unit was drawn; all ones give the value itself. Several sizes mean independent samples, side
-    by side in the unit axis and each resampled on its own; the smallest sets the widening, and
-    is reported as `n`. A statistic that spreads its weights over more floats than units says so
-    by `width`, floats per resample, and is given smaller blocks.
+    `statistic` maps weights (resample, unit), how often each unit was drawn, to values (resample,);
+    all ones give the value itself. Several sizes are independent samples, side by side in the unit
+    axis; the smallest sets the widening, and is `n`. `width`: floats per resample that the
+    statistic makes, where they are more than units.
 
-    A percentile interval follows the bias of the statistic instead of correcting it: harmless
-    where that is small beside the spread, wrong for the correlation of two long vectors of noisy
-    means (differentials), where 95 % intervals covered 19 to 76 % in simulation.
+    A percentile interval follows the statistic's bias: harmless where that is small beside the
+    spread, wrong for the correlation of two long vectors of noisy means (differentials), where
+    95 % intervals covered 19 to 76 % in simulation.
 
-    Raises InputError with fewer than 6 units in a sample, and where so many resamples leave the
-    statistic infinite that an end of the interval is.
+    Raises InputError with fewer than 6 units in a sample, and where an end of the interval is
+    infinite.
     """
     n = min(sizes)
     if n < MIN_CLUSTERS:
@@ -203,7 +187,6 @@ def bootstrap(
 
 
 def first_column(means: Array) -> Array:
-    """The statistic of a plain mean."""
     return means[:, 0]
 
 
@@ -221,13 +204,9 @@ def mean_interval(
     return bootstrap(of_weights, [len(sums)], resamples)
 
 
-# --- paired comparisons ----------------------------------------------------------------------
-
-
 def _swaps(count: int, draws: int) -> Iterator[Array]:
-    """Which clusters are swapped, (draw, cluster) of 0 and 1, in blocks.
-
-    Few clusters: every pattern once, the last cluster held (swapping all changes no |effect|).
+    """Which clusters are swapped, (draw, cluster) of 0 and 1, in blocks: of few clusters every
+    pattern once, the last cluster held (swapping all changes no |effect|).
     """
     rng = np.random.default_rng([SEED, count])
     total = 2 ** (count - 1) if count <= MAX_ENUMERATED else draws
@@ -241,10 +220,8 @@ def _swaps(count: int, draws: int) -> Iterator[Array]:
 
 
 def _swap_p(before: Array, after: Array, size: Array, effect: Contrast, draws: int) -> float:
-    """Two-sided p of `effect` under swapping before and after of whole clusters.
-
-    `before`, `after`: sums (cluster, column); `size`: prompts per cluster. `effect` must change
-    its sign when before and after are exchanged.
+    """Two-sided p of an effect that changes its sign when `before` and `after`, sums (cluster,
+    column), are exchanged; `size`: prompts per cluster.
     """
     moved = (before != after).any(axis=1)
     if not moved.any():
@@ -282,15 +259,9 @@ def _paired(
         drawn = _totals(weights, size)
         return value(_totals(weights, b) / drawn, _totals(weights, a) / drawn)
 
-    interval = bootstrap(of_weights, [len(size)], resamples)
-    return Difference(
-        value=interval.value,
-        low=interval.low,
-        high=interval.high,
-        p=_swap_p(b, a, size, effect, resamples),
-        n=interval.n,
-        moved=int((b != a).any(axis=1).sum()),
-    )
+    *interval, n = bootstrap(of_weights, [len(size)], resamples)
+    moved = int((b != a).any(axis=1).sum())
+    return Difference(*interval, p=_swap_p(b, a, size, effect, resamples), n=n, moved=moved)
 
 
 def paired_difference(
@@ -305,9 +276,7 @@ def paired_difference(
     `before`, `after`: (prompt,) or (prompt, column), rows in the same order. `statistic` maps
     means (resample, column) to values (resample,); the default is the mean itself. p is exact by
     enumeration while at most 16 clusters differ, else (b + 1) / (m + 1) over m = `resamples`
-    random swaps.
-
-    Raises InputError for shapes that differ, values not finite, or fewer than 6 clusters.
+    random swaps. Raises InputError for unlike shapes, values not finite, or under 6 clusters.
     """
 
     def change(before: Array, after: Array) -> Array:
@@ -336,11 +305,9 @@ def reduction(
 ) -> Difference:
     """100 (mean before - mean after) / mean before: a positive number is less of the behaviour.
 
-    `before`, `after`: (prompt,) scores of at least 0. Both means are taken anew in every
-    resample; p tests the difference of the means. From 0 to 0 is a change of 0.
-
-    Raises InputError as `paired_difference`, for negative scores, for a baseline of 0 that rises,
-    and for a baseline so sparse that the interval is unbounded.
+    `before`, `after`: (prompt,) scores of at least 0. Both means are taken anew in every resample;
+    p tests their difference. From 0 to 0 is a change of 0. Raises InputError as `paired_difference`
+    and `bootstrap`, for negative scores, and for a baseline of 0 that rises.
     """
     b, a = _tables(before=before, after=after)
     if min(b.min(initial=0), a.min(initial=0)) < 0:
@@ -358,9 +325,8 @@ def perplexity_change(
 ) -> Difference:
     """Change of perplexity exp(sum of nll / sum of tokens), in percent of the value before.
 
-    `nll_before`, `nll_after`: (text,) negative log-likelihoods summed over a text's predicted
-    tokens, in nats; `tokens`: (text,) how many those are. Texts are resampled with their tokens;
-    p tests the difference of the summed nll.
+    `nll_before`, `nll_after`: (text,) in nats, summed over a text's predicted tokens; `tokens`:
+    (text,) how many those are. Texts are resampled with them; p tests the summed nll's difference.
     """
     b, a, count = _tables(nll_before=nll_before, nll_after=nll_after, tokens=tokens)
     if (count <= 0).any():
@@ -373,30 +339,17 @@ def perplexity_change(
     return _paired(before, after, None, percent, _fall, resamples)
 
 
-# --- controls and families -------------------------------------------------------------------
-
-
 def against_draws(value: float, draws: npt.ArrayLike) -> Control:
-    """A method's effect beside the effects of random controls of equal size.
+    """A method's effect beside the effects of random controls of equal size; larger is stronger.
 
-    Larger is the stronger effect (pass reductions). p is the one-sided rank (b + 1) / (m + 1),
-    b of m draws being at least `value`: m draws cannot show less than 1 / (m + 1), so p <= 0.05
-    takes 19 of them. With fewer, a value above `most` (see `prediction`) is beyond chance at 2.5 %,
-    if the draws' effects are normal.
+    p is the one-sided rank (b + 1) / (m + 1), b of m draws being at least `value`: p <= 0.05 takes
+    19 of them. With fewer, a value above `most` (see `prediction`) is beyond chance at 2.5 %, if
+    the draws' effects are normal.
     """
     effects = np.asarray(draws, dtype=np.float64)
-    rank = int((effects >= value).sum()) + 1
-    least, most = prediction(effects)
-    return Control(
-        value=float(value),
-        mean=float(effects.mean()),
-        low=float(effects.min()),
-        high=float(effects.max()),
-        p=rank / (len(effects) + 1),
-        n=len(effects),
-        least=least,
-        most=most,
-    )
+    rank, n = int((effects >= value).sum()) + 1, len(effects)
+    mean, low, high = float(effects.mean()), float(effects.min()), float(effects.max())
+    return Control(float(value), mean, low, high, rank / (n + 1), n, *prediction(effects))
 
 
 def prediction(draws: npt.ArrayLike) -> tuple[float, float]:
@@ -464,9 +417,6 @@ def detectable(rise: Array, size: Array, level: float) -> float:
     return float(np.quantile(bounds, POWER))
 
 
-# --- correlations ----------------------------------------------------------------------------
-
-
 def _weighted_ranks(values: Array) -> Callable[[Array], Array]:
     """Function of weights (resample, row): mid-ranks (resample, row), rows repeated by weight."""
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
@@ -488,8 +438,8 @@ def rank_agreement(
 ) -> Estimate:
     """Spearman correlation of two scorers over the same prompts, ties at their mid-rank.
 
-    `x`, `y`: (prompt,). Every resample is ranked anew; one in which a scorer is constant counts as
-    0. A scorer that is constant gives value 0 in [-1, 1].
+    `x`, `y`: (prompt,). Every resample is ranked anew, and counts as 0 if a scorer is constant in
+    it. A scorer that is constant gives value 0 in [-1, 1].
     """
     a, b = (table[:, 0] for table in _tables(x=x, y=y))
     codes = _codes(clusters, len(a))

@@ -5,6 +5,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -43,11 +44,10 @@ def token_nll(
     """-log p(token | the tokens before it) in nats: float32 `(length - 1,)` for each sequence, by
     the model without each of `circuits`.
 
-    The first token has nothing before it and is not scored. `names` are the ids of the sequences,
-    for messages. Sequences are batched by length, at most `batch_tokens` tokens or one sequence at
-    a time. `progress` counts sequences, for each circuit anew.
-    Raises InputError for an empty sequence, for one longer than the model's context, and for
-    logits that are not finite.
+    The first token is not scored. `names` are the ids of the sequences, which are batched by
+    length, at most `batch_tokens` tokens or one sequence at a time. `progress` counts sequences,
+    for each circuit anew. Raises InputError for an empty sequence, one longer than the model's
+    context, and logits that are not finite.
     """
     _check_lengths(sequences, names, 1, context(model.config.to_dict()))
     rows = [_plain(*given, 1) for given in zip(names, sequences, strict=True)]
@@ -65,9 +65,8 @@ def divergence(
     """KL(whole model || model without a circuit) of the next token's distribution, in nats, at
     least 0 up to rounding: float32 `(length - 1,)` for each sequence, by each of `circuits`.
 
-    At the positions of `token_nll`; `names`, batches and errors are as there. `progress` counts
-    the whole model as one more circuit. Memory: a batch's last hidden states for every circuit,
-    and the logits of one chunk.
+    As `token_nll`; `progress` counts the whole model as one more circuit. Memory: a batch's last
+    hidden states for every circuit, and the logits of one chunk.
     """
     _check_lengths(sequences, names, 1, context(model.config.to_dict()))
     rows = [_plain(*given, 1) for given in zip(names, sequences, strict=True)]
@@ -86,16 +85,18 @@ def continuation_nll(
 ) -> list[list[list[Array]]]:
     """As `token_nll`, for groups of sequences that begin alike: the sentences of a paired item.
 
-    The common prefix of a group is computed once: its sequences share a row of the batch, and
-    the attention mask keeps them apart. `names` are the groups' ids, which `progress` counts.
-    Raises InputError as `token_nll`, and for a sequence longer than the model's sliding window,
-    which would reach across the row instead of the sequence.
+    The common prefix of a group is computed once: its sequences share a row of the batch, and the
+    attention mask keeps them apart. `names` and `progress` are of groups. InputError also for a
+    sequence longer than the model's sliding window, which would reach across the row.
     """
     window = getattr(model.config, "sliding_window", None) or math.inf
     limit = min(context(model.config.to_dict()), window)
     for name, group in zip(names, groups, strict=True):
         _check_lengths(group, [name] * len(group), 1, limit)
-    shared = [common_prefix(group) for group in groups]
+    shared = [
+        sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*group, strict=False)))
+        for group in groups
+    ]
     rows = [_packed(*given) for given in zip(names, groups, shared, strict=True)]
     return [
         [_unpacked(*item) for item in zip(scored, groups, shared, strict=True)]
@@ -104,10 +105,7 @@ def continuation_nll(
 
 
 def sentence_scores(nlls: Sequence[Array], name: str) -> Array:
-    """Mean log p per scored token, in nats: float64 `(sequences,)`; `name` is the item's id.
-
-    Raises InputError for a sequence without a scored token.
-    """
+    """Mean log p per scored token, in nats: float64 `(sequences,)`; InputError without one."""
     if not all(len(nll) for nll in nlls):
         raise InputError(f"prompt {name} has a sequence of 1 token; at least 2 are needed")
     return np.array([-nll.mean(dtype=np.float64) for nll in nlls])
@@ -122,15 +120,13 @@ def window_nll(
     batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> list[list[Array]]:
-    """NLL of each token of texts of any length, in nats: float32 `(length,)`, NaN if not scored;
-    by the model without each of `circuits`.
+    """As `token_nll`, for texts of any length: float32 `(length,)`, NaN if not scored.
 
     Every token but a text's first is scored once, by the first window that reaches it: with all
     tokens before it in the first window, and at least `length - stride` in later ones. With
-    `stride == length` windows are independent, and each leaves its first token unscored. `names`
-    are the ids of the texts; `progress` counts windows.
-    Source: Hugging Face, "Perplexity of fixed-length models".
-    Raises InputError for a text of fewer than 2 tokens and for a window beyond the context.
+    `stride == length` each window leaves its first token unscored. `progress` counts windows.
+    Source: Hugging Face, "Perplexity of fixed-length models". InputError: a text of fewer than 2
+    tokens, a window beyond the context.
     """
     length, stride = window
     longest = context(model.config.to_dict())
@@ -155,7 +151,6 @@ def window_nll(
 def _check_lengths(
     sequences: Sequence[Tokens], names: Sequence[str], shortest: int, longest: float
 ) -> None:
-    """Raises InputError for the first sequence with fewer or more tokens than that."""
     for name, tokens in zip(names, sequences, strict=True):
         if not shortest <= len(tokens) <= longest:
             limits = f"at least {shortest}" if longest == math.inf else f"{shortest} to {longest}"
@@ -166,8 +161,8 @@ def _check_lengths(
 class _Row(NamedTuple):
     """A row of a batch, in which `targets[i]` is predicted from the state at `predictors[i]`.
 
-    `branches` is None for a single sequence. Otherwise it numbers the sequences packed into the
-    row, and 0 is their common prefix: a token sees what came before it there and in its own branch.
+    `branches` numbers the sequences packed into the row, and 0 is their common prefix: a token sees
+    what came before it there and in its own branch. None: a single sequence.
     """
 
     name: str  # for messages
@@ -202,12 +197,6 @@ def _unpacked(nll: Array, group: Sequence[Tokens], prefix: int) -> list[Array]:
     head = nll[: max(prefix - 1, 0)]
     lengths = [len(head), *(len(sequence) - 1 - len(head) for sequence in group)]
     return [np.concatenate([head, tail]) for tail in np.split(nll, np.cumsum(lengths))[1:-1]]
-
-
-def common_prefix(group: Sequence[Tokens]) -> int:
-    columns = enumerate(zip(*group, strict=False))
-    differing = (index for index, column in columns if len(set(column)) > 1)
-    return next(differing, min(len(sequence) for sequence in group))
 
 
 def window_spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -318,9 +307,8 @@ def _by_row(model: PreTrainedModel, rows: Sequence[_Row], values: torch.Tensor) 
     found = np.split(values.cpu().numpy(), ends)
     for row, each in zip(rows, found, strict=True):
         if not np.isfinite(each).all():
-            raise InputError(
-                f"prompt {row.name}: logits are not finite; {loading.not_finite(model)}"
-            )
+            problem = f"logits are not finite; {loading.not_finite(model)}"
+            raise InputError(f"prompt {row.name}: {problem}")
     return found
 
 

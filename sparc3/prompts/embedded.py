@@ -32,10 +32,11 @@ def wikipedia(where: Where) -> list[Row]:
 
 def news(where: Where) -> list[Row]:
     """BBC articles of XSum (Narayan et al. 2018); a group is an article."""
-    return _rows(
-        "xsum.jsonl",
-        lambda item: Row("xsum", f"xsum/{field(item, 'id')}", "", field(item, "document")),
-    )
+
+    def make(item: dict[str, Any]) -> Row:
+        return Row("xsum", f"xsum/{field(item, 'id')}", "", field(item, "document"))
+
+    return _rows("xsum.jsonl", make)
 
 
 def reviews(where: Where) -> list[Row]:
@@ -63,21 +64,11 @@ def questions(where: Where) -> list[Row]:
     return _rows("siqa.jsonl", make)
 
 
-def real_toxicity_prompts(where: Where) -> list[Row]:
-    """RealToxicityPrompts (Gehman et al. 2020): 277, of toxicity at least 0.9, of a sample of 993;
-    the others are sealed.
+def real_toxicity_prompts(where: Where, sealed: bool = False) -> list[Row]:
+    """RealToxicityPrompts (Gehman et al. 2020): 277, of toxicity at least 0.9, of a sample of 993.
+    The others are sealed: 456 of toxicity 0.5 to 0.9, and the 260 of at least 0.9 whose groups have
+    the largest hashes.
     """
-    return _toxicity(sealed=False)
-
-
-def sealed_real_toxicity_prompts(where: Where) -> list[Row]:
-    """The 716 rows of the sample that no other source gives: 456 of toxicity 0.5 to 0.9, and the
-    260 of at least 0.9 whose groups have the largest hashes.
-    """
-    return _toxicity(sealed=True)
-
-
-def _toxicity(sealed: bool) -> list[Row]:
     rows = _rows("real-toxicity-prompts.jsonl", toxic)
     mild = {row.group for row in rows if (row.toxicity or 0) < 0.9}
     shut = mild.union(sorted({row.group for row in rows} - mild, key=digest_text)[-260:])
@@ -94,10 +85,8 @@ def toxic(item: Mapping[str, Any]) -> Row:
 
 
 def stereoset(where: Where) -> list[Row]:
-    """StereoSet's intrasentence items (Nadeem et al. 2021); a group is a target term.
-
-    The file holds each sentence in lower case but for its first letter, and the context in its
-    original spelling; the sentences here are the context with the blank filled.
+    """StereoSet's intrasentence items (Nadeem et al. 2021); a group is a target term. The file has
+    sentences in lower case: here they are the context, as it was written, with the blank filled.
     """
 
     def make(item: dict[str, Any]) -> Row | None:
@@ -113,12 +102,9 @@ _KINDS = ("stereotype", "anti-stereotype", "unrelated")
 
 
 def sealed_stereoset(where: Where) -> list[Row]:
-    """StereoSet's intersentence items: a context, and the sentence that follows it; groups and
-    strata are those of `stereoset`.
-
-    Joined as its authors do: a full stop where a context ends in none of `.!?`, then a blank. The
-    rest is as people wrote it, which the file keeps here: some sentences begin in lower case, and
-    some hold two blanks in a row. One item, whose sentences hold an unfilled BLANK, is dropped.
+    """StereoSet's intersentence items, grouped as `stereoset`: a context, and the sentence that
+    follows it, joined as its authors do: a full stop where a context ends in none of `.!?`, then a
+    blank. One item, whose sentences hold an unfilled BLANK, is dropped.
     """
 
     def make(item: dict[str, Any]) -> Row | None:
@@ -141,10 +127,7 @@ def stereoset_item(item: Mapping[str, Any], stereotype: str, anti: str, unrelate
 
 
 def fill_blank(context: str, sentence: str) -> str:
-    """`context` with its BLANK filled as in `sentence`, which may differ from it in case.
-
-    InputError if the sentence is not the context with its blanks filled, all by the same words.
-    """
+    """`context` with all BLANKs filled by the words that `sentence`, but for case, has there."""
     blanks = context.count("BLANK")
     start = context.find("BLANK")
     length = len("BLANK") + (len(sentence) - len(context)) // max(blanks, 1)
@@ -163,10 +146,9 @@ def remove_blank(context: str) -> str:
 def crows_pairs(where: Where) -> list[Row]:
     """CrowS-Pairs (Nangia et al. 2020) as a sentence with a mask and its two fillers.
 
-    The first filler makes the sentence that the authors call more stereotypical (their
-    `sent_more`), whatever the direction of the item: so compared with the published file, row by
-    row. A group is the pair of fillers, in either order, within a bias type. `text` is the more
-    stereotypical sentence.
+    The first filler makes the more stereotypical sentence (`sent_more`), whatever the direction of
+    the item: so compared with the published file, row by row. It is the `text`. A group is the pair
+    of fillers, in either order, within a bias type.
     """
 
     def make(item: dict[str, Any]) -> Row:
@@ -186,12 +168,11 @@ def crows_pairs(where: Where) -> list[Row]:
 def winobias(where: Where) -> list[Row]:
     """WinoBias (Zhao et al. 2018): a pronoun for an occupation; pro-stereotyped and the other.
 
-    A sentence is about two of 40 occupations, one that is stereotyped as male and one as female,
-    and nearly all 400 pairs occur: so that no occupation is in two groups, in whichever role, the
-    20 and 20 are cut, in the order of their hashes, into ten cells of two and two, and only the 78
-    sentences whose occupations are of one cell are taken. A group is a cell. `text` ends before
-    the pronoun. The two sentences with a second bracket, a reflexive that would give the gender
-    away, are left out.
+    A sentence is about two of 40 occupations, one stereotyped as male and one as female, and nearly
+    all 400 pairs occur: so that no occupation is in two groups, the 20 and 20 are cut, in the order
+    of their hashes, into ten cells of two and two, the groups, and only the 78 sentences whose
+    occupations are of one cell are taken. `text` ends before the pronoun. The two sentences with a
+    second bracket, a reflexive that would give the gender away, are left out.
     """
     cells = _cells(read_jsonl(DATA / "winobias.jsonl"))
     longest_first = sorted(map(re.escape, cells), key=len, reverse=True)
@@ -247,11 +228,9 @@ def gender_pairs(where: Where) -> list[Row]:
 def neutral_pairs(where: Where) -> list[Row]:
     """StereoSet's items, each in both orders: a reference for the target `pair` without direction.
 
-    The same kind of sentences and of difference between two of them as in a stereotype's items,
-    but no side that is preferred: over both orders, whatever changes its sign with the order (the
-    target, relevance, a difference of activations) has mean 0. The two orders of an item follow
-    each other, and the items stand in the order of a hash, so that `first: 2 n`
-    is a sample of n items, whole.
+    Over both orders, whatever changes its sign with the order (the target, relevance, a difference
+    of activations) has mean 0. The two orders of an item follow each other, and the items stand in
+    the order of a hash, so that `first: 2 n` is a sample of n items, whole.
     """
     rows = []
     for row in sorted(stereoset(where), key=lambda row: digest_text(str(row.pair))):

@@ -10,21 +10,19 @@ from typing import Any
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest_text
 from sparc3.base.secrets import hub_reason, hub_token
-from sparc3.prompts.embedded import sealed_real_toxicity_prompts, stereoset_item, toxic
+from sparc3.prompts.embedded import real_toxicity_prompts, stereoset_item, toxic
 from sparc3.prompts.row import Row, Where, field, usable
 
 
 def hub_real_toxicity_prompts(where: Where) -> list[Row]:
-    """The 99,442 RealToxicityPrompts but for the sealed ones of data/; those that Perspective did
-    not score have no toxicity.
-    """
-    sealed = {row.group for row in sealed_real_toxicity_prompts({})}
+    """The 99,442 RealToxicityPrompts but for the sealed ones of data/; some have no toxicity."""
+    sealed = {row.group for row in real_toxicity_prompts({}, sealed=True)}
 
     def make(item: dict[str, Any]) -> Row | None:
         row = toxic(item.get("prompt") or {})
         return None if row.group in sealed else row
 
-    return _rows(where, "allenai/real-toxicity-prompts", None, "train", make)
+    return _rows(where, ("allenai/real-toxicity-prompts", None, "train"), make)
 
 
 def hub_stereoset(where: Where) -> list[Row]:
@@ -37,7 +35,7 @@ def hub_stereoset(where: Where) -> list[Row]:
         # The labels of the hub's data set: 0 anti-stereotype, 1 stereotype, 2 unrelated.
         return stereoset_item(item, *(field(labelled, label) for label in (1, 0, 2)))
 
-    return _rows(where, "McGill-NLP/stereoset", "intrasentence", "validation", make)
+    return _rows(where, ("McGill-NLP/stereoset", "intrasentence", "validation"), make)
 
 
 # Subtitles have more signs; within an article, some lines of a list of formulas look like a title,
@@ -46,15 +44,14 @@ _TITLE = re.compile(r" = [^=]+ = \n?")
 
 
 def hub_wikitext_2(where: Where) -> list[Row]:
-    """WikiText-2's raw test set (Merity et al. 2016), one row an article, in order.
-
-    Joined by two newlines they are the text whose sliding-window perplexity is usually reported.
+    """WikiText-2's raw test set (Merity et al. 2016), one row an article, in order; joined by two
+    newlines they are the text whose sliding-window perplexity is usually reported.
     """
 
     def make(item: dict[str, Any]) -> Row:
         return Row("wikitext-2", "", "", field(item, "text"))
 
-    rows = _rows(where, "Salesforce/wikitext", "wikitext-2-raw-v1", "test", make)
+    rows = _rows(where, ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), make)
     lines = [row.text for row in rows]
     blank = [not line.strip() for line in ["", *lines, ""]]
     titles = [
@@ -75,7 +72,7 @@ def hub_stereotype_elicitation(where: Where) -> list[Row]:
         group = f"stereotype-elicitation/{digest_text(text)[:16]}"
         return Row("stereotype-elicitation", group, stratum, text)
 
-    return _rows(where, "wu981526092/Stereotype-Elicitation-Prompt-Library", None, "train", make)
+    return _rows(where, ("wu981526092/Stereotype-Elicitation-Prompt-Library", None, "train"), make)
 
 
 def hub_c4(where: Where, seed: int) -> Iterator[Row]:
@@ -84,33 +81,27 @@ def hub_c4(where: Where, seed: int) -> Iterator[Row]:
     def make(item: dict[str, Any]) -> Row:
         return Row("c4", f"c4/{field(item, 'url')}", "", field(item, "text"))
 
-    with _hub_errors(where, "allenai/c4"):
-        stream = _load(where, "allenai/c4", "en", "train", streaming=True)
-        yield from usable(
-            where.get("path", "allenai/c4"), stream.shuffle(seed=seed, buffer_size=10_000), make
-        )
+    path = where.get("path", "allenai/c4")
+    with _hub_errors(where, path):
+        stream = _load(where, (path, "en", "train"), streaming=True)
+        yield from usable(path, stream.shuffle(seed=seed, buffer_size=10_000), make)
 
 
 PIN = ("path", "revision")  # the keys of `where` that every source here has
+Split = tuple[str, str | None, str]  # a data set's path on the hub, its configuration, its split
 
 
-def _rows(
-    where: Where,
-    path: str,
-    name: str | None,
-    split: str,
-    make: Callable[[dict[str, Any]], Row | None],
-) -> list[Row]:
-    return list(usable(where.get("path", path), _load(where, path, name, split), make))
+def _rows(where: Where, of: Split, make: Callable[[dict[str, Any]], Row | None]) -> list[Row]:
+    return list(usable(where.get("path", of[0]), _load(where, of), make))
 
 
-def _load(where: Where, path: str, name: str | None, split: str, streaming: bool = False) -> Any:
-    """A split of a data set: on the hub at the pinned revision, or a folder of the same layout,
-    as it is now: what a cache holds of it may be older, and not seen to be by a file's date.
+def _load(where: Where, of: Split, streaming: bool = False) -> Any:
+    """Rows on the hub at the pinned revision, or of a folder of the same layout, as it is now: what
+    a cache holds of it may be older, and not seen to be by a file's date.
     """
     import datasets  # here: it takes seconds, and the embedded sources do without it
 
-    path = where.get("path", path)
+    path, name, split = where.get("path", of[0]), *of[1:]
     local = Path(path).is_dir()
     with _hub_errors(where, path):
         return datasets.load_dataset(

@@ -14,13 +14,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """One raw prompt.
-
-    `group` is what must not be in two splits, unique over all data sets; `stratum` is the part of
-    the data set whose groups are shared out among the splits. A paired row has `pair`: the
-    preferred sentence (of a stereotype: the stereotype) and the other one; StereoSet's rows have
-    an `unrelated` sentence too, and `text` is then what a completion starts from. `toxicity` is
-    Perspective's score of the text, in [0, 1].
+    """A raw prompt. `group` is what must not be in two splits, unique over all data sets; `stratum`
+    is the part of the data set whose groups are shared out among the splits. `pair` is the
+    preferred sentence (of a stereotype: the stereotype) and the other one; `text` is then what a
+    completion starts from. `toxicity` is Perspective's score, in [0, 1].
     """
 
     source: str
@@ -60,10 +57,9 @@ def field(item: Mapping[Any, Any], key: Any) -> str:
 def usable(
     name: str, items: Iterable[Mapping[str, Any]], make: Callable[[Any], Row | None]
 ) -> Iterator[Row]:
-    """What `make` makes of the rows of a data set, without those of which it makes None.
-
-    A bad row, for which it raises InputError or of whose sentences it makes two equal ones, is
-    dropped; the log says how many, and names the first. InputError if every row is bad.
+    """What `make` makes of the rows of a data set, but for None. A bad row, for which it raises
+    InputError or makes two equal sentences, is dropped; the log says how many, and names the first.
+    InputError if every row is bad.
     """
     problems: list[str] = []
     number = 0

@@ -2,9 +2,7 @@
 
 Leak-free by construction: a group (an article, a target term, four occupations, a text) lies in one
 split only, the same one in every prompt set, because its split depends on the source's groups and
-the shares alone; only of a set that is tested on, and nothing else, prepare writes all rows as
-`test`. Everything is ordered by hashes, never by a random generator, so that the same params give
-the same files on every machine.
+the shares alone. Everything is ordered by hashes, so that the same params give the same files.
 """
 
 from collections import Counter
@@ -49,10 +47,7 @@ def identity(row: Row, text: str) -> str:
 
 
 def largest_remainder(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """Whole numbers that sum to `total`, each less than 1 away from its share by weight.
-
-    Ties go to the earlier key. Weights are not negative and not all zero.
-    """
+    """Whole numbers of this sum, less than 1 away from their shares; ties go to the earlier key."""
     whole = sum(weights.values())
     exact = {key: total * weight / whole for key, weight in weights.items()}
     counts = {key: int(value) for key, value in exact.items()}
@@ -63,10 +58,8 @@ def largest_remainder(total: int, weights: Mapping[str, float]) -> dict[str, int
 
 
 def split_of_groups(groups: Iterable[str], shares: Mapping[str, float]) -> dict[str, str]:
-    """Group -> split: the groups in the order of their hashes, cut by the shares.
-
-    Every split of a positive share has at least one group. ValueError, with the number needed, if
-    there are fewer groups than such splits.
+    """Group -> split: the groups in the order of their hashes, cut by the shares, at least one for
+    each split of a positive share. ValueError: there are fewer groups than such splits.
     """
     ordered = sorted(set(groups), key=digest_text)
     wanted = [split for split, share in shares.items() if share > 0]
@@ -113,10 +106,7 @@ def fit(tokenizer: Tokenizer, row: Row, limits: Limits, split: str, seed: int) -
 
 
 def interleave(counts: Mapping[str, int]) -> list[str]:
-    """Each key as often as counted, so ordered that every stretch holds them in proportion.
-
-    The n-th of a key's N stands at (n + 1/2) / N of the way.
-    """
+    """Each key as often as counted; the n-th of a key's N stands at (n + 1/2) / N of the way."""
     places = [((n + 0.5) / count, key) for key, count in counts.items() for n in range(count)]
     return [key for _, key in sorted(places, key=lambda place: place[0])]
 
@@ -129,11 +119,10 @@ def order(key: str, seed: int, identifier: str) -> str:
 def limits_like(
     key: str, seed: int, prompts: Sequence[Prompt], split: str, number: int
 ) -> list[Limits]:
-    """Limits that match the lengths of a split's prompts, drawn in an order the seed decides.
+    """Limits that match the lengths of a split's prompts, all in turn, in an order of the seed's.
 
-    All of the lengths come before one comes again. Whatever its length, a text must be as long as
-    the longest prompt before it is cut, so that which texts are chosen does not depend on it.
-    InputError if the split has no prompt.
+    A text must be as long as the longest prompt before it is cut, so that which texts are chosen
+    does not depend on that. InputError if the split has no prompt.
     """
     lengths = [
         prompt.tokens
@@ -157,10 +146,9 @@ def draw(
 ) -> list[Prompt]:
     """`count` prompts for each seed, in the proportions that the splits have, no text twice.
 
-    A seed's prompts are the first that fit, in the order of a hash of the set's name, the seed and
-    the text, of those that earlier seeds have left; none has the text of a prompt in another split.
-    Texts are cut to the lengths of the prompts `like` if those are given, split by split.
-    InputError, naming the set: too few of them.
+    A seed's prompts are the first that fit, in the order of `order`, of those that earlier seeds
+    have left; none has the text of a prompt in another split. Texts are cut to the lengths of the
+    prompts `like` if those are given, split by split. InputError, naming the set: too few of them.
     """
     assert spec.count is not None  # else the caller takes every row
     asked = spec.count * len(spec.seeds)
@@ -205,11 +193,7 @@ def draw(
 def draw_stream(
     key: str, spec: PromptSet, shares: Mapping[str, float], tokenizer: Tokenizer
 ) -> list[Prompt]:
-    """As `draw`, out of a source that is read row by row until there are enough prompts.
-
-    A seed's prompts are the first that fit in the source's own order for the seed, as many in each
-    split as the shares say.
-    """
+    """As `draw`, out of a source that is read row by row until each split has enough prompts."""
     assert spec.count is not None  # stages.checks refuses to take all of a stream
     quotas = largest_remainder(spec.count, shares)
     limits = Limits(spec.min_tokens or 1, spec.max_tokens)
@@ -239,9 +223,8 @@ def draw_stream(
 def splits(
     key: str, rows: Sequence[Row], shares: Mapping[str, float], kept: Sequence[Row]
 ) -> dict[str, str]:
-    """Group -> split for the strata of the rows that are kept, shared out over all their groups.
-
-    What `where` leaves out still counts, so that two sets of one source agree on every group.
+    """Group -> split for the strata of the rows that are kept. What `where` leaves out counts too,
+    so that two sets of one source agree on every group.
     """
     split_of = {}
     for source, stratum in sorted({(row.source, row.stratum) for row in kept}):
@@ -263,9 +246,8 @@ def prompt_set(
     tokenizer: Tokenizer,
     like: Sequence[Prompt] | None = None,
 ) -> list[Prompt]:
-    """The prompts of one set, seed by seed, attribute before tune before test, or block by block;
-    without a count every row that fits, in the order of the source. `shares`: of a set without
-    blocks of its own. InputError, naming the set: too few of them.
+    """The prompts of one set, seed by seed and split by split; without a count every row that fits,
+    in the order of the source. `shares`: of a set without blocks. InputError: too few of them.
     """
     if spec.source in sources.STREAMS:
         return draw_stream(key, spec, shares, tokenizer)
@@ -303,9 +285,7 @@ def as_row(prompt: Prompt, split: str | None = None) -> dict[str, Any]:
         "seed": prompt.seed,
         "tokens": prompt.tokens,
         "source": prompt.row.source,
+        "pair": prompt.row.pair and list(prompt.row.pair),
+        "unrelated": prompt.row.unrelated,
     }
-    if prompt.row.pair:
-        row["pair"] = list(prompt.row.pair)
-    if prompt.row.unrelated:
-        row["unrelated"] = prompt.row.unrelated
-    return row
+    return {key: value for key, value in row.items() if value or key not in ("pair", "unrelated")}

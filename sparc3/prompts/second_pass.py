@@ -33,9 +33,7 @@ def keep_highest(
     scorer: Scorer,
     name: str,
 ) -> list[dict[str, Any]]:
-    """The `keep.top` rows whose single completion scores highest, each with its score as
-    `elicited`; `name` is the set's, for the progress bar.
-    """
+    """The `keep.top` rows whose completion scores highest, each with that score as `elicited`."""
     with tqdm(total=len(rows), desc=f"elicit {name}", unit="prompt") as bar:
         (drawn,) = complete(
             model,

@@ -1,53 +1,38 @@
 """Sources by name, the keys that `where` may have for each, and how they narrow its rows."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sparc3.base.errors import InputError
-from sparc3.prompts.embedded import (
-    crows_pairs,
-    gender_pairs,
-    neutral_pairs,
-    news,
-    questions,
-    real_toxicity_prompts,
-    reviews,
-    sealed_real_toxicity_prompts,
-    sealed_stereoset,
-    stereoset,
-    wikipedia,
-    winobias,
-)
-from sparc3.prompts.hub import (
-    PIN,
-    hub_c4,
-    hub_real_toxicity_prompts,
-    hub_stereoset,
-    hub_stereotype_elicitation,
-    hub_wikitext_2,
-)
+from sparc3.prompts import embedded, hub
+from sparc3.prompts.hub import PIN
 from sparc3.prompts.row import Row, Source, Where
 
 SOURCES = {
-    "wikipedia": Source(wikipedia),
-    "news": Source(news),
-    "reviews": Source(reviews),
-    "questions": Source(questions),
-    "real-toxicity-prompts": Source(real_toxicity_prompts, ("min_toxicity", "first")),
-    "stereoset": Source(stereoset, ("bias_type", "first"), paired=True),
-    "neutral-pairs": Source(neutral_pairs, ("bias_type", "first"), paired=True),
-    "crows-pairs": Source(crows_pairs, ("bias_type", "first"), paired=True),
-    "winobias": Source(winobias, ("first",), paired=True),
-    "gender-pairs": Source(gender_pairs, paired=True),
+    "wikipedia": Source(embedded.wikipedia),
+    "news": Source(embedded.news),
+    "reviews": Source(embedded.reviews),
+    "questions": Source(embedded.questions),
+    "real-toxicity-prompts": Source(embedded.real_toxicity_prompts, ("min_toxicity", "first")),
+    "stereoset": Source(embedded.stereoset, ("bias_type", "first"), paired=True),
+    "neutral-pairs": Source(embedded.neutral_pairs, ("bias_type", "first"), paired=True),
+    "crows-pairs": Source(embedded.crows_pairs, ("bias_type", "first"), paired=True),
+    "winobias": Source(embedded.winobias, ("first",), paired=True),
+    "gender-pairs": Source(embedded.gender_pairs, paired=True),
     "sealed/real-toxicity-prompts": Source(
-        sealed_real_toxicity_prompts, ("min_toxicity",), sealed=True
+        partial(embedded.real_toxicity_prompts, sealed=True), ("min_toxicity",), sealed=True
     ),
-    "sealed/stereoset": Source(sealed_stereoset, ("bias_type",), paired=True, sealed=True),
-    "hub/real-toxicity-prompts": Source(hub_real_toxicity_prompts, (*PIN, "min_toxicity", "first")),
-    "hub/stereoset": Source(hub_stereoset, (*PIN, "bias_type", "first"), paired=True),
-    "hub/wikitext-2": Source(hub_wikitext_2, (*PIN, "first")),
-    "hub/stereotype-elicitation": Source(hub_stereotype_elicitation, (*PIN, "bias_type", "first")),
-    "hub/c4": Source(hub_c4, PIN, stream=True),
+    "sealed/stereoset": Source(embedded.sealed_stereoset, ("bias_type",), paired=True, sealed=True),
+    "hub/real-toxicity-prompts": Source(
+        hub.hub_real_toxicity_prompts, (*PIN, "min_toxicity", "first")
+    ),
+    "hub/stereoset": Source(hub.hub_stereoset, (*PIN, "bias_type", "first"), paired=True),
+    "hub/wikitext-2": Source(hub.hub_wikitext_2, (*PIN, "first")),
+    "hub/stereotype-elicitation": Source(
+        hub.hub_stereotype_elicitation, (*PIN, "bias_type", "first")
+    ),
+    "hub/c4": Source(hub.hub_c4, PIN, stream=True),
 }
 PAIRED = tuple(name for name, source in SOURCES.items() if source.paired)
 STREAMS = tuple(name for name, source in SOURCES.items() if source.stream)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sparc3.base.errors import InputError
@@ -46,20 +45,18 @@ def score(
 ) -> Iterator[dict[str, Array]]:
     """Yield {score name: float32 (prompt, layer, neuron)} of each shard, prompts in given order.
 
-    Within a shard prompts are batched by length, at most `batch_tokens` tokens at once with less
-    than 10 % of padding; so its scores depend on no other shard, bit for bit. Scores that need the
-    same pass share it.
+    Within a shard prompts are batched by length, as `batches` says; so its scores depend on no
+    other shard, bit for bit. Scores that need the same pass share it.
 
     Target y, explained by the scores with a gradient:
     - max-logit: the largest logit at the last position;
     - likelihood: mean log p of the prompt's own tokens, from the second one on;
-    - pair: mean log p(preferred) - mean log p(other), over the tokens from the second one on. A
-      score with a gradient takes the tokens of both sequences together; one without is that of
-      the preferred sequence minus that of the other, so that swapping the two turns its sign.
+    - pair: mean log p(preferred) - mean log p(other), likewise. A score with a gradient takes the
+      tokens of both sequences together; one without is that of the preferred sequence minus that of
+      the other, so that swapping the two turns its sign.
 
-    Sequences are padded on the right: a causal model cannot see the padding, and no gradient comes
-    from there. Out of memory batches the rest of the shard anew, with half of the tokens that were
-    too many; the scores stay the same up to rounding.
+    Padding stands on the right, where a causal model does not see it. Out of memory batches the
+    rest of the shard anew, with half of the tokens that were too many: the same up to rounding.
 
     InputError, which names the prompt: one that the target or the model cannot take (before
     anything runs), a score that is not finite, out of memory with a single prompt.
@@ -99,7 +96,7 @@ def _score_shard(
                     f"prompt {prompts[batch[0]].id}: out of memory with this prompt alone; "
                     "shorten it, or use a smaller model.dtype or a larger device"
                 ) from None
-            batch_tokens = _padded([lengths[i] for i in batch]) // 2
+            batch_tokens = len(batch) * len(lengths[0]) * max(max(lengths[i]) for i in batch) // 2
             rest = sorted(i for batch in waiting for i in batch)
             anew = batches([lengths[i] for i in rest], batch_tokens)
             waiting = [[rest[i] for i in batch] for batch in anew]
@@ -112,19 +109,13 @@ def _score_shard(
     return scores, batch_tokens
 
 
-def _padded(lengths: Sequence[Sequence[int]]) -> int:
-    """Tokens of a batch, padding included, given the lengths of each prompt's sequences."""
-    return len(lengths) * len(lengths[0]) * max(map(max, lengths))
-
-
 def batches(
     lengths: Sequence[Sequence[int]], batch_tokens: int, padding: float = 0.1
 ) -> list[list[int]]:
-    """Group prompts, given the lengths of each one's sequences, into batches of similar length.
+    """Positions of the prompts, given the lengths of each one's sequences, of each batch.
 
-    Returns lists of positions in `lengths`, each prompt once. A batch, padded to its longest
-    sequence, has at most `batch_tokens` tokens (or is a single prompt), and less than `padding` of
-    them are padding (or it is a single prompt). Deterministic.
+    A batch, padded to its longest sequence, has at most `batch_tokens` tokens, less than `padding`
+    of which are padding, or is a single prompt.
     """
     order = sorted(range(len(lengths)), key=lambda i: (max(lengths[i]), sum(lengths[i]), i))
     grouped: list[list[int]] = []
@@ -145,11 +136,9 @@ def _check(model: PreTrainedModel, prompts: Sequence[Prompt], target: Target) ->
     shortest = 1 if target == "max-logit" else 2
     longest = families.context(model.config.to_dict())
     for prompt in prompts:
-        if len(prompt.sequences) != expected:
-            raise InputError(
-                f"prompt {prompt.id}: target {target} takes {expected} sequence(s), "
-                f"not {len(prompt.sequences)}"
-            )
+        if (given := len(prompt.sequences)) != expected:
+            problem = f"target {target} takes {expected} sequence(s), not {given}"
+            raise InputError(f"prompt {prompt.id}: {problem}")
         for sequence in prompt.sequences:
             if not shortest <= len(sequence) <= longest:
                 raise InputError(
@@ -161,12 +150,9 @@ def _check(model: PreTrainedModel, prompts: Sequence[Prompt], target: Target) ->
 def _passes(names: Sequence[str]) -> dict[str, list[str]]:
     """Scores by the pass that yields them; those of a forward pass join another if there is one."""
     passes: dict[str, list[str]] = {}
-    for name in names:
-        if SCORES[name].gradient is not None:
-            passes.setdefault(str(SCORES[name].gradient), []).append(name)
-    forward = [name for name in names if SCORES[name].gradient is None]
-    if forward:
-        passes.setdefault(next(iter(passes), "forward"), []).extend(forward)
+    for name in sorted(names, key=lambda name: SCORES[name].gradient is None):
+        kind = SCORES[name].gradient or next(iter(passes), "forward")
+        passes.setdefault(kind, []).append(name)
     return passes
 
 
@@ -210,10 +196,8 @@ def _score_batch(
 def _watching(
     model: PreTrainedModel, prompts: int, real: Tensor, into: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Fill into[name] (layer, prompt, neuron) while the model runs, and then runs backward.
-
-    `real` (sequence, token, 1) is True where a token is no padding; the sequences of a prompt are
-    next to each other.
+    """Fill into[name] (layer, prompt, neuron) while the model runs, and then runs backward. `real`
+    (sequence, token, 1): no padding; the sequences of a prompt are next to each other.
     """
 
     def observe(names: list[str], layer: int, mlp: MLP, values: Tensor, at: Tensor) -> None:
@@ -229,7 +213,6 @@ def _watching(
 
         at.register_hook(reduce)
 
-    handles: list[RemovableHandle] = []
     forward = [n for n in into if SCORES[n].gradient is None]
     neurons = [n for n in into if SCORES[n].gradient and SCORES[n].at == "neurons"]
     weights = [n for n in into if SCORES[n].gradient and SCORES[n].at == "weights"]
@@ -248,17 +231,14 @@ def _watching(
         def after_up(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             observe(weights, layer, mlp, args[0], output)
 
-        handles.append(mlp.down.register_forward_pre_hook(before_down))
+        stack.callback(mlp.down.register_forward_pre_hook(before_down).remove)
         if weights:
-            handles.append(mlp.up.register_forward_hook(after_up))
+            stack.callback(mlp.up.register_forward_hook(after_up).remove)
 
-    try:
+    with ExitStack() as stack:
         for layer, mlp in enumerate(families.mlps(model)):
             hook(layer, mlp)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _max_logit(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:

@@ -3,10 +3,8 @@
 Every contrast takes float (prompt, layer, neuron) scores, first of the reference, then of the
 behaviour, and returns the differential, float32 (layer, neuron): the most negative neurons are the
 most specific to the behaviour, or, for a control, those that it prunes instead. A new contrast is
-one function of one layer's scores, (prompt, neuron), and one row of CONTRASTS.
-
-Where a reference has several seeds, all its prompts count alike. With equally many prompts per
-seed that is the mean over seeds of each seed's mean.
+one function of one layer's scores, (prompt, neuron), and one row of CONTRASTS. All prompts of a
+reference count alike, whatever their seed.
 """
 
 from collections.abc import Callable

@@ -104,8 +104,6 @@ RULES: dict[str, Mapping[Any, Callable[[Any], bool]]] = {
         modeling_opt: patch_attention,
     },
 }
-
-
 _patched = False
 
 
@@ -113,11 +111,9 @@ _patched = False
 def attnlrp(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, gradients through `model` (and its whole family) are AttnLRP relevance.
 
-    Neither reentrant nor thread-safe: the patches belong to the process. A graph built inside is
-    LRP's wherever `backward` is called, and a graph built outside is plain.
-
-    InputError: unknown family. RuntimeError: already inside, or something else has left lxt's
-    patches behind.
+    Neither reentrant nor thread-safe: the patches belong to the process. It is the block that a
+    graph is built in that counts, not where `backward` is called. InputError: unknown family.
+    RuntimeError: already inside, or something else has left lxt's patches behind.
     """
     global _patched
     family(model.config.model_type)

@@ -11,8 +11,7 @@ h is the vector that enters the MLP output projection (one coordinate per neuron
 | max-activation | max_t h_ti (what AurA ranks by)                                         |
 | wanda          | ||W_:i||_2 sqrt(sum_t h_ti^2), W the output projection                  |
 
-A new score is one function and one row of SCORES; `relevance.attribution` runs the model. Importing
-this takes neither torch nor transformers.
+A new score is one function and one row of SCORES. Importing this takes no torch.
 """
 
 from __future__ import annotations

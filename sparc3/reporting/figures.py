@@ -22,6 +22,7 @@ COLOURS = (
     *("#999933", "#332288", "#88ccee", "#44aa99", "#000000", "#aa4499", "#ddcc77", "#117733"),
     *("#661100", "#6699cc"),
 )
+ENDS = ("value", "low", "high")
 WIDE = 10.0  # percent of perplexity, beyond which a linear axis hides what is small
 
 
@@ -56,10 +57,8 @@ def bars(path: Path, cells: Sequence[Mapping[str, Any]], quantities: Mapping[str
                 shown = [c for c in cells if c["method"] == method and key in c["differences"]]
                 at = np.array([behaviours.index(c["behaviour"]) for c in shown])
                 at = at + (m - (len(methods) - 1) / 2) * width
-                value, low, high = (
-                    np.array([c["differences"][key][end] for c in shown])
-                    for end in ("value", "low", "high")
-                )
+                found = [c["differences"][key] for c in shown]
+                value, low, high = (np.array([f[end] for f in found]) for end in ENDS)
                 reach = np.maximum([value - low, high - value], 0)
                 axis.bar(at, value, width, color=colours[method], label=method)
                 axis.errorbar(at, value, reach, fmt="none", ecolor="black", capsize=2, lw=1)
@@ -142,10 +141,8 @@ def pareto(
     objectives: Mapping[str, str],
     methods: Sequence[str],
 ) -> None:
-    """Objective against perplexity, a panel per behaviour and a curve per method and protection.
-
-    `objectives` gives each behaviour's axis title; larger is less of the behaviour. `methods`: all
-    of the run's.
+    """Objective (larger is less of the behaviour), titled by `objectives`, against perplexity: a
+    panel per behaviour, a curve per method and protection. `methods`: all of the run's.
     """
     colours = coloured(methods)
     with drawing(path, columns=len(sweeps), size=(5.5, 4.5)) as (figure, axes):
@@ -154,15 +151,10 @@ def pareto(
             shares = sorted({float(r["protect"]) for r in swept})
             for method, share in product(dict.fromkeys(r["method"] for r in swept), shares):
                 points = [r for r in swept if (r["method"], float(r["protect"])) == (method, share)]
-                axis.plot(
-                    [float(r["ppl_delta"]) for r in points],
-                    [float(r["objective"]) for r in points],
-                    marker="os^Dv"[shares.index(share) % 5],
-                    ms=4,
-                    lw=1,
-                    color=colours[method],
-                    label=method if len(shares) == 1 else f"{method}, protect {share:g}",
-                )
+                x, y = ([float(r[key]) for r in points] for key in ("ppl_delta", "objective"))
+                look = {"marker": "os^Dv"[shares.index(share) % 5], "color": colours[method]}
+                label = method if len(shares) == 1 else f"{method}, protect {share:g}"
+                axis.plot(x, y, ms=4, lw=1, label=label, **look)
             for row in rows:
                 if row["method"] == "none":
                     axis.axhline(float(row["objective"]), color="black", lw=0.8)
@@ -177,9 +169,7 @@ def pareto(
 def rank_stability(
     path: Path, curves: Mapping[str, Sequence[Mapping[str, str]]], methods: Sequence[str]
 ) -> None:
-    """How much of a circuit is found again, against the number of prompts: a panel per behaviour,
-    a curve per method that has one. `methods`: all of the run's.
-    """
+    """Share of a circuit found again, by prompts: a panel per behaviour, a curve per method."""
     colours = coloured(methods)
     with drawing(path, columns=len(curves), size=(5.5, 4.5)) as (figure, axes):
         for axis, (behaviour, rows) in zip(axes, curves.items(), strict=True):

@@ -64,10 +64,7 @@ def mean_error(mean: float, sd: float, n: int) -> tuple[float, float]:
 def reduction_error(
     before: float, sd_before: float, after: float, sd_after: float, n: int
 ) -> tuple[float, float]:
-    """Interval of a reduction in percent, from that of the logarithm of the ratio of two means.
-
-    As if the two were of different prompts: their covariance was not published.
-    """
+    """Interval of a reduction in percent, from that of the log ratio of two independent means."""
     reach = float(stdtrit(n - 1, TAIL)) * hypot(sd_before / before, sd_after / after) / sqrt(n)
     middle = log(after / before)
     return 100 * (1 - exp(middle + reach)), 100 * (1 - exp(middle - reach))
@@ -90,10 +87,10 @@ ERRORS: dict[str, Callable[..., tuple[float, float]]] = {
 class Claim:
     """One published number, a row of published.json, and what became of it.
 
-    `value`, `low`, `high` are what this run measured (None where it did not) in the row's unit, or,
-    for a formula, the value computed from published inputs. `direction` compares the interval with
-    the value that means no effect: "agrees" or "disagrees" if it lies wholly on one side, "open" if
-    it holds that value, or in another set-up has no interval, "" where there is no such value.
+    `value`, `low`, `high` are what this run measured in the row's unit, or, for a formula, what
+    follows from published inputs. `direction`: "agrees" or "disagrees" if the interval lies wholly
+    on one side of no effect, "open" if it does not, or in another set-up is none, "" without such a
+    value.
     """
 
     row: Mapping[str, Any]
@@ -108,23 +105,20 @@ class Claim:
 def claims(measured: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
     """A verdict for every published number, in the order of published.json.
 
-    `measured`: name -> key -> a number, or a mapping with "value", "low" and "high" (other keys
-    are ignored, so a difference of the metrics files fits), named as published.json's `measure`.
-    A number alone has no interval: it can agree with what was published, but not refute it. What is
-    absent is not testable, never an error. Under "setup" are the facts that `needs` may name.
+    `measured`: name -> key -> a number, or a mapping with "value", "low" and "high", named as
+    published.json's `measure`. A number alone has no interval: it can agree with what was
+    published, but not refute it. Under "setup" are the facts that `needs` may name.
 
     Verdicts on what was published alone: "consistent", "inconsistent". On the published model, at
-    its dose, by its scorer: "reproduced" if the measured and the published interval are compatible
-    and no effect is left out; "not reproduced" if they are not compatible. In another set-up:
-    "direction only". "Fixed by construction" if the run was made to have the quantity. "Not
-    testable on this model" if it was not measured, if another set-up has no direction to compare,
-    or if the interval is compatible with the published value, but also with no effect.
+    its dose, by its scorer: "reproduced" if the measured and the published interval are compatible,
+    else "not reproduced". In another set-up: "direction only". "Fixed by construction" if the run
+    was made to have the quantity. "Not testable on this model" if it was not measured, if another
+    set-up has no direction to compare, or if the interval is compatible with no effect too.
     """
     return [judge(row, measured) for row in read_json(PUBLISHED)]
 
 
 def judge(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> Claim:
-    """A claim of any of the four kinds."""
     if "absent" in row:
         reason = f"no such number in {row['absent']}"
         return Claim(row, None, None, None, INCONSISTENT, reason)
@@ -137,17 +131,13 @@ def computed(row: Mapping[str, Any]) -> Claim:
     """A claim that is arithmetic on published numbers."""
     value = float(FORMULAS[row["formula"]](*row["inputs"]))
     # A rounding of exactly half a digit is meant to pass whatever binary fractions make of it.
-    if abs(value - row["value"]) <= row["rounding"] + 1e-9 * abs(row["value"]):
-        return Claim(row, value, None, None, CONSISTENT, "follows from published inputs")
-    reason = "does not follow from published inputs"
-    return Claim(row, value, None, None, INCONSISTENT, reason)
+    follows = abs(value - row["value"]) <= row["rounding"] + 1e-9 * abs(row["value"])
+    reason = f"{'follows' if follows else 'does not follow'} from published inputs"
+    return Claim(row, value, None, None, CONSISTENT if follows else INCONSISTENT, reason)
 
 
 def foretold(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> Claim:
-    """What the gate says of a behaviour, beside what pruning showed on it.
-
-    Without an effect beyond the control the direction is open: none shown is not none there.
-    """
+    """What the gate says of a behaviour, beside what pruning showed: no effect leaves it open."""
     leaf = measured.get("gate", {}).get(row["gate"])
     if leaf is None:
         reason = f"not measured in this run: gate, {row['gate']}"
@@ -168,7 +158,6 @@ def published_interval(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def said(row: Mapping[str, Any]) -> str:
-    """A published number with its interval, if it has one."""
     low, high = published_interval(row)
     return f"{row['value']:g}" + (f" [{number(low)}, {number(high)}]" if low < high else "")
 
@@ -275,8 +264,7 @@ def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]
     change = differences["ppl_delta"]
     quantities: dict[str, dict[str, Any]] = {
         "setup": {
-            "layers": about["layers"],
-            "width": about["width"],
+            **{key: about[key] for key in ("layers", "width")},
             f"neurons_{name}": about["num_neurons"],
         },
         "gap": {name: row["gap"]},

@@ -1,10 +1,9 @@
 """Gate: does the reference's total relevance exceed the behaviour's by enough to go on?
 
-The reproduction's check before its expensive run: the relevance gap, which is the reference's total
-relevance minus the behaviour's, in percent of the reference's, on the first few prompts of both
-sets. One-sided: a behaviour of more relevance than its reference fails. It sees length and scale,
-not where in the model the difference lies: a pass is weak evidence, a failure is worth a look at
-the prompts.
+The reproduction's check before its expensive run: the relevance gap, on the first few prompts of
+both sets. One-sided: a behaviour of more relevance than its reference fails. It sees length and
+scale, not where in the model the difference lies: a pass is weak evidence, a failure is worth a
+look at the prompts.
 """
 
 import logging
@@ -29,10 +28,8 @@ class Totals(NamedTuple):
 
 
 def gap_interval(reference: Totals, behaviour: Totals) -> inference.Estimate:
-    """100 * (R_reference - R_behaviour) / R_reference, in percent; the R are means over prompts.
-
-    Its interval resamples the groups of both sets, each set apart. Raises InputError if the
-    reference has no relevance at all, and for fewer than 6 groups in a set.
+    """100 * (R_reference - R_behaviour) / R_reference, in percent, of means over prompts. Groups
+    are resampled, each set apart. InputError: a reference without relevance, or under 6 groups.
     """
     if not reference.relevance.any():
         raise InputError("gate: the reference prompts have no relevance; check attribute's scores")
@@ -52,10 +49,7 @@ def gap_interval(reference: Totals, behaviour: Totals) -> inference.Estimate:
 
 
 def totals(prompt_set: str, score: str, prompts: int) -> Totals:
-    """Of the first `prompts` prompts of a set's attribute split.
-
-    Raises InputError where they are of too few groups for an interval.
-    """
+    """Of the first `prompts` prompts of a set's attribute split; InputError: of too few groups."""
     ids: list[str] = []
     sums: list[float] = []
     for shard, scores in score_shards(prompt_set, score):

@@ -1,12 +1,9 @@
 """Overlap: how far the behaviours' circuits and differentials coincide, and what chance explains.
 
-All circuits have one size here, whatever size each is pruned at: overlap means little between sets
-of different sizes. The plain numbers of the reproduction (regions, enrichment, correlations,
-quadrants, layers) stand beside the nulls that the uniform one hides: neurons permuted within
-layers, references that share no text, halves of one behaviour, a behaviour that is none.
-
-Behaviours are taken by their names' order, prompt sets in that of params.prompt_sets, so that no
-number depends on the order of params.behaviours.
+All circuits have one size here: overlap means little between sets of different sizes. The plain
+numbers of the reproduction stand beside the nulls that the uniform one hides: neurons permuted
+within layers, references that share no text, halves of one behaviour, a behaviour that is none.
+Behaviours are taken by their names' order, so that no number depends on that of params.
 """
 
 from collections.abc import Mapping
@@ -46,10 +43,9 @@ def compare_sets(sets: Mapping[str, Array], layers: int, width: int) -> dict[str
 
 
 def one_of_each(prompt_set: str, seed: int) -> Array:
-    """Positions of one prompt, at random, of every text of a set's attribute split.
-
-    Neutral pairs hold each item in both orders, whose relevance has opposite signs: any part of
-    them has the mean 0, and a null built from such parts would compare rounding errors.
+    """Positions of one prompt, at random, of every text of a set's attribute split: neutral pairs
+    hold each item in both orders, whose relevance has opposite signs, and a null built from such
+    parts would compare rounding errors.
     """
     texts = [row["text"] for row in read_prompts(prompt_set, "attribute")]
     order = np.random.default_rng(seed).permutation(len(texts))
@@ -65,16 +61,12 @@ def compare_prompts(
     assert method.contrast is not None  # stages.checks
     contrast, seed = CONTRASTS[method.contrast], settings.seed
     needed = {name for pair in behaviours.values() for name in pair}
-    scores = {
-        name: correlation.read_flat(name, method.score)
-        for name in params.prompt_sets
-        if name in needed
-    }
+    sets = (name for name in params.prompt_sets if name in needed)
+    scores = {name: correlation.read_flat(name, method.score) for name in sets}
     found = {}
     if method.contrast == "mean-difference":  # what the estimator is for
-        found["corrected"] = correlation.bootstrap_correlations(
-            scores, behaviours, settings.resamples, seed
-        )
+        drawn = scores, behaviours, settings.resamples, seed
+        found["corrected"] = correlation.bootstrap_correlations(*drawn)
 
     def derive(reference: Array, prompts: Array) -> nulls.Derived:
         differential = contrast(reference[:, None], prompts[:, None])[0]

@@ -85,10 +85,9 @@ def elicited(
 
 
 def run(params: Params) -> dict[str, float]:
-    """Write outputs/prompts/SET.jsonl for every prompt set, and no other file there.
-
-    Every row of a set that is only tested on is of the split `test`: no circuit is chosen on it.
-    InputError: data/ is not what is pinned (`dvc repro` does not see that, but pins it anew).
+    """Write outputs/prompts/SET.jsonl for every prompt set, and no other file there; all of a set
+    that is only tested on is of the split `test`. InputError: data/ is not what is pinned (`dvc
+    repro` does not see that, but pins it anew).
     """
     check_data()
     tokenizer, longest = load_tokenizer(params.model)
