@@ -24,8 +24,8 @@ def beyond(behaviour: str, method: str) -> tuple[dict[str, Any] | None, float | 
     sealed, selected = metrics_path("confirm"), metrics_path("select", behaviour)
     found = read_json(sealed)["behaviours"].get(behaviour, {}) if sealed.is_file() else {}
     scalars = read_json(selected) if selected.is_file() else {}
-    exact = found.get("circuits", {}).get(method, {}).get("in_sample")
-    return exact, scalars.get(f"{method}.agreement")
+    row = found.get("circuits", {}).get(method, {})
+    return row.get("in_sample", row.get("test")), scalars.get(f"{method}.agreement")
 
 
 def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Confirm: the sealed sets, which no stage reads, measured once for a release.
 
 What is estimated is the procedure: items of a set with blocks are measured by circuits chosen
-without their group; those of groups that only served to choose are left out. `exact` is the circuit
-that is exported, whose neurons were chosen on other items of the same groups.
+without their group; those of groups that only served to choose are left out. There, `in_sample` is
+of the circuit that is exported, whose neurons were chosen on other items of the same groups.
 """
 
 import logging
@@ -90,7 +90,8 @@ def run(params: Params) -> dict[str, float]:
         asked = replace(params, evaluate=replace(given, in_sample=(spec.method,)))
         by_block = sealed_rows(params, behaviour)
         methods = dict.fromkeys([spec.method, *given.completed, given.control])
-        rows = {"test": by_block, "in_sample": {"": flat(by_block)}}
+        exact = {} if "" in by_block else {"in_sample": {"": flat(by_block)}}
+        rows = {"test": by_block, **exact}
         setting, by_name, circuits = measure(asked, behaviour, rows, list(methods))
         grouped = group_table(spec, by_name, setting.first)
         write_csv(
