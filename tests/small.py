@@ -49,10 +49,13 @@ def write_project(folder: Path, changes: Mapping[str, Any] | None = None) -> Pat
     tree |= {
         "model": {"path": "model"},
         "test_sets": {},
-        "methods": {name: tree["methods"][name] for name in ("lrp", "random")},
+        "methods": {
+            "lrp": {"score": "lrp", "contrast": "mean-difference"},
+            "random": {"score": "random"},
+        },
         "differential": {"general": "general", "importance": "lrp"},
         "evaluate": tree["evaluate"]
-        | {"general": "general", "completed": ["lrp"], "control": "random"},
+        | {"general": ["general"], "completed": ["lrp"], "control": "random", "ban": []},
         "transfer": tree["transfer"] | {"texts": ["general"]},
         "prompt_sets": {name: {"source": "news", "count": n} for name, n in SETS.items()},
         "behaviours": {

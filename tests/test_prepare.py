@@ -552,9 +552,10 @@ def test_the_default_sets_are_leak_free_and_as_asked(fetched, tmp_path, monkeypa
     for name, spec in {**found.prompt_sets, **found.test_sets}.items():
         rows = read(name)
         assert len(rows) == (spec.count or 0) * len(spec.seeds)
-        assert {row["split"] for row in rows} == (
-            {"test"} if name in found.test_sets else {*SHARES}
-        )
+        expected = {"test"} if name in found.test_sets else {*SHARES}
+        if spec.blocks:
+            expected = {f"block-{n}" for n in range(spec.blocks + 1)}
+        assert {row["split"] for row in rows} == expected
         for row in rows:
             splits.setdefault(row["group"], set()).add(row["split"])
             if spec.max_tokens and spec.min_tokens:

@@ -163,7 +163,8 @@ def pareto(
             axis.set_xlabel("perplexity change, %")
             axis.set_ylabel(objectives[behaviour])
             axis.set_title(behaviour)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+        drawn = {line.get_label(): line for axis in axes for line in axis.lines[:-1]}
+        figure.legend(drawn.values(), drawn.keys(), loc="outside right center")
 
 
 def rank_stability(
