@@ -22,6 +22,7 @@ from sparc3.reporting.published import (
     published_interval,
 )
 from sparc3.reporting.tables import verdict
+from sparc3.stages.checks import load
 
 ROWS = {row["id"]: row for row in json.loads(PUBLISHED.read_text())}
 ARITHMETIC = [name for name, row in ROWS.items() if "formula" in row]
@@ -462,12 +463,12 @@ def test_what_is_fixed_by_construction_is_not_reproduced() -> None:
             -11.4,
             True,
             "disagrees",
-            "fails the gate; pruning: reduced, beyond each of 1 random draws",
+            "fails the gate; pruning: reduced, beyond 19 random draws",
         ),
-        (48.3, True, "agrees", "passes the gate; pruning: reduced, beyond each of 1 random draws"),
+        (48.3, True, "agrees", "passes the gate; pruning: reduced, beyond 19 random draws"),
         (48.3, False, "open", "passes the gate; pruning: not shown; 9 % would have been"),
         (14.9, False, "open", "fails the gate; pruning: not shown; 9 % would have been"),
-        (15.0, True, "agrees", "passes the gate; pruning: reduced, beyond each of 1 random draws"),
+        (15.0, True, "agrees", "passes the gate; pruning: reduced, beyond 19 random draws"),
     ],
 )
 def test_the_gate_is_held_against_what_pruning_showed(
@@ -477,11 +478,17 @@ def test_the_gate_is_held_against_what_pruning_showed(
         "family": "confirmatory",
         "change": {"value": 20.0, "moved": 20, "n": 30},
         "against": {"low": 5.0, "high": 30.0},
-        "sign": 1,
+        "against_ban": None,
+        "among": {
+            "nll_shift": {"p": 0.05, "n": 19},
+            "reduction": {"value": 20.0, "most": 3.0, "n": 5},
+        },
+        "differences": {"ppl_worst": {"value": 0.5}},
+        **{"behaviour": "toxicity", "sign": 1},
         **{"p": 0.5 - 0.49 * shown, "least": 0.001, "level": 0.05 / 3, "mde": 9.0},
-        **{"broken": False, "overshot": False, "drawn": [1.0]},
+        **{"broken": False, "overshot": False},
     }
-    leaf = {"value": gap, "low": gap - 9, "high": gap + 9, "effect": verdict(row)}
+    leaf = {"value": gap, "low": gap - 9, "high": gap + 9, "effect": verdict(load(), row)}
     claim = verdicts({"gate": {"toxicity": leaf}})["gate-toxicity"]
     assert (claim.verdict, claim.direction, claim.reason) == ("direction only", direction, words)
     assert (claim.value, claim.low, claim.high) == (gap, gap - 9, gap + 9)

@@ -1,7 +1,7 @@
-from typing import Any
-
 import numpy as np
 import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from sparc3.base.params import Keep
 from sparc3.circuits.circuit import INTACT
@@ -9,18 +9,15 @@ from sparc3.measure.generate import Sampling, complete
 from sparc3.prompts.second_pass import highest, keep_highest
 
 
-class Words:
+def whole_numbers() -> PreTrainedTokenizerFast:
     """A tokenizer of whole numbers: text "3 7" is the tokens 3 and 7."""
-
-    def __call__(self, texts: list[str], add_special_tokens: bool) -> "Words":
-        self.input_ids = [[int(word) for word in text.split()] for text in texts]
-        return self
-
-    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
-        return [" ".join(map(str, row)) for row in rows]
+    vocabulary = {str(number): number for number in range(tiny.VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words)
 
 
-WORDS: Any = Words()
+WORDS = whole_numbers()
 ROWS = [{"id": str(i), "text": f"{i} {i + 1}"} for i in range(12)]
 
 

@@ -35,7 +35,8 @@ def write_project(names: tuple[str, ...]) -> None:
         "attribute": tree["attribute"] | {"scores": ["lrp"]},
         "gate": tree["gate"] | {"score": "lrp"},
         "differential": {"general": "general", "importance": "lrp"},
-        "evaluate": tree["evaluate"] | {"control": "lrp", "completed": [], "in_sample": []},
+        "evaluate": tree["evaluate"]
+        | {"control": "lrp", "completed": [], "in_sample": [], "general": ["general"], "ban": []},
         "transfer": tree["transfer"] | {"texts": ["general"]},
         "overlap": tree["overlap"] | {"num_neurons": CIRCUIT, "resamples": 50, "repeats": 2},
     }

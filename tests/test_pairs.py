@@ -6,8 +6,10 @@ import tiny
 from naive import how, log_p, pair_difference
 
 from sparc3.circuits.circuit import INTACT
-from sparc3.measure.instrument import Sample
-from sparc3.measure.instruments.pairs import COLUMNS, icat, levels, per_term, preference, read
+from sparc3.measure import inference
+from sparc3.measure.instrument import Reading, Sample
+from sparc3.measure.instruments import pairs
+from sparc3.measure.instruments.pairs import COLUMNS, icat, per_term, preference, read
 
 # Two terms, three items and one. (stereotype, anti, unrelated), by hand:
 #   chess  1: S > A, S > U, A > U      2: A > S, S > U, A > U      3: S > A, S > U, U > A
@@ -29,6 +31,13 @@ def published(items, terms):
     ss = np.mean([100 * c["pro"] / c["total"] for c in counts.values()])
     lms = np.mean([100 * c["related"] / (2 * c["total"]) for c in counts.values()])
     return ss, lms, lms * min(ss, 100 - ss) / 50
+
+
+def levels(table, least=1):
+    """Of a `per_term` table, LMS and ICAT from so many terms on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "MIN_CLUSTERS", least)
+        return pairs.levels(Reading(dict(zip(COLUMNS, table.T, strict=True))))
 
 
 def test_hand_computed_example():

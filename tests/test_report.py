@@ -94,7 +94,7 @@ def test_each_control_refuses_on_its_own() -> None:
     # The ban of words.
     for low, words in {
         2.0: "reduced, beyond 19 random draws and a word ban",
-        -2.0: "reduced, not beyond a word ban",
+        -2.0: "reduced, beyond 19 random draws, not beyond a word ban",
     }.items():
         assert said(beside(1.0, against_ban={"low": low, "high": 9.0})) == words
     both = beside(-1.0, against_ban={"low": -2.0, "high": 9.0})

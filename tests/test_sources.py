@@ -460,19 +460,23 @@ def test_toxicity_from_the_hub(project):
         for n, toxicity in enumerate([0.1, None, 0.95, 0.9])
     ]
     raw.write_toxicity(project / "data")
-    write_jsonl(Path("hub/prompts.jsonl"), rows)
-    (project / "hub" / "README.md").write_text(raw.card({"default": ("train", "prompts.jsonl")}))
-    found = rows_of("hub/real-toxicity-prompts", path="hub", min_toxicity=0.9)
+    write_jsonl(Path("data/hub/prompts.jsonl"), rows)
+    (project / "data" / "hub" / "README.md").write_text(
+        raw.card({"default": ("train", "prompts.jsonl")})
+    )
+    found = rows_of("hub/real-toxicity-prompts", path="data/hub", min_toxicity=0.9)
     assert [(row.text, row.toxicity) for row in found] == [("you 2", 0.95), ("you 3", 0.9)]
-    assert len(rows_of("hub/real-toxicity-prompts", path="hub")) == 4
+    assert len(rows_of("hub/real-toxicity-prompts", path="data/hub")) == 4
 
 
 def test_what_is_sealed_is_not_taken_from_the_hub_either(project):
     raw.write_toxicity(project / "data", 80)
     lines = [{"prompt": row} for row in read_jsonl(Path("data/real-toxicity-prompts.jsonl"))]
-    write_jsonl(Path("hub/prompts.jsonl"), lines)
-    (project / "hub" / "README.md").write_text(raw.card({"default": ("train", "prompts.jsonl")}))
-    found = rows_of("hub/real-toxicity-prompts", path="hub")
+    write_jsonl(Path("data/hub/prompts.jsonl"), lines)
+    (project / "data" / "hub" / "README.md").write_text(
+        raw.card({"default": ("train", "prompts.jsonl")})
+    )
+    found = rows_of("hub/real-toxicity-prompts", path="data/hub")
     assert found == rows_of("real-toxicity-prompts")  # and one group, whichever the source
     assert len(found) == 80
 
@@ -497,24 +501,26 @@ def test_stereoset_from_the_hub_is_the_raw_one_in_its_own_order(project):
             ],
         }
     )
-    (project / "hub" / "intrasentence").mkdir(parents=True)
-    table.to_parquet(project / "hub" / "intrasentence" / "validation-00000-of-00001.parquet")
+    (project / "data" / "hub" / "intrasentence").mkdir(parents=True)
+    table.to_parquet(
+        project / "data" / "hub" / "intrasentence" / "validation-00000-of-00001.parquet"
+    )
     files = {"intrasentence": ("validation", "intrasentence/validation-*")}
-    (project / "hub" / "README.md").write_text(raw.card(files))
-    found = rows_of("hub/stereoset", path="hub", bias_type="race")
+    (project / "data" / "hub" / "README.md").write_text(raw.card(files))
+    found = rows_of("hub/stereoset", path="data/hub", bias_type="race")
     assert found == rows_of("stereoset", bias_type="race")
 
 
 def test_wikitext_articles_join_to_the_text_that_perplexity_is_computed_on(project):
     lines = ["", " = One = \n", "", " Some text . \n", " = = Part = = \n", " More . \n", "", ""]
     lines += [" = Two = \n", "", " Other text . \n", " = 1 m / s = \n", " = National record \n", ""]
-    (project / "hub" / "wikitext-2-raw-v1").mkdir(parents=True)
+    (project / "data" / "hub" / "wikitext-2-raw-v1").mkdir(parents=True)
     pd.DataFrame({"text": lines}).to_parquet(
-        project / "hub" / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"
+        project / "data" / "hub" / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"
     )
     files = {"wikitext-2-raw-v1": ("test", "wikitext-2-raw-v1/test-*")}
-    (project / "hub" / "README.md").write_text(raw.card(files))
-    found = rows_of("hub/wikitext-2", path="hub")
+    (project / "data" / "hub" / "README.md").write_text(raw.card(files))
+    found = rows_of("hub/wikitext-2", path="data/hub")
     assert "\n\n".join(row.text for row in found) == "\n\n".join(lines)
     assert [row.text.strip().partition("\n")[0] for row in found] == [
         "= One = ",
@@ -529,15 +535,18 @@ def test_elicitation_prompts_are_chosen_by_class(project):
         {"text": "The Swede was very", "class": "stereotype_race"},
         {"text": "My girlfriend is", "class": "stereotype_gender"},
     ]
-    write_csv(Path("hub/train.csv"), rows, ["text", "class"])
-    found = rows_of("hub/stereotype-elicitation", path="hub", bias_type="gender")
+    write_csv(Path("data/hub/train.csv"), rows, ["text", "class"])
+    found = rows_of("hub/stereotype-elicitation", path="data/hub", bias_type="gender")
     assert [row.text for row in found] == ["The nurse was very", "My girlfriend is"]
-    assert len(rows_of("hub/stereotype-elicitation", path="hub", bias_type="gender", first=1)) == 1
+    assert (
+        len(rows_of("hub/stereotype-elicitation", path="data/hub", bias_type="gender", first=1))
+        == 1
+    )
 
 
 def test_c4_is_streamed_in_an_order_that_the_seed_decides(project):
-    raw.write_c4(project / "hub", 100)
-    where = {"path": "hub"}
+    raw.write_c4(project / "data" / "hub", 100)
+    where = {"path": "data/hub"}
     streams = {n: [r.text for r in hub.hub_c4(where, seed)] for n, seed in enumerate([0, 0, 1])}
     assert streams[0] == streams[1]
     assert streams[0] != streams[2]
@@ -550,24 +559,26 @@ def test_bad_rows_of_the_hub_are_dropped_counted_and_named_once(project, caplog)
     sentences = {"sentence": ["a", "b", "c"], "gold_label": [0, 1, 2]}
     item = {"target": "t", "bias_type": "race", "context": "BLANK", "sentences": sentences}
     bad = {**item, "sentences": {"sentence": ["a", "b"], "gold_label": [0, 1]}}
-    (project / "hub" / "intrasentence").mkdir(parents=True)
+    (project / "data" / "hub" / "intrasentence").mkdir(parents=True)
     pd.DataFrame([item, bad]).to_parquet(
-        project / "hub" / "intrasentence" / "validation-00000-of-00001.parquet"
+        project / "data" / "hub" / "intrasentence" / "validation-00000-of-00001.parquet"
     )
     files = {"intrasentence": ("validation", "intrasentence/validation-*")}
-    (project / "hub" / "README.md").write_text(raw.card(files))
+    (project / "data" / "hub" / "README.md").write_text(raw.card(files))
     caplog.clear()
-    assert [row.pair for row in rows_of("hub/stereoset", path="hub")] == [("b", "a")]
+    assert [row.pair for row in rows_of("hub/stereoset", path="data/hub")] == [("b", "a")]
     mine = [record.getMessage() for record in caplog.records if record.name.startswith("sparc3")]
-    assert mine == ["prepare: hub: 1 of 2 rows dropped; the first: row 2 has no text in 2"]
+    assert mine == ["prepare: data/hub: 1 of 2 rows dropped; the first: row 2 has no text in 2"]
 
 
 def test_bad_rows_of_a_stream_are_counted_as_far_as_it_was_read(project, caplog):
-    (project / "hub" / "en").mkdir(parents=True)
+    (project / "data" / "hub" / "en").mkdir(parents=True)
     rows = [{"text": "a", "url": "u"}, {"text": None, "url": "v"}, {"text": "b", "url": "w"}]
-    write_jsonl(project / "hub" / "en" / "c4-train.00000-of-00001.json", rows)
-    (project / "hub" / "README.md").write_text(raw.card({"en": ("train", "en/c4-train.*.json")}))
-    assert {row.text for row in hub.hub_c4({"path": "hub"}, 0)} == {"a", "b"}
+    write_jsonl(project / "data" / "hub" / "en" / "c4-train.00000-of-00001.json", rows)
+    (project / "data" / "hub" / "README.md").write_text(
+        raw.card({"en": ("train", "en/c4-train.*.json")})
+    )
+    assert {row.text for row in hub.hub_c4({"path": "data/hub"}, 0)} == {"a", "b"}
     mine = [record.getMessage() for record in caplog.records if record.name.startswith("sparc3")]
     assert len(mine) == 1
     assert "1 of 3 rows dropped" in mine[0]
@@ -577,16 +588,16 @@ def test_bad_rows_of_a_stream_are_counted_as_far_as_it_was_read(project, caplog)
 def test_texts_of_a_folder_are_those_of_its_file(project, name):
     texts = [ODD.replace("\0", ""), "NA", "null", " a ", "1"]
     table = pd.DataFrame({"text": texts, "class": "stereotype_gender"})
-    Path("hub").mkdir()
+    Path("data/hub").mkdir()
     if name.endswith("csv"):
-        with Path("hub", name).open("w", encoding="utf-8", newline="") as stream:
+        with Path("data/hub", name).open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream, quoting=csv.QUOTE_ALL)
             writer.writerows([list(table), *table.to_numpy().tolist()])
     elif name.endswith("jsonl"):
-        write_jsonl(Path("hub", name), table.to_dict("records"))
+        write_jsonl(Path("data/hub", name), table.to_dict("records"))
     else:
-        table.to_parquet(Path("hub", name))
-    found = [row.text for row in rows_of("hub/stereotype-elicitation", path="hub")]
+        table.to_parquet(Path("data/hub", name))
+    found = [row.text for row in rows_of("hub/stereotype-elicitation", path="data/hub")]
     assert found == [
         text for text in texts if text not in (["NA", "null"] if "csv" in name else [])
     ]
@@ -595,7 +606,7 @@ def test_texts_of_a_folder_are_those_of_its_file(project, name):
 @pytest.mark.parametrize("name", ["train.csv", "train.jsonl", "train.jsonl.gz", "train.parquet"])
 def test_a_folder_is_read_as_it_is_now_not_as_it_was(project, name):
     """Also where the file's size and date are kept, by which a cache takes it for the same."""
-    path = Path("hub", name)
+    path = Path("data/hub", name)
     path.parent.mkdir()
     for word in ("old", "new", "end"):
         rows = [{"text": f"The nurse is {word}", "class": "stereotype_gender"}]
@@ -607,26 +618,26 @@ def test_a_folder_is_read_as_it_is_now_not_as_it_was(project, name):
             line = f"{json.dumps(rows[0])}\n".encode()
             path.write_bytes(gzip.compress(line) if name.endswith("gz") else line)
         os.utime(path, (1e9, 1e9))
-        found = rows_of("hub/stereotype-elicitation", path="hub")
+        found = rows_of("hub/stereotype-elicitation", path="data/hub")
         assert [row.text for row in found] == [f"The nurse is {word}"]
 
 
 def test_a_stream_is_read_as_it_is_now(project):
-    path = Path("hub/en/c4-train.00000-of-00001.json.gz")
+    path = Path("data/hub/en/c4-train.00000-of-00001.json.gz")
     path.parent.mkdir(parents=True)
-    Path("hub/README.md").write_text(raw.card({"en": ("train", "en/c4-train.*.json.gz")}))
+    Path("data/hub/README.md").write_text(raw.card({"en": ("train", "en/c4-train.*.json.gz")}))
     for word in ("old", "new"):
         path.write_bytes(gzip.compress(f'{{"text": "{word}", "url": "u"}}\n'.encode()))
         os.utime(path, (1e9, 1e9))
-        assert [row.text for row in hub.hub_c4({"path": "hub"}, 0)] == [word]
+        assert [row.text for row in hub.hub_c4({"path": "data/hub"}, 0)] == [word]
 
 
 @pytest.mark.parametrize("line", ['{"text": "a", "class": ', '{"text": "\\ud800", "class": "b"}'])
 def test_a_broken_folder_is_one_clear_line(project, line):
-    Path("hub").mkdir()
-    Path("hub/train.jsonl").write_text('{"text": "a", "class": "b"}\n' + line + "\n")
+    Path("data/hub").mkdir()
+    Path("data/hub/train.jsonl").write_text('{"text": "a", "class": "b"}\n' + line + "\n")
     with pytest.raises(InputError, match="hub") as caught:
-        rows_of("hub/stereotype-elicitation", path="hub")
+        rows_of("hub/stereotype-elicitation", path="data/hub")
     assert "\n" not in str(caught.value)
 
 
@@ -728,13 +739,13 @@ def test_a_refusal_is_one_clear_line_that_does_not_show_the_token(project, statu
 
 @pytest.mark.parametrize("given", [True, False])
 def test_what_is_no_data_set_is_one_clear_line(project, monkeypatch, given):
-    (project / "hub").mkdir()
-    (project / "hub" / "README.md").write_text("nothing here\n")
+    (project / "data" / "hub").mkdir()
+    (project / "data" / "hub" / "README.md").write_text("nothing here\n")
     if given:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(
-        InputError, match=r"cannot read data set hub .*HF_TOKEN was given;"
+        InputError, match=r"cannot read data set data/hub .*HF_TOKEN was given;"
     ) as found:
-        rows_of("hub/stereoset", path="hub")
+        rows_of("hub/stereoset", path="data/hub")
     assert "\n" not in str(found.value)
     assert TOKEN not in str(found.value)
