@@ -16,15 +16,17 @@ from sparc3.base.files import read_csv, read_jsonl, read_tensors
 
 SMALL: dict[str, Any] = {
     "prompt_sets": {
-        "general": {"count": 12, "min_tokens": 32, "max_tokens": 32},
+        "general": {"count": 12, "attributed": 12, "min_tokens": 32, "max_tokens": 32},
         "general-toxicity": {"count": 16},
         "toxicity": {"count": 40},
         "general-pairs": {"count": 80, "where": {"bias_type": "profession", "first": 80}},
-        "gender": {"count": 160},
-        "race": {"count": 130},
+        "gender": {"count": 100},
+        "race": {"count": 100},
     },
     "test_sets": {
         "news": {"count": 40, "min_tokens": 32, "max_tokens": 32},
+        "reviews": {"count": 8, "min_tokens": 32, "max_tokens": 32},
+        "questions": {"count": 8},
         "crows-gender": {"count": 30},
         "crows-race": {"count": 30},
     },
@@ -38,6 +40,8 @@ SMALL: dict[str, Any] = {
         "completions": 2,
         "completed": ["lrp", "aura", "random-layer-matched"],
         "in_sample": ["lrp"],
+        "drawn": 2,
+        "ban": [10],
         "new_tokens": 6,
         "resamples": 500,
     },
@@ -168,14 +172,24 @@ def check_evaluation(folder: Path, behaviours: dict[str, Any], controls: list[st
                 assert beyond == pytest.approx(less(mean(levels[1:]), levels[0]))
 
 
+def tested_blocks(folder: Path, prompt_set: str) -> dict[str, list[dict[str, Any]]]:
+    """Rows that are tested, by split or block."""
+    blocks = defaultdict(list)
+    for row in read_jsonl(folder / f"outputs/prompts/{prompt_set}.jsonl"):
+        if row["split"] not in ("attribute", "tune", "block-0"):
+            blocks[row["split"]].append(row)
+    return blocks
+
+
 def check_transfer(folder: Path, behaviours: dict[str, Any], params: dict[str, Any]) -> None:
     """The diagonal of metrics/transfer, from what the same prompts gave in evaluate, where general
     text rises as transfer's own perplexity says.
     """
     transfer = metrics(folder, "transfer")
     for behaviour, spec in behaviours.items():
-        rows = read_jsonl(folder / f"outputs/prompts/{spec['prompts']}.jsonl")
-        tested = [r["id"] for r in rows if r["split"] == "test"][: params["items"]]
+        blocks = tested_blocks(folder, spec["prompts"])
+        most = math.ceil(params["items"] / len(blocks))
+        tested = [row["id"] for rows in blocks.values() for row in rows[:most]]
         before, after = (
             [r for r in measured(folder, behaviour, name) if r["prompt"] in tested]
             for name in ("none", spec["method"])
@@ -218,19 +232,20 @@ def test_scores_are_those_of_the_prompts(finished: tuple[Path, str]) -> None:
 
 def test_no_circuit_saw_a_test_prompt(finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    for behaviour in ("toxicity", "gender", "race"):
-        about = json.loads((folder / f"outputs/circuits/{behaviour}/lrp.json").read_text())
+    # The sweep chose the circuit's size on the tune split: not held out either.
+    blocks = [f"block-{n}" for n in range(5)]
+    order = {"toxicity": ["attribute", "tune", "test"], "gender": blocks, "race": blocks}
+    for behaviour, splits in order.items():
         rows = read_jsonl(folder / f"outputs/prompts/{behaviour}.jsonl")
-        groups = {
-            split: {r["group"] for r in rows if r["split"] == split}
-            for split in ("attribute", "tune", "test")
-        }
-        used = {i for ids in about["chosen_on"].values() for i in ids}
-        assert used.isdisjoint(r["id"] for r in rows if r["split"] == "test")
-        # The sweep chose the circuit's size on the tune split: not held out either.
-        assert used.issuperset(r["id"] for r in rows if r["split"] != "test")
-        assert groups["attribute"].isdisjoint(groups["test"] | groups["tune"])
-        assert groups["tune"].isdisjoint(groups["test"])
+        assert {row["split"] for row in rows} == {*splits}
+        for split in tested_blocks(folder, behaviour):
+            block = split if split != "test" else ""
+            path = folder / "outputs/circuits" / behaviour / block / "lrp.json"
+            used = json.loads(path.read_text())["chosen_on"][behaviour]
+            before = [row for row in rows if splits.index(row["split"]) < splits.index(split)]
+            assert {*used} == {row["id"] for row in before}
+            tested = {row["group"] for row in rows if row["split"] == split}
+            assert tested.isdisjoint(row["group"] for row in before)
 
 
 def test_again_does_nothing_and_an_edit_only_its_own(
@@ -269,7 +284,7 @@ def test_runs_are_in_mlflow(finished: tuple[Path, str], run_in: Any) -> None:
     assert len(parents) == 1
     rows = [run for run in runs if run.data.tags.get("sparc3.row") not in (None, "all")]
     shown = {(run.data.params["behaviour"], run.data.params["method"]): run for run in rows}
-    assert len(shown) == 3 * len(METHODS)
+    assert len(shown) == 3 * len(METHODS) + 1  # toxicity's word ban
     row = shown["toxicity", "lrp"]
     assert {"reduction", "ppl_delta", "differential"} <= set(row.data.metrics)
     artifacts = [a.path for a in client.list_artifacts(row.info.run_id)]
