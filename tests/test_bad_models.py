@@ -386,7 +386,7 @@ def words(folder: Path, **special: str) -> PreTrainedTokenizerFast:
 
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "num_labels": 2, "initializer_range": 0.5}
-ENCODER = SIZES | {
+ENCODER: dict[str, Any] = SIZES | {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,

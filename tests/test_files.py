@@ -20,6 +20,7 @@ import time
 import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,7 +274,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, name: str):
 # Locks
 
 
-def hold(path: Path, order: list[str], name: str, seconds: float) -> None:
+def hold(path: Path, order: Any, name: str, seconds: float) -> None:
     with locked(path, name):
         order.append(f"{name} in")
         time.sleep(seconds)
