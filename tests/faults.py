@@ -56,14 +56,15 @@ def write_project(folder: Path) -> None:
     (folder / "data").mkdir()
     with patch.object(raw, "WORDS", [*whole.PLAIN, *whole.RUDE]):
         raw.write_data(folder / "data")
-    items = [raw.stereoset_item("race", f"Land {n % 24}", n) for n in range(48)]
+    kinds = {"bias": "race", "general-pairs": "profession"}
+    items = [raw.stereoset_item(k, f"{k} {n % 24}", n) for k in kinds.values() for n in range(48)]
     write_jsonl(folder / "data/stereoset.jsonl", items)
     (folder / "data.dvc").write_text(pin_text(folder / "data", own=True))
     tree = yaml.safe_load((folder / "params.yaml").read_text())
     tree["fetch"] = {"model": None}
     for name, spec in tree["prompt_sets"].items():
-        pairs = name in ("general-pairs", "bias")
-        spec |= {"count": 40} if pairs else {"count": 20, "max_tokens": 12}
+        pairs = {"count": 40, "where": {"bias_type": kinds.get(name)}}
+        spec |= pairs if name in kinds else {"count": 20, "max_tokens": 12}
     tree["gate"]["prompts"], tree["select"]["ppl_budget"] = 40, 99
     tree["behaviours"]["bias"]["second"] = None
     (folder / "params.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))

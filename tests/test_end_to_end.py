@@ -71,6 +71,12 @@ def edit(folder: Path, changes: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(merge(yaml.safe_load(path.read_text()), changes)))
 
 
+def written(folder: Path) -> dict[Path, int]:
+    """Products, and when each was written; locks are none."""
+    files = {path for path in (folder / "outputs").rglob("*") if path.is_file()}
+    return {path: path.stat().st_mtime_ns for path in files if path.suffix != ".lock"}
+
+
 def ran(output: str) -> set[str]:
     """Stages that `dvc repro` ran."""
     return set(re.findall(r"Running stage '([^']+)'", output))
@@ -172,7 +178,7 @@ def check_evaluation(folder: Path, behaviours: dict[str, Any], controls: list[st
                 assert beyond == pytest.approx(less(mean(levels[1:]), levels[0]))
 
 
-def tested_blocks(folder: Path, prompt_set: str) -> dict[str, list[dict[str, Any]]]:
+def held_out_blocks(folder: Path, prompt_set: str) -> dict[str, list[dict[str, Any]]]:
     """Rows that are tested, by split or block."""
     blocks = defaultdict(list)
     for row in read_jsonl(folder / f"outputs/prompts/{prompt_set}.jsonl"):
@@ -187,7 +193,7 @@ def check_transfer(folder: Path, behaviours: dict[str, Any], params: dict[str, A
     """
     transfer = metrics(folder, "transfer")
     for behaviour, spec in behaviours.items():
-        blocks = tested_blocks(folder, spec["prompts"])
+        blocks = held_out_blocks(folder, spec["prompts"])
         most = math.ceil(params["items"] / len(blocks))
         tested = [row["id"] for rows in blocks.values() for row in rows[:most]]
         before, after = (
@@ -238,7 +244,7 @@ def test_no_circuit_saw_a_test_prompt(finished: tuple[Path, str]) -> None:
     for behaviour, splits in order.items():
         rows = read_jsonl(folder / f"outputs/prompts/{behaviour}.jsonl")
         assert {row["split"] for row in rows} == {*splits}
-        for split in tested_blocks(folder, behaviour):
+        for split in held_out_blocks(folder, behaviour):
             block = split if split != "test" else ""
             path = folder / "outputs/circuits" / behaviour / block / "lrp.json"
             used = json.loads(path.read_text())["chosen_on"][behaviour]
@@ -343,7 +349,7 @@ def test_bad_input_is_one_line_and_nothing_lost(
 ) -> None:
     folder, _ = finished
     params = (folder / "params.yaml").read_text()
-    before = {p: p.stat().st_mtime_ns for p in (folder / "outputs").rglob("*") if p.is_file()}
+    before = written(folder)
     edit(folder, changes)
     try:
         failed = run_in(folder, "python", "-m", "sparc3", *stage.split())
@@ -354,5 +360,5 @@ def test_bad_input_is_one_line_and_nothing_lost(
     assert len(lines) == 1
     assert expected in lines[0]
     assert "Traceback" not in failed.stderr
-    after = {p: p.stat().st_mtime_ns for p in (folder / "outputs").rglob("*") if p.is_file()}
+    after = written(folder)
     assert after == before
