@@ -32,6 +32,7 @@ import yaml
 
 from sparc3.base.files import digest, write_jsonl
 from sparc3.base.params import Params
+from sparc3.measure.instruments import completions
 from sparc3.stages import prepare
 from sparc3.stages.checks import load
 from sparc3.stages.fetch import pin_text
@@ -79,7 +80,7 @@ def run_all(folder: Path) -> None:
     """Every stage and the exports, in this process."""
     with whole.inside(folder):
         prepare.run(load())
-    whole.run(folder)
+    whole.run(folder, most=completions.MOST)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -268,10 +268,12 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def run(folder: Path, behaviour: str | None = None) -> dict[str, Figure]:
+def run(
+    folder: Path, behaviour: str | None = None, most: int = PARAMS["evaluate"]["completions"]
+) -> dict[str, Figure]:
     """Every stage and `export`, in order, in `folder`; the report's figures by name.
 
-    With a behaviour: its own stages only.
+    With a behaviour: its own stages only. `most`: completions that maximum toxicity takes.
     """
     figures: dict[str, Figure] = {}
     save = Figure.savefig
@@ -280,7 +282,7 @@ def run(folder: Path, behaviour: str | None = None) -> dict[str, Figure]:
         figures[Path(fname).name.split(".")[1]] = self  # .NAME.png.TEMPORARY
         save(self, fname, **options)
 
-    few = patch.object(completions, "MOST", PARAMS["evaluate"]["completions"])
+    few = patch.object(completions, "MOST", most)
     with inside(folder), patch.object(Figure, "savefig", keep), few:
         params = load(Path("params.yaml"))
         for stage, section in STAGES:
