@@ -66,7 +66,8 @@ def kl(params: Params, behaviour: str) -> dict[str, float]:
 
 def commit() -> str:
     """The commit that is checked out. InputError: what is tracked was changed since."""
-    said = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    asked = ["git", "status", "--porcelain", "-uno", "--", ".", f":!{RECORD}"]
+    said = subprocess.run(asked, capture_output=True, text=True)
     if said.returncode or said.stdout:
         problem = "not a clean commit" if said.stdout else "not in a git checkout"
         raise InputError(f"confirm: {problem}; commit first: what was frozen must be on record")
@@ -74,40 +75,47 @@ def commit() -> str:
     return head.stdout.strip()
 
 
+def measured(params: Params, behaviour: str) -> dict[str, Any]:
+    """What the sealed prompts of a behaviour say of its own and other methods, and of controls."""
+    spec, given = params.behaviours[behaviour], replace(params.evaluate, **vars(params.confirm))
+    asked = replace(params, evaluate=replace(given, in_sample=(spec.method,)))
+    by_block = sealed_rows(params, behaviour)
+    exact = {} if "" in by_block else {"in_sample": {"": flat(by_block)}}
+    methods = dict.fromkeys([spec.method, *given.completed, given.control])
+    rows = {"test": by_block, **exact}
+    setting, by_name, circuits = measure(asked, behaviour, rows, list(methods))
+    grouped, columns = (
+        group_table(spec, by_name, setting.first),
+        ["circuit", "group", "units", "mean"],
+    )
+    write_csv(OUTPUTS / "confirm" / behaviour / "groups.csv", grouped, columns)
+    return {"circuits": circuits, "kl": kl(params, behaviour)}
+
+
 def run(params: Params) -> dict[str, float]:
-    """Write metrics/confirm.json and outputs/confirm. InputError: it was done for this release."""
-    release, head = tomllib.loads(read_text(Path("pyproject.toml")))["project"]["version"], commit()
-    if RECORD.is_file() and read_json(RECORD)["release"] == release:
+    """Write metrics/confirm.json, behaviour by behaviour, and outputs/confirm; one that was killed
+    goes on. InputError: it was done for this release, or begun at another commit.
+    """
+    release = tomllib.loads(read_text(Path("pyproject.toml")))["project"]["version"]
+    about = {"release": release, "commit": commit(), "profile": params.profile}
+    sealed = [name for name, spec in params.behaviours.items() if spec.sealed]
+    before: dict[str, Any] = read_json(RECORD) if RECORD.is_file() else {"release": None}
+    found: dict[str, Any] = before["behaviours"] if before["release"] == release else {}
+    same = all(before.get(key) == value for key, value in about.items())
+    if found and (not same or {*sealed} <= {*found}):
         raise InputError(
             f"{RECORD}: the sealed sets were read for {release}; raise the version in "
             "pyproject.toml for another release"
         )
-    given = replace(params.evaluate, **vars(params.confirm))
-    found: dict[str, Any] = {}
-    for behaviour, spec in params.behaviours.items():
-        if spec.sealed is None:
-            continue
-        asked = replace(params, evaluate=replace(given, in_sample=(spec.method,)))
-        by_block = sealed_rows(params, behaviour)
-        methods = dict.fromkeys([spec.method, *given.completed, given.control])
-        exact = {} if "" in by_block else {"in_sample": {"": flat(by_block)}}
-        rows = {"test": by_block, **exact}
-        setting, by_name, circuits = measure(asked, behaviour, rows, list(methods))
-        grouped = group_table(spec, by_name, setting.first)
-        write_csv(
-            OUTPUTS / "confirm" / behaviour / "groups.csv",
-            grouped,
-            ["circuit", "group", "units", "mean"],
-        )
-        found[behaviour] = {"circuits": circuits, "kl": kl(params, behaviour)}
-        log.info("confirm %s: done", behaviour)
-    now = datetime.now(UTC).date().isoformat()
-    about = {"release": release, "commit": head, "date": now, "profile": params.profile}
-    write_json(RECORD, {**about, "behaviours": found})
+    for behaviour in sealed:
+        if behaviour not in found:
+            found[behaviour] = measured(params, behaviour)
+            now = datetime.now(UTC).date().isoformat()
+            write_json(RECORD, {**about, "date": now, "behaviours": found})
     return {
         f"{behaviour}.{name}.{key}": change["value"]
-        for behaviour, measured in found.items()
-        for name, row in measured["circuits"].items()
-        for key, change in row["test"].items()
+        for behaviour, row in found.items()
+        for name, circuit in row["circuits"].items()
+        for key, change in circuit["test"].items()
         if key != "values"
     }
