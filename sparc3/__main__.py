@@ -61,7 +61,14 @@ def add_stages(words: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
             added.add_argument(flag, required=True, metavar="NAME")
 
 
+def unraisable(error: "sys.UnraisableHookArgs") -> None:
+    """Ctrl-C while a library cleans up, which Python ignores, needs no traceback."""
+    if error.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(error)
+
+
 def main(argv: list[str] | None = None) -> int:
+    sys.unraisablehook = unraisable
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sparc3").setLevel(logging.INFO)
     options = vars(parser().parse_args(argv))

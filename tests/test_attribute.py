@@ -50,8 +50,11 @@ def test_each_name_holds_the_score_of_its_target(project: Path) -> None:
     write_jsonl(path, [{**r, "pair": [r["text"], "w5 w6 w7 w8"]} for r in read_jsonl(path)])
     names = ["lrp", "lrp@max-logit", "lrp-abs@likelihood", "activation"]
     params = with_set(project, names, target="pair", source="stereoset")
+    tokenizer = loading.tokenizer(params.model)
+    tokenizer.eos_token = "w0"  # what stands in front of a pair's sentences
+    tokenizer.save_pretrained(params.model.path)
     attribute.run(params, "talk")
-    model, tokenizer = loading.load(params.model), loading.tokenizer(params.model)
+    model = loading.load(params.model)
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -64,7 +67,8 @@ def test_each_name_holds_the_score_of_its_target(project: Path) -> None:
         score_name = name.partition("@")[0]
         for row, values in zip(rows, stored, strict=True):
             texts = row["pair"] if target == "pair" else [row["text"]]
-            prompt = Prompt(row["id"], tuple(ids(text) for text in texts))
+            front = [0] if target == "pair" else []
+            prompt = Prompt(row["id"], tuple([*front, *ids(text)] for text in texts))
             (alone,) = score(model, [[prompt]], [score_name], target=target)
             np.testing.assert_allclose(values, alone[score_name][0], rtol=1e-3, atol=1e-5)
 

@@ -168,7 +168,8 @@ def test_a_rank_that_fails_ends_the_job_and_the_next_run_finishes_it(project: Pa
     obstacle.mkdir(parents=True)
     failed = torchrun(project, 2, "attribute", "--prompt-set", "general")
     assert failed.returncode not in (0, None)
-    assert "IsADirectoryError" in failed.stderr
+    assert "sparc3: error:" in failed.stderr
+    assert "Is a directory" in failed.stderr
     assert str(obstacle) in failed.stderr
     assert not scores_folder("general").exists()
     finished = times(partial("general") / "activation")
