@@ -15,6 +15,7 @@ def noise(seed: int, name: str, shape: tuple[int, int]) -> Array:
 
 
 OWN = "own"  # in match and layers: the method that the behaviour itself names
+BAN = "word-ban"  # a control that is no method of params, and prunes nothing
 
 
 def leader(name: str, method: Method, own: str) -> str | None:

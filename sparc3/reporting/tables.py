@@ -20,7 +20,7 @@ from sparc3.base.artifacts import (
 )
 from sparc3.base.files import markdown, read_csv, read_json
 from sparc3.base.params import Behaviour, Params
-from sparc3.circuits.methods import is_control
+from sparc3.circuits.methods import BAN, is_control
 from sparc3.measure import inference
 from sparc3.measure.instrument import Instrument, Value
 from sparc3.measure.instruments import instruments_of, primary_of, swept_of
@@ -35,7 +35,6 @@ PREFIXES = {  # of a circuit's differences, by where they were measured
     "second": "second_",
 }
 CONFIRMATORY, EXPLORATORY, CONTROL = "confirmatory", "exploratory", "control"
-BAN = "word-ban"  # a control that is no method of params
 ALPHA = 0.05  # of each family of tests, and of a rank among random draws
 BROKEN = 5.0  # points that the share of degenerate completions may rise by
 

@@ -16,7 +16,7 @@ from sparc3.base.artifacts import circuit_names
 from sparc3.base.errors import InputError
 from sparc3.base.params import SPLITS, Method, Params, PromptSet, parse, read, scores_of, sets_of
 from sparc3.base.profiles import TABLES, lay_over
-from sparc3.circuits.methods import OWN, can_lead, independent
+from sparc3.circuits.methods import BAN, OWN, can_lead, independent
 from sparc3.measure.instruments import INSTRUMENTS, instruments_of
 from sparc3.measure.scorers import SCORERS
 from sparc3.prompts.sources import PAIRED, PIN, SEALED, SOURCES, STREAMS, VALUES
@@ -29,7 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}[A-Za-z0-9_])?")
 # Names that stand for something else where a method's, or a scorer's, would stand.
 OF_METHODS = {
     "none": "the unpruned model",
-    "word-ban": "the ban of words",
+    BAN: "the ban of words",
     OWN: "a behaviour's own method",
     "curves": "the curves of stability",
 }

@@ -19,6 +19,7 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_json, write_csv, write_json, write_jsonl
 from sparc3.base.params import Behaviour, Params
 from sparc3.circuits.circuit import INTACT, read_circuit, refuse_leak
+from sparc3.circuits.methods import BAN
 from sparc3.measure import inference, word_ban
 from sparc3.measure.instrument import (
     Differences,
@@ -40,7 +41,7 @@ from sparc3.measure.scorers import Scorer, describe, scorer
 from sparc3.measure.setting import Chosen, Outcome, Setting, outcomes
 from sparc3.model import loading
 
-UNPRUNED, BAN = "none", "word-ban"  # names of models without a circuit, among those of circuits
+UNPRUNED = "none"  # the name of the model as it is, among those of circuits
 BIAS = 5.0  # nats that a banned token loses
 
 Rows = list[dict[str, Any]]
