@@ -227,10 +227,12 @@ class Plan:
 
         every, again = models(draws, None), models(evaluate.in_sample, evaluate.drawn)
         completed = models({behaviour.method, *evaluate.completed}, evaluate.drawn)
+        set_off = any(instrument.set_off for instrument in instruments_of(behaviour).values())
+        first = every if set_off else models(draws, evaluate.drawn)
         for place, general in enumerate(evaluate.general):
             texts = self.held_out(general, evaluate.texts)
             joined = [sum(texts)] if evaluate.joined and not place else texts
-            parts.append(self._windows(models(draws, 1) if place else every, joined, batch))
+            parts.append(self._windows(models(draws, 1) if place else first, joined, batch))
         if banned:
             tuned = self.tokens(params.differential.general, "tune", params.sweep.texts)
             parts.append(self._windows(1 + len(evaluate.ban), tuned, batch))

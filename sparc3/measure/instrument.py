@@ -115,6 +115,7 @@ class Instrument(NamedTuple):
     reads: the prompt's text, or the sentences of a pair, packed.
     writes: it draws completions, which only some circuits do (`evaluate.completed`).
     swept: sweep and transfer read it.
+    set_off: its values are set off against general text.
     """
 
     encode: Callable[[Sequence[Mapping[str, Any]], "PreTrainedTokenizerBase"], Sample]
@@ -129,6 +130,7 @@ class Instrument(NamedTuple):
     reads: Literal["text", "pair"] = "text"
     writes: bool = False
     swept: bool = True
+    set_off: bool = False
 
 
 # --- changes between two readings ------------------------------------------------------------

@@ -4,6 +4,7 @@ The same texts, items and random numbers serve the unpruned and every pruned mod
 differences are paired. Prompts come by block, each of which is read without circuits of its own.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -48,7 +49,7 @@ class Chosen(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one model gives in a setting; what was not asked for is absent."""
+    """What one model gives in a setting; what was not asked for is absent, or empty."""
 
     texts: Mapping[str, Reading]
     samples: Mapping[str, Mapping[str, Reading]]
@@ -56,7 +57,7 @@ class Outcome(NamedTuple):
 
     @property
     def general(self) -> Reading:
-        return next(iter(self.texts.values()))
+        return next(iter(self.texts.values()), Reading({}))
 
     def measured(self, split: str, instrument: str) -> Measured:
         return Measured(self.samples[split][instrument], self.general)
@@ -84,8 +85,9 @@ def outcomes(
 ) -> dict[str, Outcome]:
     """Measure the model without each of `circuits`, by name.
 
-    All kinds of general text are read without the first draw of a method, the first kind without
-    every one; the second opinion is asked of the unpruned model and of the behaviour's own method.
+    Of a method's draws the first reads all kinds of general text and `evaluate.drawn` read the
+    first kind; every one where an instrument sets its values off against that. The second opinion
+    is asked of the unpruned model and of the behaviour's own method.
     """
 
     def read(
@@ -118,8 +120,10 @@ def outcomes(
             for name, reading in read(instrument.read, names, parts, f"{key}, {split}").items():
                 samples[name][split][key] = reading
     texts: dict[str, dict[str, Reading]] = {name: {} for name in circuits}
+    every = any(instrument.set_off for instrument in setting.instruments.values())
     for place, (text, sample) in enumerate(setting.texts.items()):
-        names = [name for name, chosen in circuits.items() if not (place and chosen.draw)]
+        most = math.inf if every else how.evaluate.drawn
+        names = [n for n, chosen in circuits.items() if chosen.draw < (1 if place else most)]
         for name, reading in read(perplexity.read, names, {"": sample}, text).items():
             texts[name][text] = reading
     second: dict[str, Reading] = {}

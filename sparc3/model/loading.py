@@ -187,16 +187,8 @@ def encode_sentences(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     trained on: <|endoftext|> for GPT-2, Pythia, Qwen and SmolLM2, whose chat models call other
     tokens their first and last; else the tokenizer's first token, or last. InputError: it has none.
     """
-    if front(tokenizer):
-        return encode(tokenizer, texts)
-    between = tokenizer.get_vocab().get("<|endoftext|>")
-    for token in (between, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return [[token, *ids] for ids in encode(tokenizer, texts)]
-    raise InputError(
-        "params: model.path: the tokenizer has no token to put in front of a sentence; give it a "
-        "bos_token or an eos_token"
-    )
+    before = [] if front(tokenizer) else [between(tokenizer)]
+    return [[*before, *ids] for ids in encode(tokenizer, texts)]
 
 
 def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
@@ -215,6 +207,19 @@ def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
 def front(tokenizer: Any) -> tuple[int, ...]:
     """What a tokenizer puts before a text."""
     return checkpoint.front(tokenizer.backend_tokenizer)
+
+
+@cache
+def between(tokenizer: Any) -> int:
+    """The token that can stand before a sentence; InputError as in `encode_sentences`."""
+    stood = tokenizer.get_vocab().get("<|endoftext|>")
+    for token in (stood, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise InputError(
+        "params: model.path: the tokenizer has no token to put in front of a sentence; give it a "
+        "bos_token or an eos_token"
+    )
 
 
 def attention(ids: Tensor) -> AbstractContextManager[object]:

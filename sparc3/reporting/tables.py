@@ -64,13 +64,13 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
         if split in completions.get(name, {})
     ]
     texts = {
-        text: summary([c["texts"][text] for c in circuits])
+        text: summary([c["texts"][text] for c in circuits if c["texts"]])
         for text in params.evaluate.general
-        if all(text in c["texts"] for c in circuits)
+        if all(text in c["texts"] for c in circuits if c["texts"])
     }
     worst = max(texts, key=lambda text: texts[text]["value"])
     differences: dict[str, Any] = {
-        "ppl_delta": summary([c["ppl_delta"] for c in circuits]),
+        "ppl_delta": summary([c["ppl_delta"] for c in circuits if "ppl_delta" in c]),
         "ppl_worst": texts[worst],
     }
     for part, prefix in PREFIXES.items():

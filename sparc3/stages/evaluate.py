@@ -26,6 +26,7 @@ from sparc3.measure.instrument import (
     How,
     Measured,
     Reading,
+    Sample,
     differences,
     effect,
     mean_reading,
@@ -150,7 +151,7 @@ def read_circuits(
 
 def fitted_ban(params: Params, spec: Behaviour, model: PreTrainedModel, how: How) -> list[int]:
     """Tokens of the words that the first scorer calls bad in attribute prompts: as many as keep to
-    the perplexity budget on the sweep's texts, by the rule that circuits are chosen by.
+    the perplexity budget on the sweep's texts, read and chosen by the rule that circuits are.
     """
     seen = [
         row["text"]
@@ -159,16 +160,22 @@ def fitted_ban(params: Params, spec: Behaviour, model: PreTrainedModel, how: How
     ]
     ranked = word_ban.bad_tokens(seen, how.tokenizer, how.scorers[spec.scorers[0]])
     texts = read_prompts(params.differential.general, "tune")[: params.sweep.texts]
-    sample = perplexity.encode(texts, how.tokenizer)
-    (before,) = perplexity.read(model, [INTACT], sample, how)
-    for count in sorted({min(count, len(ranked)) for count in params.evaluate.ban}, reverse=True):
-        with word_ban.banned(model, ranked[:count], BIAS):
-            (after,) = perplexity.read(model, [INTACT], sample, how)
-        cost = perplexity.percent(before, after)
-        error = perplexity.percent_error(before, after, sample.groups)
-        if cost + error <= params.select.ppl_budget:
-            return ranked[:count]
-    return []
+    counts = sorted({min(count, len(ranked)) for count in params.evaluate.ban})
+
+    def read_all(sample: Sample) -> list[Reading]:
+        found = []
+        for count in (0, *counts):
+            with word_ban.banned(model, ranked[:count], BIAS):
+                found += perplexity.read(model, [INTACT], sample, how)
+        return found
+
+    (before, *after), groups = perplexity.read_until(read_all, texts, how, params.sweep.error)
+    costs = [
+        perplexity.percent(before, each) + perplexity.percent_error(before, each, groups)
+        for each in after
+    ]
+    within = [n for n, cost in zip(counts, costs, strict=True) if cost <= params.select.ppl_budget]
+    return ranked[: max(within, default=0)]
 
 
 # --- comparing models ----------------------------------------------------------------------
@@ -184,12 +191,13 @@ def result(
     """All differences of a circuit. `rivals`: draws of a control of its size, and the word ban."""
     before, after = by_name[UNPRUNED], by_name[name]
     found: dict[str, Any] = {
-        "ppl_delta": perplexity.change(before.general, after.general, resamples)._asdict(),
         "texts": {
             name: perplexity.change(before.texts[name], reading, resamples)._asdict()
             for name, reading in after.texts.items()
         },
     }
+    if found["texts"]:
+        found["ppl_delta"] = next(iter(found["texts"].values()))
     for split, readings in after.samples.items():
         changes: Differences = {}
         for key in readings:
@@ -235,7 +243,8 @@ def against(
         instrument = setting.instruments[key]
         start, end, *drawn = (each.measured(split, key) for each in (before, after, *there))
         values = [value for value in instrument.values if value.controlled]
-        mean = Measured(*(mean_reading(readings) for readings in zip(*drawn, strict=True)))
+        general = [each.general for each in drawn if each.general.columns]
+        mean = Measured(mean_reading([each.reading for each in drawn]), mean_reading(general))
         difference |= differences(values, mean, end, resamples)
         for value in values:
             own, *theirs = (effect(value, start, each) for each in (end, *drawn))
@@ -407,7 +416,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         f"{name}.{key}": value
         for name, row in results.items()
         for key, value in (
-            ("ppl_delta", row["ppl_delta"]["value"]),
+            *((k, row[k]["value"]) for k in ("ppl_delta",) if k in row),
             *((k, v["value"]) for k, v in row[setting.first].items() if k != "values"),
         )
     }

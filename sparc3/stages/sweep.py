@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sparc3.base.artifacts import blocks, metrics_path, read_prompts, sweep_path
 from sparc3.base.files import write_csv, write_json
@@ -18,11 +18,10 @@ from sparc3.base.params import Method, Params
 from sparc3.circuits.choose import circuit_at, read_differential
 from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.circuits.methods import swept
-from sparc3.measure.instrument import How, Instrument, Measured, Reading, joined
+from sparc3.measure.instrument import How, Instrument, Measured, Reading
 from sparc3.measure.instruments import perplexity, swept_of
 from sparc3.model import loading
 
-AT_ONCE = 64  # texts
 COLUMNS = ("method", "protect", "num_neurons", "ppl_delta", "ppl_error", "objective")
 
 
@@ -60,35 +59,15 @@ def measure(
     total = len(circuits) * (len(texts) + len(instruments) * len(rows))
     with tqdm(total=total, desc=f"sweep {behaviour}", unit="text") as bar:
         how = How(params.evaluate, sweep.batch_tokens, tokenizer, progress=bar.update)
-        general, groups = read_general(model, circuits, texts, how, sweep.error)
+        general, groups = perplexity.read_until(
+            lambda sample: perplexity.read(model, circuits, sample, how), texts, how, sweep.error
+        )
         found = {
             name: each.read(model, circuits, each.encode(rows, tokenizer), how)
             for name, each in instruments.items()
         }
     by_circuit = [{name: each[at] for name, each in found.items()} for at in range(len(circuits))]
     return by_circuit, general, groups
-
-
-def read_general(
-    model: PreTrainedModel,
-    circuits: Sequence[Circuit],
-    texts: Sequence[Mapping[str, Any]],
-    how: How,
-    error: float,
-) -> tuple[list[Reading], list[str]]:
-    """General text without each circuit, and its groups: AT_ONCE texts after the other until the
-    standard error of every change of perplexity is at most `error` percent, or no text is left.
-    """
-    every: list[Reading] = []
-    groups: list[str] = []
-    for start in range(0, len(texts), AT_ONCE):
-        sample = perplexity.encode(texts[start : start + AT_ONCE], how.tokenizer)
-        more = perplexity.read(model, circuits, sample, how)
-        every = [joined(both) for both in zip(every, more, strict=True)] if every else more
-        groups += sample.groups
-        if max(perplexity.percent_error(every[0], each, groups) for each in every[1:]) <= error:
-            break
-    return every, groups
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:

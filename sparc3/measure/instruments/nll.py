@@ -66,4 +66,5 @@ def instrument(behaviour: Behaviour) -> Instrument:
         objective=shift,
         axis="rise of NLL, nats",
         cell="nll_shift",
+        set_off=True,
     )

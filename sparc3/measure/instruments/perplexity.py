@@ -1,6 +1,6 @@
 """Perplexity of general text: what a circuit's removal costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +11,20 @@ from sparc3.base.params import Behaviour
 from sparc3.circuits.circuit import Circuit
 from sparc3.measure import inference
 from sparc3.measure.inference import Difference
-from sparc3.measure.instrument import How, Instrument, Measured, Reading, Sample, Value
+from sparc3.measure.instrument import (
+    How,
+    Instrument,
+    Measured,
+    Reading,
+    Sample,
+    Value,
+    joined,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+AT_ONCE = 64  # texts that `read_until` reads before it looks
 
 
 def encode(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> Sample:
@@ -54,6 +64,28 @@ def read(
         ends = np.cumsum([len(text) for text in sample.tokens])[:-1]
         scored = [np.split(nll, ends) for (nll,) in scored]
     return [likelihood(nlls) for nlls in scored]
+
+
+def read_until(
+    read_all: Callable[[Sample], list[Reading]],
+    texts: Sequence[Mapping[str, Any]],
+    how: How,
+    error: float,
+) -> tuple[list[Reading], list[str]]:
+    """General text as `read_all` reads it, the unpruned model first, and its groups: AT_ONCE texts
+    after the other, until the standard error of every change of perplexity is at most `error`
+    percent, or no text is left.
+    """
+    every: list[Reading] = []
+    groups: list[str] = []
+    for start in range(0, len(texts), AT_ONCE):
+        sample = encode(texts[start : start + AT_ONCE], how.tokenizer)
+        more = read_all(sample)
+        every = [joined(both) for both in zip(every, more, strict=True)] if every else more
+        groups += sample.groups
+        if max(percent_error(every[0], each, groups) for each in every[1:]) <= error:
+            break
+    return every, groups
 
 
 def likelihood(nlls: Sequence[Array], groups: Sequence[str] | None = None) -> Reading:
