@@ -23,7 +23,12 @@ except KeyboardInterrupt:  # they take a second
 
 # A full disk and places that cannot be written: the user can mend them.
 PLACES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-WITH_PARAMS = ("export", "plan", "submit")  # commands that take params; the others do without
+WITH_PARAMS = (
+    "export",
+    "plan",
+    "submit",
+    "verify",
+)  # commands that take params; the others do without
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--folder", type=Path, required=True, metavar="PATH")
     ui = words.add_parser("ui", help="the runs in MLflow's UI on 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)
+    words.add_parser("verify", help="is everything stored what it was when it was written?")
     words.add_parser("committed", help="do metrics/ equal those of git's HEAD?")
     words.add_parser("readme", help="put the result tables into README.md")
     return top

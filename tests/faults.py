@@ -30,10 +30,11 @@ import raw
 import whole
 import yaml
 
+from sparc3.base.artifacts import model_digest
 from sparc3.base.files import digest, write_jsonl
 from sparc3.base.params import Params
+from sparc3.commands.stage import produce
 from sparc3.measure.instruments import completions
-from sparc3.stages import prepare
 from sparc3.stages.checks import load
 from sparc3.stages.fetch import pin_text
 from sparc3.stages.table import STAGES, axis_flag
@@ -79,7 +80,7 @@ def write_project(folder: Path) -> None:
 def run_all(folder: Path) -> None:
     """Every stage and the exports, in this process."""
     with whole.inside(folder):
-        prepare.run(load())
+        produce(load(), "prepare", {}, model_digest(Path("model")))
     whole.run(folder, most=completions.MOST)
 
 

@@ -1,6 +1,7 @@
 """A project folder in which `python -m sparc3 attribute` runs in no time: a tiny random model."""
 
 from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sparc3.base.files import read_tensors, write_jsonl
+from sparc3.base.products import write_manifest
+from sparc3.stages.table import made
 
 SETS = {"general": 7, "talk": 5}  # prompts of the attribute split
 WORDS = tiny.VOCABULARY
@@ -76,6 +79,8 @@ def write_project(folder: Path, changes: Mapping[str, Any] | None = None) -> Pat
             for row in prompt_rows(name, number, split)
         ]
         write_jsonl(folder / f"outputs/prompts/{name}.jsonl", rows)
+    with chdir(folder):
+        write_manifest("prepare", None, made("prepare", None), {})
     return folder
 
 

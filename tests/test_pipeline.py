@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from sparc3.base.params import Params
+from sparc3.base.products import manifest_path
 from sparc3.stages import attribute
 from sparc3.stages.table import STAGES, axis_flag
 
@@ -47,13 +48,13 @@ def test_commands_are_the_same_in_dvc_and_mlproject() -> None:
 
 
 @pytest.mark.parametrize("word", STAGES)
-def test_what_is_shown_is_what_dvc_keeps(word: str) -> None:
+def test_products_and_their_manifest_are_what_dvc_keeps(word: str) -> None:
     row = ROWS[word]
     kept = [out if isinstance(out, str) else next(iter(out)) for out in row.get("outs", [])]
     kept += [next(iter(plot)) for plot in row.get("plots", [])]
-    shown = [f"outputs/{product.format('${key}')}" for product in STAGES[word].shown]
-    kept = [out for out in kept if not out.startswith("metrics/")]
-    assert shown == ([] if word in ("attribute", "differential") else kept)  # those are tensors
+    made = [f"outputs/{product.format('${key}')}" for product in STAGES[word].products]
+    made.append(str(manifest_path(word, "${key}" if STAGES[word].axis else None)))
+    assert sorted(made) == sorted(out for out in kept if not out.startswith("metrics/"))
     model = {"${model.path}"} <= set(row["deps"])
     assert model == STAGES[word].model
 

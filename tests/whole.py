@@ -27,10 +27,14 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sparc3.base.artifacts import model_digest
 from sparc3.base.files import read_csv, read_json, read_jsonl, read_tensors, write_jsonl
 from sparc3.base.params import Params
+from sparc3.base.products import write_manifest
 from sparc3.circuits.overlap import joined
+from sparc3.commands.stage import produce
 from sparc3.measure.instruments import completions
+from sparc3.stages import table as stages
 from sparc3.stages.checks import load
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -252,6 +256,8 @@ def write_project(folder: Path) -> None:
     for name, rows in sets.items():
         whole = [{**row, "seed": 0, "tokens": len(row["text"].split())} for row in rows]
         write_jsonl(folder / f"outputs/prompts/{name}.jsonl", whole)
+    with inside(folder):
+        write_manifest("prepare", None, stages.made("prepare", None), {})
 
 
 # --- running it ----------------------------------------------------------------------------
@@ -286,12 +292,12 @@ def run(
     with inside(folder), patch.object(Figure, "savefig", keep), few:
         params = load(Path("params.yaml"))
         for stage, section in STAGES:
-            module = import_module(f"sparc3.stages.{stage}")
+            model = model_digest(Path("model")) if stages.STAGES[stage].model else None
             if section is None and behaviour is None:
-                module.run(params)
+                produce(params, stage, {}, model)
             for name in getattr(params, section) if section else ():
                 if section == "prompt_sets" or behaviour in (None, name):
-                    module.run(params, name)
+                    produce(params, stage, {str(section).removesuffix("s"): name}, model)
         if behaviour is None:
             export(params)
     return figures

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -25,6 +25,7 @@ from sparc3.base.parallel import began
 
 log = logging.getLogger(__name__)
 Array = np.ndarray
+_listeners: list[Callable[[Path], object]] = []
 _MISSING = "file not found; run the stage that writes it (dvc repro)"
 
 
@@ -103,8 +104,24 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def told(listener: Callable[[Path], object]) -> Iterator[None]:
+    """Within the block `listener` is told every file that is about to be read here."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def _tell(path: Path) -> None:
+    for listener in _listeners:
+        listener(path)
+
+
 def read_text(path: Path) -> str:
     """The file's text as it is: line breaks, too, are not translated."""
+    _tell(path)
     try:
         return path.read_bytes().decode()
     except FileNotFoundError:
@@ -194,6 +211,7 @@ def write_tensors(
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """All tensors of a safetensors file and its metadata."""
+    _tell(path)
     try:
         with safe_open(path, framework="numpy") as stream:
             names = stream.keys()  # not a mapping: it cannot be iterated itself

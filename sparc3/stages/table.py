@@ -15,44 +15,54 @@ class Stage(NamedTuple):
     """One row of the table.
 
     `axis` is what the stage runs once for each of; `parallel`: it may run as several processes;
-    `model`: its results depend on the model's files, and a job asks for cards; `shown`: products
-    below outputs/, files or folders, that are worth a look in the MLflow UI ({} is the axis's
-    value), never tensors.
+    `model`: its results depend on the model's files, and a job asks for cards; `products`: files or
+    folders below outputs/ ({} is the axis's value).
     """
 
     purpose: str
     axis: Literal["prompt_set", "behaviour"] | None = None
     parallel: bool = False
     model: bool = False
-    shown: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
 
 
 STAGES: dict[str, Stage] = {
-    "prepare": Stage("prompt sets out of the raw data", model=True, shown=("prompts",)),
+    "prepare": Stage("prompt sets out of the raw data", model=True, products=("prompts",)),
     "attribute": Stage(
-        "scores of every neuron for every prompt", "prompt_set", parallel=True, model=True
+        "scores of every neuron for every prompt",
+        "prompt_set",
+        parallel=True,
+        model=True,
+        products=("scores/{}",),
     ),
     "gate": Stage(
-        "does the behaviour's relevance differ at all?", "behaviour", shown=("gate/{}.csv",)
+        "does the behaviour's relevance differ at all?", "behaviour", products=("gate/{}.csv",)
     ),
-    "differential": Stage("one number for every neuron and method", "behaviour"),
+    "differential": Stage(
+        "one number for every neuron and method", "behaviour", products=("differential/{}",)
+    ),
     "sweep": Stage(
         "circuits of every size on the tune split",
         "behaviour",
         model=True,
-        shown=("sweep/{}.csv",),
+        products=("sweep/{}.csv",),
     ),
     "select": Stage(
         "the circuits, and how stable they are",
         "behaviour",
-        shown=("circuits/{}", "stability/{}"),
+        products=("circuits/{}", "stability/{}"),
     ),
     "evaluate": Stage(
-        "what pruning does, on held-out prompts", "behaviour", model=True, shown=("evaluation/{}",)
+        "what pruning does, on held-out prompts",
+        "behaviour",
+        model=True,
+        products=("evaluation/{}",),
     ),
-    "transfer": Stage("every circuit on every behaviour and text", model=True, shown=("transfer",)),
-    "overlap": Stage("what the circuits have in common", shown=("overlap",)),
-    "report": Stage("result table, figures, published numbers", shown=("report",)),
+    "transfer": Stage(
+        "every circuit on every behaviour and text", model=True, products=("transfer",)
+    ),
+    "overlap": Stage("what the circuits have in common", products=("overlap",)),
+    "report": Stage("result table, figures, published numbers", products=("report",)),
 }
 
 
@@ -72,12 +82,16 @@ def check_axis(params: Params, word: str, axes: dict[str, str]) -> None:
             )
 
 
-def shown_files(word: str, value: str | None) -> list[Path]:
-    """Files of a stage for the MLflow UI: those of the table, then its metrics if it has any."""
-    shown: list[Path] = []
-    for product in STAGES[word].shown:
-        path = OUTPUTS / product.format(value)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        shown += [file for file in files if not file.is_dir()]
+def made(word: str, value: str | None) -> list[Path]:
+    """What a stage leaves: the products of the table, then its metrics if it has any."""
+    products = [OUTPUTS / product.format(value) for product in STAGES[word].products]
     metrics = metrics_path(word, value)
-    return [*shown, metrics] if metrics.is_file() else shown
+    return [*products, metrics] if metrics.is_file() else products
+
+
+def shown_files(word: str, value: str | None) -> list[Path]:
+    """Files that a stage made, for the MLflow UI: those of its folders' top, without tensors."""
+    every = [
+        f for path in made(word, value) for f in sorted(path.glob("*") if path.is_dir() else [path])
+    ]
+    return [file for file in every if file.is_file() and file.suffix != ".safetensors"]
