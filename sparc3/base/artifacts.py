@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparc3.base.errors import InputError
-from sparc3.base.files import Array, digest, digest_text, read_jsonl, read_tensors
+from sparc3.base.files import Array, digest, digest_text, digests, read_jsonl, read_tensors
 from sparc3.base.params import Method
 
 OUTPUTS = Path("outputs")
@@ -125,12 +125,11 @@ def read_scores(prompt_set: str, score: str) -> tuple[list[str], Array]:
 
 def scores_digest(prompt_set: str) -> str:
     """One digest of all scores of a set."""
-    folder = scores_folder(prompt_set)
-    return _digest_of(folder, sorted(folder.rglob("*.safetensors")))
+    return joint_digest(digests(scores_folder(prompt_set)))
 
 
-def model_digest(folder: Path) -> str:
-    """One digest of a model folder: configuration, tokenizer, weights, each in whatever files.
+def model_files(folder: Path) -> dict[str, str]:
+    """sha256 of the files of a model folder: configuration, tokenizer, weights, in whatever files.
 
     InputError: no folder.
     """
@@ -140,8 +139,14 @@ def model_digest(folder: Path) -> str:
             "and tokenizer.json, or one that fetch is to make: python -m sparc3 fetch"
         )
     files = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
-    return _digest_of(folder, sorted(files))
+    return {path.name: digest(path) for path in sorted(files)}
 
 
-def _digest_of(folder: Path, files: Sequence[Path]) -> str:
-    return digest_text("\n".join(f"{path.relative_to(folder)} {digest(path)}" for path in files))
+def model_digest(folder: Path) -> str:
+    """One digest of a model folder; InputError as `model_files`."""
+    return joint_digest(model_files(folder))
+
+
+def joint_digest(files: Mapping[str, str]) -> str:
+    """One digest of files by their names and digests."""
+    return digest_text("\n".join(f"{name} {sha256}" for name, sha256 in files.items()))

@@ -230,6 +230,12 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by its name there, sorted; of hidden ones too."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): digest(path) for path in files}
+
+
 def digest_text(text: str) -> str:
     """sha256 of UTF-8 text, hexadecimal: the identity of a prompt and of a group."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -17,7 +17,7 @@ from typing import Any
 
 import sparc3
 from sparc3.base import comparison, parallel, runs
-from sparc3.base.artifacts import OUTPUTS, metrics_path, model_digest
+from sparc3.base.artifacts import OUTPUTS, joint_digest, metrics_path, model_files
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, digest_text, locked, told
 from sparc3.base.params import Params
@@ -45,9 +45,7 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
     if here.rank > 0:  # rank 0 has the run
         module.run(params, **options)
         return
-    model = model_digest(Path(params.model.path)) if stage.model else None
-    if model and Path(params.model.path).parent == MODELS_FOLDER:
-        check_model(Path(params.model.path))
+    model = checked_model(Path(params.model.path)) if stage.model else None
     tags = {"sparc3.digest.model": model} if model else {}
     name = "@".join([word, *axes.values()])
     lock = locked(OUTPUTS / "partial" / f"{name}.lock", name)  # a second process waits
@@ -70,6 +68,14 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
         if word == "report":
             steps["comparison"] = lambda: compare(params, opened)
         runs.log_written(steps)
+
+
+def checked_model(folder: Path) -> str:
+    """The digest of a model's folder. InputError: one of those that ship, and not as it ships."""
+    files = model_files(folder)
+    if folder.parent == MODELS_FOLDER:
+        check_model(folder, files)
+    return joint_digest(files)
 
 
 def produce(

@@ -8,7 +8,8 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import digest
 from sparc3.base.params import Params
 from sparc3.base.products import MANIFESTS, Ledger
-from sparc3.stages.fetch import DATA, check_data, check_model, folder_md5, is_there, pinned_md5
+from sparc3.commands.stage import checked_model
+from sparc3.stages.fetch import DATA, check_data, folder_md5, is_there, pinned_md5
 
 CACHE = Path(".dvc/cache/files/md5")  # where dvc.yaml's outputs are kept
 UNLISTED = ("manifests", "partial", "confirm")  # below outputs/, of no stage of the pipeline
@@ -33,7 +34,7 @@ def raw(model: Path) -> Iterator[str]:
     if is_there(DATA):
         yield from _problem(check_data)
     if is_there(model):
-        yield from _problem(lambda: check_model(model))
+        yield from _problem(lambda: checked_model(model))
         pin = model.with_name(f"{model.name}.dvc")
         if pin.is_file() and folder_md5(model) != pinned_md5(pin)[0]:
             yield f"{model}/: is not what {pin} pins; dvc checkout {pin}, or fetch again"

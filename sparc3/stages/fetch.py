@@ -26,6 +26,7 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import (
     digest,
     digest_text,
+    digests,
     read_json,
     read_text,
     usual_rights,
@@ -108,15 +109,20 @@ def pinned_md5(pin: Path) -> tuple[str, str | None]:
         raise InputError(f"{pin}: names no md5 under outs; restore it from git") from None
 
 
-def difference(folder: Path, files: Mapping[str, str]) -> str | None:
-    """The first file of `folder` that is missing, superfluous or not of the sha256 in `files`."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+def difference(
+    folder: Path, files: Mapping[str, str], there: Mapping[str, str] | None = None
+) -> str | None:
+    """The first file of `folder` that is missing, superfluous or not of the sha256 in `files`.
+
+    `there`: the digests of what it holds, where they are known already.
+    """
+    there = digests(folder) if there is None else there
     for name, sha256 in files.items():
-        if name not in names:
+        if name not in there:
             return f"{folder.name}/{name} is missing"
-        if digest(folder / name) != sha256:
+        if there[name] != sha256:
             return f"{folder.name}/{name} differs"
-    superfluous = sorted(names - set(files))
+    superfluous = sorted(there.keys() - files.keys())
     return f"{folder.name}/{superfluous[0]} does not belong there" if superfluous else None
 
 
@@ -217,9 +223,12 @@ def embedded_model(name: str, scratch: Path) -> Path:
     return folder
 
 
-def check_model(folder: Path) -> None:
-    """InputError, naming a file, for a model of MODELS that is not what fetch makes."""
-    if folder.name in MODELS and (named := difference(folder, MODELS[folder.name].sha256)):
+def check_model(folder: Path, there: Mapping[str, str] | None = None) -> None:
+    """InputError, naming a file, for a model of MODELS that is not what fetch makes; `there` as of
+    `difference`.
+    """
+    model = MODELS.get(folder.name)
+    if model is not None and (named := difference(folder, model.sha256, there)):
         remedy = "move the folder away and fetch again in the pinned environment"
         raise InputError(f"{MODELS_FOLDER}/{named}; nothing was changed; {remedy}")
 
