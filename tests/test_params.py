@@ -70,12 +70,15 @@ def test_a_row_that_is_made_in_code_is_checked_too() -> None:
         (changed("gate", "prompts", True), "gate.prompts is True; expected a whole number"),
         (changed("model", "dtype", "int8"), "model.dtype is 'int8'; expected 'float32' or"),
         (changed("sweep", "protect", 0.2), "sweep.protect is 0.2; expected a list of a number"),
-        (changed("sweep", "texts", -1), "sweep.texts is -1; expected a whole number of at least 1"),
+        (
+            changed("sweep", "texts", -1),
+            "sweep.texts is -1; expected a whole number from 1 to 10^9",
+        ),
         (changed("sweep", "num_neurons", [10, 0]), "sweep.num_neurons[1] is 0; expected a whole"),
         (changed("sweep", "protect", [1.5]), "sweep.protect[0] is 1.5; expected a number from 0"),
         (changed("sweep", "protect", [float("nan")]), "sweep.protect[0] is nan; expected"),
         (changed("gate", "threshold", float("inf")), "gate.threshold is inf; expected a number"),
-        (changed("select", "num_neurons", 0), "at least 1 or null"),
+        (changed("select", "num_neurons", 0), "from 1 to 10^9 or null"),
         (changed("attribute", "shard_prompts", 0), "attribute.shard_prompts is 0; expected"),
         ({**TREE, "behaviours": {}}, "behaviours is empty; expected at least one"),
         (behaviour(scorers=[]), "behaviours.toxicity.scorers is empty; completions need one of"),
@@ -112,7 +115,7 @@ def test_a_row_that_is_made_in_code_is_checked_too() -> None:
         (row("prompt_sets", "race", count=0), "prompt_sets.race.count is 0; expected a whole"),
         (method(score="lrp", contrast="t", scale=1.0), "scale is 1.0; expected a number from 0, b"),
         (method(score="random", match="own", protect=1.5), "methods.odd.protect is 1.5; expected"),
-        (method(score="lrp", draws=0), "methods.odd.draws is 0; expected a whole number of at lea"),
+        (method(score="lrp", draws=0), "methods.odd.draws is 0; expected a whole number from 1"),
     ],
 )
 def test_bad_params_are_named(tmp_path: Path, tree: object, expected: str) -> None:
@@ -218,6 +221,25 @@ def test_bad_params_are_named(tmp_path: Path, tree: object, expected: str) -> No
         (changed("overlap", "method", "random-layer-matched"), "-matched' is random; name one"),
         (method(score="lrp", contrast="t", all=True, match="lrp"), "methods.odd.all: takes what"),
         (method(score="random", all=True), "methods.odd.all: takes what its contrast says"),
+        # What says nothing
+        (
+            changed("evaluate", "resamples", 1),
+            "evaluate.resamples is 1; expected a whole number from",
+        ),
+        (
+            changed("evaluate", "control", "lrp"),
+            "evaluate.control 'lrp' is not random; name a meth",
+        ),
+        (changed("select", "seed", -1), "select.seed is -1; expected a whole number from 0"),
+        (changed("confirm", "completions", 10**9), "confirm.completions is 1000000000; expected"),
+        (changed("attribute", "batch_tokens", 10**30), "a whole number from 1 to 10^9"),
+        (
+            behaviour(reference="toxicity"),
+            "behaviours.toxicity.reference is its prompts 'toxicity'",
+        ),
+        (row("behaviours", "race", second="race"), "behaviours.race.second 'race' is no other set"),
+        (row("methods", "lrp", match=""), "methods.lrp.match is ''; expected text, or null where"),
+        (changed("attribute", "scores", ["lrp", ""]), "attribute.scores[1] is ''; expected text"),
         # Blocks and sealed sets
         (
             row("prompt_sets", "general", **{**TREE["prompt_sets"]["general"], "blocks": 2}),

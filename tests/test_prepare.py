@@ -313,6 +313,7 @@ def params(sets: dict[str, PromptSet], tests: dict[str, PromptSet] | None = None
         model=replace(found.model, path="model"),
         prompt_sets=sets,
         test_sets=tests or {},
+        behaviours={},
         prepare=replace(found.prepare, splits=SHARES),
         evaluate=replace(found.evaluate, window=40, stride=40),
     )
@@ -507,6 +508,25 @@ def test_bad_input_is_one_line_that_names_its_key_and_writes_nothing(project, se
     assert str(raised.value).startswith("params: ")
     assert "\n" not in str(raised.value)
     assert not Path("outputs").exists()
+
+
+def test_prompts_that_leave_no_room_for_completions_are_refused_before_work(project):
+    asked = params(SETS)
+    behaviour = replace(load(ROOT / "params.yaml").behaviours["toxicity"], prompts="mild")
+    longest = max(row["tokens"] for row in written(asked, "mild"))
+    fits = replace(asked, behaviours={"toxicity": behaviour})
+    fits = replace(fits, evaluate=replace(fits.evaluate, new_tokens=64 - longest))
+    run(fits)
+    over = replace(fits, evaluate=replace(fits.evaluate, new_tokens=65 - longest))
+    with pytest.raises(
+        InputError, match=rf"evaluate.new_tokens is {65 - longest}; prompt .* of mild"
+    ):
+        run(over)
+
+
+def written(asked: Params, name: str) -> list[dict]:
+    run(asked)
+    return read(name)
 
 
 @pytest.mark.parametrize(

@@ -170,8 +170,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
     """One header line and one line per row; `columns` holds even when there are no rows."""
+    # A return is not quoted by itself, and would end the line for whoever reads it.
+    returns = any("\r" in value for row in rows for value in row.values() if isinstance(value, str))
+    quoting = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer = csv.DictWriter(stream, columns, lineterminator="\n", quoting=quoting)
         writer.writeheader()
         writer.writerows(rows)
 

@@ -6,7 +6,7 @@ more than one key decides is checked by `sparc3.stages.checks`, which also loads
 
 import json
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -22,7 +22,10 @@ SPLITS = ("attribute", "tune", "test")  # what a circuit is chosen on, tuned on,
 FIRST = 1 / 3  # share of the groups of a set with blocks that is chosen on alone
 
 Whole = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
-Count = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
+Count = Annotated[int, Field(ge=1, le=10**9, description="a whole number from 1 to 10^9")]
+Few = Annotated[int, Field(ge=1, le=1000, description="a whole number from 1 to 1000")]
+Resamples = Annotated[int, Field(ge=100, le=10**6, description="a whole number from 100 to 10^6")]
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0, below 2^32")]
 Share = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
 Size = Annotated[float, Field(ge=0, description="a number of at least 0")]
 Damping = Annotated[float, Field(ge=0, lt=1, description="a number from 0, below 1")]
@@ -48,14 +51,14 @@ class Keep:
     new_tokens: Count = 50
     temperature: Positive = 0.7
     top_p: Nucleus = 0.9
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, config=_STRICT)
 class PromptSet:
     source: str
     count: Count | None  # null: every row, in the source's order
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     target: Literal["max-logit", "likelihood", "pair"] = "max-logit"
     where: dict[str, Any] = field(default_factory=dict)
     min_tokens: Count | None = None
@@ -87,7 +90,7 @@ class Method:
     match: str | None = None
     layers: str | None = None
     protect: Share | None = None
-    draws: Count = 1
+    draws: Few = 1
     all: bool = False  # every neuron of negative differential, whatever that costs
 
 
@@ -150,7 +153,7 @@ class Select:
     protect: Share | None
     ppl_budget: Size
     resamples: Count
-    seed: int
+    seed: Seed
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -162,7 +165,7 @@ class Evaluate:
     joined: bool
     prompts: Count
     items: Count
-    completions: Count
+    completions: Few
     completed: tuple[str, ...]
     in_sample: tuple[str, ...]
     control: str
@@ -171,9 +174,9 @@ class Evaluate:
     new_tokens: Count
     temperature: Positive
     top_p: Nucleus
-    seed: int
+    seed: Seed
     batch_tokens: Count
-    resamples: Count
+    resamples: Resamples
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -181,7 +184,7 @@ class Transfer:
     texts: tuple[str, ...]
     items: Count
     batch_tokens: Count
-    resamples: Count
+    resamples: Resamples
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -189,9 +192,9 @@ class Overlap:
     method: str
     num_neurons: Count
     protect: Share
-    resamples: Count
+    resamples: Resamples
     repeats: Count
-    seed: int
+    seed: Seed
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -204,7 +207,7 @@ class Confirm:
     """How much of the sealed sets is read, as `evaluate` says of the others."""
 
     prompts: Count
-    completions: Count
+    completions: Few
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -268,7 +271,7 @@ def read(path: Path) -> Tree:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
-        raise InputError(f"params: the file is {tree!r}; expected a mapping")
+        raise InputError(f"{path}: the file is {tree!r}; expected a mapping")
     return tree
 
 
@@ -295,12 +298,26 @@ def parse(tree: Tree) -> Params:
 
     An unknown key is named before a missing one, which it may be meant for.
     """
+    for key in _blank(tree, ""):
+        raise InputError(f"params: {key} is ''; expected text, or null where there is none")
     try:
         # As JSON, of which pydantic takes lists for tuples and 15 for 15.0, but no more.
         return _PARAMS.validate_json(json.dumps(tree, default=_refuse))
     except ValidationError as error:
         found = sorted(error.errors(include_url=False), key=lambda e: e["type"] != _UNKNOWN)
         raise InputError(f"params: {_reason(found[0])}") from None
+
+
+def _blank(tree: object, key: str) -> Iterator[str]:
+    """Keys whose value is an empty text, which would pass for one that is not given."""
+    if tree == "":
+        yield key
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _blank(value, f"{key}.{name}" if key else name)
+    if isinstance(tree, list):
+        for place, value in enumerate(tree):
+            yield from _blank(value, f"{key}[{place}]")
 
 
 def _refuse(value: object) -> object:

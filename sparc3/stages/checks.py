@@ -313,9 +313,11 @@ def check_methods(params: Params) -> Problems:
         if behaviour.method not in can_lead(params):
             expected = f"expected one of {', '.join(can_lead(params))}"
             yield f"behaviours.{name}.method is {behaviour.method!r}; {expected}"
-    followed = params.overlap.method
+    followed, control = params.overlap.method, params.evaluate.control
     if params.methods[followed].contrast is None:
         yield f"overlap.method {followed!r} is random; name one that scores"
+    if params.methods[control].contrast is not None:
+        yield f"evaluate.control {control!r} is not random; name a method of score: random"
 
 
 def _check_method(key: str, method: Method, leaders: list[str]) -> Problems:
@@ -367,7 +369,11 @@ def check_behaviours(params: Params) -> Problems:
             if each.reads == "pair":
                 prompts = sets[row.prompts][1]
                 yield from _paired(key, instrument, f"prompt set {row.prompts}", prompts)
+        if row.prompts == row.reference:
+            yield f"behaviours.{name}.reference is its prompts {row.prompts!r}; give another set"
         if row.second is not None:
+            if row.second in (row.prompts, row.reference):
+                yield f"behaviours.{name}.second {row.second!r} is no other set; give another"
             key, second = f"behaviours.{name}.second", sets[row.second][1]
             yield from _paired(key, row.second, f"prompt set {row.second}", second)
 

@@ -11,6 +11,7 @@ from sparc3.base.artifacts import metrics_path, prompts_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import write_json, write_jsonl
 from sparc3.base.params import Keep, Model, Params, PromptSet, sets_of
+from sparc3.measure.instruments import instruments_of
 from sparc3.model.checkpoint import front, here, language_model, reading, require_vocabulary
 from sparc3.model.families import context
 from sparc3.prompts.sampling import Prompt, as_row, prompt_set
@@ -56,6 +57,20 @@ def check_context(key: str, spec: PromptSet, prompts: Sequence[Prompt], longest:
             )
         if prompt.tokens < 2 and spec.target == "likelihood":
             raise InputError(f"{about}, and the target likelihood needs 2; set min_tokens")
+
+
+def check_room(params: Params, made: Mapping[str, Sequence[Prompt]], longest: float) -> None:
+    """InputError for a prompt that a behaviour completes, and that leaves no room for that."""
+    new = params.evaluate.new_tokens
+    for behaviour in params.behaviours.values():
+        if any(instrument.writes for instrument in instruments_of(behaviour).values()):
+            long = max(made[behaviour.prompts], key=lambda prompt: prompt.tokens)
+            if long.tokens + new > longest:
+                raise InputError(
+                    f"params: evaluate.new_tokens is {new}; prompt {long.id} of "
+                    f"{behaviour.prompts} has {long.tokens} tokens, and the model's context is "
+                    f"{longest}; lower it, or the set's max_tokens"
+                )
 
 
 def describe(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -106,6 +121,7 @@ def run(params: Params) -> dict[str, float]:
         log.info("prepare: %s has %d prompts", name, len(made[name]))
         split = "test" if name in params.test_sets else None
         rows[name] = [as_row(prompt, split) for prompt in made[name]]
+    check_room(params, made, longest)
     for name, (_, spec) in specs.items():
         if spec.keep is not None:
             rows[name] = elicited(params, name, spec.keep, rows[name])
