@@ -229,20 +229,27 @@ def test_what_changes_nothing_is_accepted(path: Path, tmp_path: Path) -> None:
     )
 
 
+USUAL = {
+    "context_length": 64,
+    "embedding_length": 512,
+    "block_count": 1,
+    "feed_forward_length": 48,
+    "head_count": 2,
+    "head_count_kv": 1,
+    "layer_norm_rms_eps": 1e-6,
+    "rope_freq_base": 1e6,
+}
+
+
 def header(architecture: str, tmp_path: Path, **keys: object) -> str | None:
-    """What is said of a header alone, of an architecture's usual keys and others."""
+    """What is said of a header alone, of an architecture's usual keys and others; without a key
+    that is None.
+    """
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
-    writer.add_context_length(64)
-    writer.add_embedding_length(512)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(1e6)
     add_tokenizer(writer, 300)
-    for key, value in keys.items():
-        getattr(writer, f"add_{key}")(value)
+    for key, value in {**USUAL, **keys}.items():
+        if value is not None:
+            getattr(writer, f"add_{key}")(value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -251,6 +258,16 @@ def header(architecture: str, tmp_path: Path, **keys: object) -> str | None:
     except InputError as error:
         return str(error)
     return None
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in USUAL if key not in ("head_count_kv", "rope_freq_base")]
+)
+def test_a_header_without_a_size_is_refused(key: str, tmp_path: Path) -> None:
+    """Transformers would take its own: a context of 2048, 32 layers, ..."""
+    said = header("llama", tmp_path, **{key: None}) or ""
+    name = {"head_count": "attention.head_count", "layer_norm_rms_eps": "attention.layer_norm_rms_"}
+    assert f"a header without llama.{name.get(key, key)}" in said
 
 
 def test_the_headers_of_other_families(tmp_path: Path) -> None:

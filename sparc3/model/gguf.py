@@ -62,6 +62,11 @@ DESCRIPTION = ("GGUF.", "general.", "tokenizer.", "quantize.imatrix.")
 AGREEING = {"rope.freq_base_swa": "rope_local_base_freq"} | dict.fromkeys(
     ("rope.dimension_count", "attention.key_length", "attention.value_length"), "head_dim"
 )
+# Without one of these transformers takes a number of its own.
+NEEDED = (
+    *("context_length", "embedding_length", "block_count", "feed_forward_length"),
+    *("attention.head_count", "attention.layer_norm_rms_epsilon"),
+)
 # What `_rope_scaling` reads, or what only kinds that it refuses depend on.
 SCALING = {f"rope.scaling.{key}" for key in ("type", "factor", "original_context_length")}
 FREQUENCIES = "rope_freqs.weight"  # by what llama.cpp divides the frequencies of LLaMA 3.1's RoPE
@@ -86,6 +91,9 @@ def _take_header(gguf: Path, reader: Any, config: Any) -> None:
 
     values = {key: field.contents() for key, field in reader.fields.items()}
     architecture = values["general.architecture"]
+    for name in NEEDED:
+        if f"{architecture}.{name}" not in values:
+            raise _refusal(gguf, f"a header without {architecture}.{name}")
     names = GGUF_CONFIG_MAPPING[architecture] | AGREEING
     made = {"head_dim": config.hidden_size // config.num_attention_heads, **config.to_dict()}
     for key, value in values.items():
