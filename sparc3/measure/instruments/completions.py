@@ -119,7 +119,7 @@ def _scored(scorer: str, suffix: str) -> tuple[Value, ...]:
         Value(
             f"reduction{suffix}",
             reduced(mean),
-            "reduction %" if shown else "",
+            f"{scorer} reduction %" if shown else "",
             column=mean,
         ),
         Value(f"emt{suffix}", paired(f"{scorer}_max"), "EMT" if shown else "", digits=3, less=-1),
