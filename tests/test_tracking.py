@@ -302,6 +302,8 @@ def test_a_finished_run_carries_what_was_logged(here, tmp_path, monkeypatch):
         "sparc3.dirty": "false",
     }
     assert expected.items() <= record.data.tags.items()
+    source = record.data.tags["mlflow.source.name"]  # of whose home a server need not know
+    assert not source.startswith("/")
     assert "mlflow.parentRunId" not in record.data.tags
 
 

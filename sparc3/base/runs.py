@@ -297,7 +297,8 @@ def given(client: "MlflowClient", variable: str) -> Run | None:
 
 def create(client: "MlflowClient", experiment: str, parent: Run | None) -> Run:
     """A new run, in the experiment of its parent if it has one: nesting ends at the experiment."""
-    command = masked(shlex.join(sys.argv), MAX_TAG)
+    program = Path(sys.argv[0]).name.replace("__main__.py", "sparc3")  # not whose folder it is in
+    command = masked(shlex.join([program, *sys.argv[1:]]), MAX_TAG)
     tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": command, **_process()}
     if parent:
         experiment, tags["mlflow.parentRunId"] = parent.experiment, parent.id
