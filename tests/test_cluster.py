@@ -110,7 +110,7 @@ def test_memory_and_time_come_from_the_plan(project: Path) -> None:
         3,
     )  # 0.9 GB a process, a quarter on top
     assert int(one["time"]) >= submit.SPARE
-    bigger = replace(params, evaluate=replace(params.evaluate, completions=10**7))
+    bigger = replace(params, evaluate=replace(params.evaluate, completions=1000, new_tokens=10**4))
     longer = asked(submit.script(bigger, "evaluate", {"behaviour": "talk"}))
     assert int(longer["time"]) > int(one["time"])
     with pytest.raises(InputError, match=r"cluster\.device 'V100' is not known"):

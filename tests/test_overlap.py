@@ -31,14 +31,20 @@ def write_project(names: tuple[str, ...]) -> None:
         "test_sets": {},
         "prompt_sets": {name: {"source": "stereoset", "count": PROMPTS} for name in sets},
         "behaviours": {n: some | {"prompts": f"of-{n}", "reference": "general"} for n in names},
-        "methods": {"lrp": tree["methods"]["lrp"]},
+        "methods": {"lrp": tree["methods"]["lrp"], "random": {"score": "random"}},
         "attribute": tree["attribute"] | {"scores": ["lrp"]},
         "gate": tree["gate"] | {"score": "lrp"},
         "differential": {"general": "general", "importance": "lrp"},
         "evaluate": tree["evaluate"]
-        | {"control": "lrp", "completed": [], "in_sample": [], "general": ["general"], "ban": []},
+        | {
+            "control": "random",
+            "completed": [],
+            "in_sample": [],
+            "general": ["general"],
+            "ban": [],
+        },
         "transfer": tree["transfer"] | {"texts": ["general"]},
-        "overlap": tree["overlap"] | {"num_neurons": CIRCUIT, "resamples": 50, "repeats": 2},
+        "overlap": tree["overlap"] | {"num_neurons": CIRCUIT, "resamples": 100, "repeats": 2},
     }
     for row in tree["behaviours"].values():
         row["method"] = "lrp"
