@@ -11,7 +11,6 @@ from sparc3.base.artifacts import metrics_path, prompts_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import write_json, write_jsonl
 from sparc3.base.params import Keep, Model, Params, PromptSet, sets_of
-from sparc3.measure.instruments import instruments_of
 from sparc3.model.checkpoint import front, here, language_model, reading, require_vocabulary
 from sparc3.model.families import context
 from sparc3.prompts.sampling import Prompt, as_row, prompt_set
@@ -59,20 +58,6 @@ def check_context(key: str, spec: PromptSet, prompts: Sequence[Prompt], longest:
             raise InputError(f"{about}, and the target likelihood needs 2; set min_tokens")
 
 
-def check_room(params: Params, made: Mapping[str, Sequence[Prompt]], longest: float) -> None:
-    """InputError for a prompt that a behaviour completes, and that leaves no room for that."""
-    new = params.evaluate.new_tokens
-    for behaviour in params.behaviours.values():
-        if any(instrument.writes for instrument in instruments_of(behaviour).values()):
-            long = max(made[behaviour.prompts], key=lambda prompt: prompt.tokens)
-            if long.tokens + new > longest:
-                raise InputError(
-                    f"params: evaluate.new_tokens is {new}; prompt {long.id} of "
-                    f"{behaviour.prompts} has {long.tokens} tokens, and the model's context is "
-                    f"{longest}; lower it, or the set's max_tokens"
-                )
-
-
 def describe(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Prompts, groups and mean tokens of each split that has prompts."""
     described = {}
@@ -109,6 +94,11 @@ def run(params: Params) -> dict[str, float]:
     if params.evaluate.window > longest:
         problem = f"is {params.evaluate.window}; expected at most {longest}, the model's context"
         raise InputError(f"params: evaluate.window {problem}")
+    if params.evaluate.new_tokens >= longest:
+        problem = (
+            f"is {params.evaluate.new_tokens}; expected less than {longest}, the model's context"
+        )
+        raise InputError(f"params: evaluate.new_tokens {problem}")
     made: dict[str, list[Prompt]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     specs = sets_of(params)
@@ -121,7 +111,6 @@ def run(params: Params) -> dict[str, float]:
         log.info("prepare: %s has %d prompts", name, len(made[name]))
         split = "test" if name in params.test_sets else None
         rows[name] = [as_row(prompt, split) for prompt in made[name]]
-    check_room(params, made, longest)
     for name, (_, spec) in specs.items():
         if spec.keep is not None:
             rows[name] = elicited(params, name, spec.keep, rows[name])
