@@ -23,12 +23,8 @@ except KeyboardInterrupt:  # they take a second
 
 # A full disk and places that cannot be written: the user can mend them.
 PLACES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-WITH_PARAMS = (
-    "export",
-    "plan",
-    "submit",
-    "verify",
-)  # commands that take params; the others do without
+# Commands that take params; the others do without.
+WITH_PARAMS = ("export", "plan", "submit", "verify")
 
 
 def parser() -> argparse.ArgumentParser:

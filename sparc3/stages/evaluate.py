@@ -416,7 +416,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         f"{name}.{key}": value
         for name, row in results.items()
         for key, value in (
-            *((k, row[k]["value"]) for k in ("ppl_delta",) if k in row),
+            *([("ppl_delta", row["ppl_delta"]["value"])] if "ppl_delta" in row else []),
             *((k, v["value"]) for k, v in row[setting.first].items() if k != "values"),
         )
     }
