@@ -24,7 +24,8 @@ except KeyboardInterrupt:  # they take a second
 # A full disk and places that cannot be written: the user can mend them.
 PLACES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 # Commands that take params; the others do without.
-WITH_PARAMS = ("export", "plan", "submit", "verify")
+WITH_PARAMS = ("plan", "submit", "verify")
+READERS = ("export", "readme")  # of products, and of params
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if word in ("fetch", "confirm") or word in STAGES:
             stage.run(load(), word, options)
+        elif word in READERS:
+            stage.run_checked(load(), word, options)
         else:
             command = importlib.import_module(f"sparc3.commands.{word}")
             command.run(*([load()] if word in WITH_PARAMS else []), **options)

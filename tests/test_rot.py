@@ -11,6 +11,7 @@ import faults
 import pytest
 import whole
 
+from sparc3.__main__ import main
 from sparc3.base.artifacts import model_digest
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, read_json, write_json
@@ -92,6 +93,22 @@ def test_verify_names_every_file_that_has_a_flipped_bit(project: Path) -> None:
         flip(Path(name))
         assert any(line.startswith(f"{name}: is not what ") for line in verify.products()), name
         Path(name).write_bytes(before)
+
+
+def test_a_command_refuses_what_a_stage_would(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = ["export", "--behaviour", "rude", "--method", "lrp", "--folder", "out"]
+    flip(Path("metrics/evaluate/rude.json"))
+    assert main(export) == 2
+    assert "metrics/evaluate/rude.json: is not what evaluate@rude wrote" in capsys.readouterr().err
+    flip(Path("metrics/evaluate/rude.json"))
+    flip(Path("model/model.safetensors"))
+    assert main(export) == 2
+    assert "ran before the model was what it is now" in capsys.readouterr().err
+    assert not Path("out").exists()
+    flip(Path("model/model.safetensors"))
+    assert main(export) == 0
 
 
 def test_a_missing_shard_is_no_smaller_sample(project: Path) -> None:

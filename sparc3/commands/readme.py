@@ -6,9 +6,9 @@ from sparc3.base.artifacts import metrics_path
 from sparc3.base.comparison import latest_metrics
 from sparc3.base.errors import InputError
 from sparc3.base.files import markdown, read_json, read_text, write_text
+from sparc3.base.params import Params
 from sparc3.commands import plan
 from sparc3.reporting.tables import TABLE, confirm_table
-from sparc3.stages.checks import load
 from sparc3.stages.table import STAGES
 
 LARGE = ("llama3-8b", "llama3-8b-sound")  # profiles whose costs README foretells
@@ -41,13 +41,13 @@ def readme_with(readme: str, name: str, content: str) -> str:
     return f"{head}{start}\n\n{content}\n{end}{tail}"
 
 
-def run() -> None:
+def run(params: Params) -> None:
     """Renew README's blocks."""
     costs = latest_metrics(("seconds", "peak_megabytes"))
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
     blocks = {name: read_text(table) for name, table in IN_README.items()}
     record = metrics_path("confirm")
-    blocks["confirm"] = confirm_table(load(), read_json(record)) if record.is_file() else ""
+    blocks["confirm"] = confirm_table(params, read_json(record)) if record.is_file() else ""
     blocks |= {"costs": cost_table(list(STAGES), costs), "plan": markdown(header, rows)}
     path = Path("README.md")
     text = read_text(path)

@@ -94,6 +94,14 @@ def produce(
     return metrics
 
 
+def run_checked(params: Params, word: str, options: Mapping[str, Any]) -> None:
+    """Run a command that reads products, each of which is checked as it is for a stage."""
+    module = importlib.import_module(f"sparc3.commands.{word}")
+    ledger = Ledger(checked_model(Path(params.model.path)))
+    with told(ledger.check):
+        module.run(params, **options)
+
+
 def parameters(params: Params, word: str, axes: Mapping[str, str]) -> dict[str, Any]:
     """What an MLflow run records: the stage's section, the axis's row and the model."""
     tree = dataclasses.asdict(params)
