@@ -15,7 +15,7 @@ from sparc3.base.files import read_tensors, write_jsonl
 from sparc3.base.products import write_manifest
 from sparc3.stages.table import made
 
-SETS = {"general": 7, "talk": 5}  # prompts of the attribute split
+SETS = {"general": 7, "talk": 6}  # prompts of the attribute split
 WORDS = tiny.VOCABULARY
 
 
@@ -75,7 +75,7 @@ def write_project(folder: Path, changes: Mapping[str, Any] | None = None) -> Pat
     for name, count in SETS.items():
         rows = [
             row
-            for split, number in (("attribute", count), ("tune", 2), ("test", 2))
+            for split, number in (("attribute", count), ("tune", 2), ("test", 6))
             for row in prompt_rows(name, number, split)
         ]
         write_jsonl(folder / f"outputs/prompts/{name}.jsonl", rows)

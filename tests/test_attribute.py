@@ -1,5 +1,6 @@
 """Attribution of a prompt set: which score of which target is stored under which name."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import small
 import torch
 import yaml
 
+from sparc3.__main__ import main
 from sparc3.base import params as parameters
 from sparc3.base.artifacts import read_prompts, read_scores
 from sparc3.base.errors import InputError
@@ -77,3 +79,27 @@ def test_each_name_holds_the_score_of_its_target(project: Path) -> None:
 def test_an_unknown_score_or_target_is_named(project: Path, name: str) -> None:
     with pytest.raises(InputError, match=f"prompt_sets.talk.scores names '{name}'.*@likelihood"):
         with_set(project, [name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"new_tokens": 61},
+            r"prompt_sets\.talk: prompt talk-test-0 has 4 tokens, expected at most 3",
+        ),
+        ({"prompts": 5}, r"behaviours\.talk\.prompts: talk has 5 groups of prompts for test, at "),
+    ],
+)
+def test_what_would_stop_the_evaluation_stops_attribution(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    tree = yaml.safe_load((project / "params.yaml").read_text())
+    tree["evaluate"] |= changes
+    (project / "params.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["attribute", "--prompt-set", "general"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path("outputs/scores").exists()

@@ -40,6 +40,8 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
         raise InputError(f"{word}: runs in one process, not {here.world}; start it with python -m")
     gc.disable()  # it would search what is imported, a million objects, again and again
     module = importlib.import_module(f"sparc3.stages.{word}")
+    if word == "attribute":  # the first that costs
+        importlib.import_module("sparc3.stages.evaluate").check_prompts(params)
     gc.freeze()
     gc.enable()
     if here.rank > 0:  # rank 0 has the run

@@ -40,7 +40,8 @@ from sparc3.measure.instruments import (
 )
 from sparc3.measure.scorers import Scorer, describe, scorer
 from sparc3.measure.setting import Chosen, Outcome, Setting, outcomes
-from sparc3.model import loading
+from sparc3.model import families, loading
+from sparc3.model.checkpoint import language_model
 
 UNPRUNED = "none"  # the name of the model as it is, among those of circuits
 BIAS = 5.0  # nats that a banned token loses
@@ -100,6 +101,27 @@ def check_groups(params: Params, behaviour: str, rows: Mapping[str, Mapping[str,
                 f"prompts for {split}, at least {inference.MIN_CLUSTERS} are needed for an "
                 "interval; raise its count, or the share of the test split"
             )
+
+
+def check_prompts(params: Params) -> None:
+    """InputError for what the prompts alone decide, so that no stage computes for hours before it
+    is found: too few groups, and prompts that leave no room for completions.
+    """
+    longest = families.context(language_model("model.path", params.model.path))
+    limit, tokenizer = longest - params.evaluate.new_tokens, loading.tokenizer(params.model)
+    for behaviour, spec in params.behaviours.items():
+        rows = rows_of(params, behaviour)
+        check_groups(params, behaviour, rows)
+        if not any(each.writes for each in instruments_of(spec).values()):
+            continue
+        for prompt in [row for by_block in rows.values() for row in flat(by_block)]:
+            (tokens,) = loading.encode(tokenizer, [prompt["text"]])
+            if len(tokens) > limit:
+                raise InputError(
+                    f"params: prompt_sets.{spec.prompts}: prompt {prompt['id']} has {len(tokens)} "
+                    f"tokens, expected at most {limit}: the model's context less "
+                    "evaluate.new_tokens; set max_tokens, or lower new_tokens"
+                )
 
 
 def setting_of(
