@@ -92,7 +92,7 @@ lock:
 	$$python -m venv --clear .lock \
 	&& .lock/bin/python -m pip install --quiet $(UV) \
 	&& .lock/bin/uv pip compile --quiet --universal --python-version 3.11 --group dev --no-annotate \
-	  --custom-compile-command "make lock" pyproject.toml -o requirements.txt \
+	  --generate-hashes --custom-compile-command "make lock" pyproject.toml -o requirements.txt \
 	&& digest=$$($$python -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())') \
 	&& sed -i.bak "s/^# sha256 of requirements.txt: .*/# sha256 of requirements.txt: $$digest/" conda.yaml \
 	&& rm -rf conda.yaml.bak .lock

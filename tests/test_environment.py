@@ -23,7 +23,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
 DEVELOPMENT = [Requirement(line) for line in PROJECT["dependency-groups"]["dev"]]
 LOCK_TEXT = (ROOT / "requirements.txt").read_text()
-LOCK = [Requirement(line) for line in LOCK_TEXT.splitlines() if not line.startswith("#")]
+LOCK_LINES = [line for line in LOCK_TEXT.replace("\\\n", "").splitlines() if line[0] != "#"]
+LOCK = [Requirement(line.partition(" --hash=")[0]) for line in LOCK_LINES]
 
 
 def pinned(requirement):
@@ -65,6 +66,14 @@ def test_every_version_is_exact_and_declared_once():
         assert locked[canonicalize_name(requirement.name)] == pinned(requirement)
 
 
+def test_every_file_that_is_installed_has_its_digest_in_the_lock():
+    """So pip takes nothing else, whatever serves it."""
+    for line in LOCK_LINES:
+        _, *hashes = re.split(r"\s+--hash=", line.strip())
+        assert hashes, line
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", each) for each in hashes), line
+
+
 def test_the_lock_is_what_is_installed_and_lacks_nothing():
     here = {canonicalize_name(r.name): r for r in LOCK if applies(r)}
     assert {n: installed(n) for n in here} == {n: pinned(r) for n, r in here.items()}
@@ -104,7 +113,7 @@ def test_mlflow_resolves_conda_yaml_to_the_lock():
 
     environment = _PythonEnv.from_conda_yaml(ROOT / "conda.yaml")
     resolved = _parse_requirements(environment.dependencies, is_constraint=False, base_dir=ROOT)
-    assert [Requirement(r.req_str) for r in resolved] == LOCK
+    assert [r.req_str.split() for r in resolved] == [line.split() for line in LOCK_LINES]
     assert environment.build_dependencies == ["pip"]
     assert environment.python == "3.11.7"
 
