@@ -59,6 +59,18 @@ def test_regions_are_what_python_sets_say() -> None:
     assert sorted(everything.tolist()) == np.unique(np.concatenate(list(sets.values()))).tolist()
 
 
+def test_of_hundreds_of_sets_there_are_regions_that_hold_neurons_and_pairs() -> None:
+    sets = random_sets(np.random.default_rng(2), 500, (20,) * 200)
+    members: dict[str, list[int]] = {}
+    for neuron in sorted(set(np.concatenate(list(sets.values())).tolist())):
+        inside = sorted(name for name, ids in sets.items() if neuron in ids)
+        members.setdefault(".".join(inside), []).append(neuron)
+    assert {name: ids.tolist() for name, ids in overlap.regions(sets).items()} == members
+    found = overlap.overlaps(dict(list(sets.items())[:11]), 5, 100)
+    assert {row["names"] for row in found.values()} == set(combinations(list(sets)[:11], 2))
+    assert overlap.regions({"a": sets["s0"][:0], "b": sets["s0"][:0]}).keys() == {"a", "b", "a.b"}
+
+
 def test_published_regions_and_pairs() -> None:
     sets = published()
     sizes = {names: ids.size for names, ids in overlap.regions(sets).items()}

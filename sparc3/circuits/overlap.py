@@ -6,7 +6,7 @@ overlap that can only be 0 has enrichment 1 and p 1.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, combinations
+from itertools import chain, combinations, compress
 from math import log, prod
 from typing import Any
 
@@ -16,6 +16,7 @@ from scipy.special import gammaln
 from sparc3.base.files import Array
 
 Names = tuple[str, ...]
+FEW = 10  # behaviours of which every combination is looked at; of more, every pair
 MARK = "."  # between behaviours in a key; no name of a behaviour holds it
 
 
@@ -25,20 +26,25 @@ def joined(names: Iterable[str]) -> str:
 
 
 def subsets(names: Iterable[str], smallest: int) -> Iterator[Names]:
-    """Every combination of at least `smallest` names: small ones first, in the order given."""
+    """Every combination of at least `smallest` names, but of more than FEW none of more than two:
+    small ones first, in the order given.
+    """
     names = list(names)
-    sizes = range(smallest, len(names) + 1)
+    sizes = range(smallest, (len(names) if len(names) <= FEW else 2) + 1)
     return chain.from_iterable(combinations(names, size) for size in sizes)
 
 
 def regions(sets: Mapping[str, Array]) -> dict[str, Array]:
-    """All 2^n - 1 regions of a Venn diagram: the sorted ids that lie in exactly those sets."""
-    union = np.unique(np.concatenate(list(sets.values())))
+    """The regions of a Venn diagram, the sorted ids that lie in exactly those sets: all 2^n - 1 of
+    up to FEW sets, of more those that hold any.
+    """
+    names, union = list(sets), np.unique(np.concatenate(list(sets.values())))
     inside = np.stack([np.isin(union, ids) for ids in sets.values()], axis=1)
-    return {
-        joined(group): union[(inside == [name in group for name in sets]).all(axis=1)]
-        for group in subsets(sets, 1)
-    }
+    patterns, place = np.unique(inside, axis=0, return_inverse=True)
+    groups = [joined(compress(names, pattern)) for pattern in patterns]
+    found = {group: union[place.ravel() == i] for i, group in enumerate(groups)}
+    every = map(joined, subsets(names, 1)) if len(names) <= FEW else groups
+    return {group: found.get(group, union[:0]) for group in every}
 
 
 def common(*sets: Array) -> int:

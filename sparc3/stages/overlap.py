@@ -3,6 +3,7 @@
 All circuits have one size here: overlap means little between sets of different sizes. The plain
 numbers of the reproduction stand beside the nulls that the uniform one hides: neurons permuted
 within layers, references that share no text, halves of one behaviour, a behaviour that is none.
+Of more than FEW behaviours there are pairs only, and what needs prompts again is left out.
 Behaviours are taken by their names' order, so that no number depends on that of params.
 """
 
@@ -33,7 +34,7 @@ def compare_sets(sets: Mapping[str, Array], layers: int, width: int) -> dict[str
         "late_layers": last,
     }
     triples = {}
-    for names in combinations(sets, 3):
+    for names in combinations(sets, 3) if len(sets) <= overlap.FEW else ():
         a, b, c = (sets[name] for name in names)
         pairs = overlap.common(a, b), overlap.common(a, c), overlap.common(b, c)
         sizes = a.size, b.size, c.size
@@ -98,7 +99,7 @@ def run(params: Params) -> dict[str, float]:
         "correlations": correlation.correlations(differentials),
         "quadrants": correlation.quadrants(differentials),
     }
-    if len(behaviours) > 1:
+    if 1 < len(behaviours) <= overlap.FEW:
         specs = {behaviour: params.behaviours[behaviour] for behaviour in behaviours}
         prompt_sets = {behaviour: (s.reference, s.prompts) for behaviour, s in specs.items()}
         found |= compare_prompts(params, prompt_sets, barred.ravel())
