@@ -67,6 +67,24 @@ def test_the_second_of_two_equal_stages_waits_and_says_for_whom(project):
     assert statuses(folder)["RUNNING"] == 0
 
 
+def test_two_pipelines_at_once_leave_what_one_does(project):
+    """DVC lets one of them write; the other waits for it, or says that it is held by another."""
+    folder, expected = project
+    command = ["dvc", "repro", "-s", "-f", "differential@rude"]
+    both = [start(folder, command) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    codes = [process.returncode for process in both]
+    assert 0 in codes, said
+    for code, text in zip(codes, said, strict=True):
+        assert "Traceback" not in text
+        assert code == 0 or "lock" in text, text
+    assert (
+        subprocess.run(command, cwd=folder, env=faults.environment(), check=False).returncode == 0
+    )
+    assert files(folder) == expected
+    assert statuses(folder)["RUNNING"] == 0
+
+
 def tmpfs(folder: Path, options: str) -> None:
     folder.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
