@@ -65,7 +65,7 @@ repro: env
 	@echo "See them with: make ui"
 
 test: env
-	$(IN_ENV) python -m pytest
+	OMP_NUM_THREADS=1 $(IN_ENV) python -m pytest --numprocesses 2 --dist loadfile
 
 lint: env
 	$(IN_ENV) ruff check .
