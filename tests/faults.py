@@ -33,6 +33,7 @@ import yaml
 from sparc3.base.artifacts import model_digest
 from sparc3.base.files import digest, write_jsonl
 from sparc3.base.params import Params
+from sparc3.commands.main import mend_lock
 from sparc3.commands.stage import produce
 from sparc3.measure.instruments import completions
 from sparc3.stages.checks import load
@@ -41,6 +42,7 @@ from sparc3.stages.table import STAGES, axis_flag
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 PATIENCE = 300.0  # seconds for a command that takes a few: longer is stuck
+ENDING = 20.0  # seconds that a process may take to end by itself
 OURS = re.compile(r"MLFLOW_|DVC_|SPARC3_|HF_|GIT_|PYTEST_|COV_|RANK$|WORLD_SIZE$")
 KEPT = re.compile(
     r"mlflow\.db|mlruns/|\.dvc/|\.git/|\.dvcignore|(.*/)?\.gitignore|dvc\.lock|.*__pycache__"
@@ -203,7 +205,9 @@ def killed(folder: Path, command: list[str], moment: Moment, seconds: float) -> 
     except subprocess.TimeoutExpired:
         (os.killpg if together else os.kill)(process.pid, moment.number)
         process.wait(PATIENCE)
-        time.sleep(0.5)  # for a child that ends by itself
+        patience = time.monotonic() + ENDING  # for a child that ends by itself
+        while alive(process.pid) and time.monotonic() < patience:
+            time.sleep(0.1)
         faults += [f"left alone: {line}" for line in alive(process.pid)]
         said = process.communicate(timeout=PATIENCE)[0]
     expected = (0, -moment.number, 128 + moment.number)
@@ -238,6 +242,8 @@ def faults_of(
     if moment.name == "export" and (folder / "rude").exists() and any((folder / "rude").iterdir()):
         again = again[1:]
     for line in again:
+        with whole.inside(folder):
+            mend_lock()  # as `main` does
         process = start(folder, line)
         try:
             said = process.communicate(timeout=PATIENCE)[0]

@@ -13,6 +13,8 @@ import faults
 import pytest
 from faults import Moment, files, start, statuses
 
+from sparc3.commands.main import mend_lock
+
 TOKEN = "hf_neverToBeSeenAnywhere"
 ALONE = ("unshare", "--map-root-user", "--net")  # no network but a loopback that is down
 ATTRIBUTE = [sys.executable, "-m", "sparc3", "attribute", "--prompt-set", "rude"]
@@ -83,6 +85,29 @@ def test_two_pipelines_at_once_leave_what_one_does(project):
     )
     assert files(folder) == expected
     assert statuses(folder)["RUNNING"] == 0
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.97])
+def test_a_lock_file_that_dvc_left_half_written_is_put_back(tmp_path, monkeypatch, caplog, share):
+    monkeypatch.chdir(tmp_path)
+    whole = (faults.whole.ROOT / "dvc.lock").read_text()
+    lines = whole.splitlines(keepends=True)
+    half = "".join(lines[: round(share * len(lines))]).rstrip() + "\n      md"
+    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "x"]):
+        Path("dvc.lock").write_text(whole)
+        identity = {"GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t", "GIT_COMMITTER_NAME": "t"}
+        environment = {**faults.environment(), **identity, "GIT_COMMITTER_EMAIL": "t"}
+        subprocess.run(command, env=environment, check=True)
+    mend_lock()
+    assert caplog.text == ""
+    Path("dvc.lock").write_text(half)
+    mend_lock()
+    assert Path("dvc.lock").read_text() == whole
+    assert "git's is put back" in caplog.text
+    shutil.rmtree(".git")
+    Path("dvc.lock").write_text(half)
+    mend_lock()
+    assert not Path("dvc.lock").exists()
 
 
 def tmpfs(folder: Path, options: str) -> None:
