@@ -251,7 +251,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def result_table(params: Params, table: list[dict[str, Any]]) -> str:
-    """The table that `make repro` prints and README shows."""
+    """The table of all methods, which docs/results.md shows."""
     text = [
         "Held-out prompts" if first_split(params) == "test" else "In sample: nothing is held out",
         "; 95 % intervals by cluster bootstrap. The verdict is of the first change after "
