@@ -1,4 +1,4 @@
-"""The generated blocks of README.md and docs/: results, costs, published numbers, the main figure."""
+"""The generated blocks of README.md and docs/: results, costs, published numbers, the figure."""
 
 from pathlib import Path
 from typing import Any
