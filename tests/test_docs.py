@@ -17,7 +17,7 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, read_jsonl
 from sparc3.base.params import Scorer, parse
 from sparc3.commands import readme
-from sparc3.commands.readme import BLOCKS, TABLES, answer_table, page_with
+from sparc3.commands.readme import BLOCKS, TABLES, page_with
 from sparc3.measure.inference import LEVEL, POWER
 from sparc3.measure.instruments.completions import MOST
 from sparc3.measure.scorers import scorer
@@ -72,36 +72,25 @@ def test_the_page_of_results_shows_the_sealed_sets() -> None:
 
 
 def test_the_readme_answers_with_the_own_methods_of_the_default_run() -> None:
-    """The same neurons, perplexity and verdict as in the whole table; falls, so signs turned."""
+    """The same neurons, perplexity and verdict as in the whole table; shares of the level."""
     block = PAGES["README.md"].partition("<!-- answer:")[2].partition("<!-- end of")[0]
     _, *answers = rows_of(block)
     assert [row[0] for row in answers] == list(PARAMS.behaviours)
     whole = Path("metrics/table.md").read_text().split("\n**")[1:]
-    for (name, before, neurons, fall, cost, verdict), section in zip(answers, whole, strict=True):
+    for (name, before, neurons, share, cost, verdict), section in zip(answers, whole, strict=True):
         method = PARAMS.behaviours[name].method
         assert section.startswith(f"{name}**: unpruned {before},")
         (row,) = (row for row in rows_of(section) if row[0] == method)
-        assert neurons == f"{row[2]} by `{method}`"
+        assert neurons == f"{row[2]} neurons of `{method}`"
         assert cost.replace(" on ", " ") == row[3]
         assert verdict == row[-1]
-        value, low, high = map(float, re.findall(r"[-+][\d.]+", row[4]))
-        if fall.endswith(" nats"):
-            value, low, high = -value, -high, -low
-        assert [float(n) for n in re.findall(r"[-+][\d.]+", fall)] == [value, low, high]
-
-
-def test_a_fall_is_positive_where_the_behaviour_gets_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readme, "headline", lambda *_: "unpruned margin -0.5 nats, SS 40")
-    monkeypatch.setattr(readme, "verdict", lambda *_: "reduced")
-    cost = {"value": 1.0, "low": 0.0, "high": 2.0}
-    row = {"behaviour": "race", "method": "gradient-t", "num_neurons": 3, "worst": "news"}
-    row |= {"sign": 1, "change": {"value": 0.2, "low": 0.1, "high": 0.4}}
-    row["differences"] = {"ppl_worst": cost}
-    other = row | {"method": "lrp"}  # is not the behaviour's own
-    (shown,) = rows_of(answer_table(PARAMS, [other, row]))[1:]
-    assert shown[1:4] == ["margin -0.5 nats", "3 by `gradient-t`", "+0.200 [+0.100, +0.400] nats"]
-    (shown,) = rows_of(answer_table(PARAMS, [row | {"sign": -1}]))[1:]
-    assert shown[3] == "-0.200 [-0.400, -0.100] nats"
+        circuits, levels = evaluation(ROOT / "metrics", name)
+        found = circuits[method]["test"]
+        if "margin" in found:
+            per = -100 / levels["test_margin"]
+            assert share == figure({k: per * v for k, v in found["margin"].items()}, "%")
+        else:
+            assert share == figure(found["reduction"], "%")
 
 
 def test_a_page_is_changed_within_its_block_only() -> None:

@@ -9,7 +9,6 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import markdown, read_json, read_text, write_text
 from sparc3.base.params import Params
 from sparc3.commands import plan
-from sparc3.measure.instruments import primary_of
 from sparc3.reporting.published import claims_table
 from sparc3.reporting.tables import (
     FOLDER,
@@ -45,24 +44,21 @@ def answer_table(params: Params, table: list[dict[str, Any]]) -> str:
     rows = []
     for row in table:
         spec = params.behaviours[row["behaviour"]]
-        primary = primary_of(spec)
-        if primary is None or row["method"] != spec.method:
+        if row["method"] != spec.method or not row["change"]:
             continue
-        value, sign = primary[1], row["sign"]
-        low, high = sorted(sign * row["change"][end] for end in ("low", "high"))
-        fall = {"value": sign * row["change"]["value"], "low": low, "high": high}
+        share = row["share"]
         before = headline(params, row["behaviour"], row).partition(",")[0]
         rows.append(
             [
                 row["behaviour"],
                 before.removeprefix("unpruned "),
-                f"{row['num_neurons']} by `{row['method']}`",
-                f"{interval(fall, value.digits)} {value.title.rpartition(' ')[2]}",
+                f"{row['num_neurons']} neurons of `{row['method']}`",
+                f"{share['value']:.0f} % [{share['low']:.0f}, {share['high']:.0f}]",
                 f"{interval(row['differences']['ppl_worst'])} on {row['worst']}",
                 verdict(params, row),
             ]
         )
-    header = ["behaviour", "unpruned", "neurons removed", "less by", "perplexity %", "verdict"]
+    header = ["behaviour", "unpruned", "without", "of it removed", "perplexity %", "verdict"]
     return markdown(header, rows)
 
 
