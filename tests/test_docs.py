@@ -413,18 +413,28 @@ def test_own_prompts_are_read_as_the_page_says(
     shutil.copytree(fetched / "data", "data", ignore=shutil.ignore_patterns("[!r]*.*"))
     toxic, pair = fenced("docs/own.md", "json")
     (about,) = (text for text in fenced("docs/own.md", "") if text.startswith("---"))
-    for name, files in {
-        "toxic": {"train.jsonl": toxic},
-        "pairs": {"pairs.jsonl": pair, "README.md": about},
-    }.items():
-        Path("data", name).mkdir()
-        for file, text in files.items():
-            Path("data", name, file).write_text(text)
-    (row,) = SOURCES["hub/real-toxicity-prompts"].rows({"path": "data/toxic"})
-    assert (row.text, row.toxicity) == ("You are such a", 0.95)
-    (row,) = SOURCES["hub/stereoset"].rows({"path": "data/pairs", "bias_type": "job"})
-    assert row.pair == ("The nurse was caring.", "The nurse was rude.")
-    assert row.group == "stereoset/nurse"
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())
+    found = []
+    for files, like, fragment in zip(
+        ({"train.jsonl": toxic}, {"pairs.jsonl": pair, "README.md": about}),
+        ("toxicity", "race"),
+        fenced("docs/own.md", "yaml"),
+        strict=True,
+    ):
+        shutil.rmtree("data/mine", ignore_errors=True)
+        Path("data/mine").mkdir()
+        for name, text in files.items():
+            Path("data/mine", name).write_text(text)
+        tree = merged(given, yaml.safe_load(fragment))
+        tree["behaviours"]["mine"] = given["behaviours"][like] | {"prompts": "mine"}
+        params = parse(tree)
+        check(params)
+        spec = params.prompt_sets["mine"]
+        (row,) = SOURCES[spec.source].rows(spec.where)
+        found.append(row)
+    assert (found[0].text, found[0].toxicity) == ("You are such a", 0.95)
+    assert found[1].pair == ("The nurse was caring.", "The nurse was rude.")
+    assert (found[1].group, found[1].stratum) == ("stereoset/nurse", "job")
 
 
 def test_the_citation_and_the_changes_are_of_this_release() -> None:

@@ -25,6 +25,7 @@ from sparc3.stages.table import STAGES
 LARGE = ("llama3-8b", "llama3-8b-sound")  # profiles whose costs are foretold
 FIGURE = FOLDER / "answer.svg"  # the report's main one
 SHOWN = Path("docs/answer.svg")  # its copy, in git
+ALT = "How much of each behaviour every method removes, with intervals, cost and verdict"
 
 BLOCKS = {  # by the page that holds them
     Path("README.md"): ("answer",),
@@ -93,7 +94,7 @@ def run() -> None:
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
     costs = latest_metrics(("seconds", "peak_megabytes"))
     blocks = {name: read_text(path) for name, path in TABLES.items()} | {
-        "answer": f"![What was found]({SHOWN})\n\n{answer_table(params, table)}",
+        "answer": f"![{ALT}]({SHOWN})\n\n{answer_table(params, table)}",
         "confirm": confirm_table(params, read_json(record)) if record.is_file() else "",
         "costs": cost_table(list(STAGES), costs),
         "plan": markdown(header, rows),
