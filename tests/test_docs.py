@@ -335,7 +335,7 @@ def test_the_scorer_measures_profanity(fetched: Path) -> None:
     rows = read_jsonl(fetched / "data/real-toxicity-prompts.jsonl")
     scores = scorer(Scorer(kind="profanity"))([row["text"] for row in rows])
     kinds = ("profanity", "insult", "threat", "identity_attack")
-    found = [spearmanr(scores, [row[kind] for row in rows]).statistic for kind in kinds]
+    found = [spearmanr(scores, [row[kind] for row in rows])[0] for kind in kinds]
     shown = [f"{value:.2f}" for value in found]
     text = PAGES["docs/responsible.md"]
     sentence = "{} for profanity, {} for insult, {} for threat and {} for identity attack"
