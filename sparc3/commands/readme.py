@@ -88,8 +88,7 @@ def page_with(page: Path, text: str, name: str, content: str) -> str:
 
 def run() -> None:
     """Renew all blocks, and the figure. InputError: there is no finished run to take them from."""
-    write_text(SHOWN, read_text(FIGURE))
-    params, record = load(), metrics_path("confirm")
+    figure, params, record = read_text(FIGURE), load(), metrics_path("confirm")
     table = cells(params)
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
     costs = latest_metrics(("seconds", "peak_megabytes"))
@@ -100,6 +99,7 @@ def run() -> None:
         "plan": markdown(header, rows),
         "published": claims_table(params, table),
     }
+    write_text(SHOWN, figure)
     for page, names in BLOCKS.items():
         text = read_text(page)
         for name in names:
