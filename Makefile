@@ -4,7 +4,7 @@
 # make ui       the runs in MLflow's UI on 127.0.0.1 (PORT=5000)
 # make bench    the project's own timings
 # make faults   kill processes at random moments, run them again, count what is wrong (MOMENTS=30)
-# make readme   the result table into README.md
+# make readme   the generated blocks of README.md and docs/
 # make lock     requirements.txt anew from pyproject.toml
 # make clean    remove the environment and the caches; data, models, results and runs stay
 #

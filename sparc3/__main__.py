@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     ui.add_argument("--port", type=int, default=5000)
     words.add_parser("verify", help="is everything stored what it was when it was written?")
     words.add_parser("committed", help="do metrics/ equal those of git's HEAD?")
-    words.add_parser("readme", help="put the result tables into README.md")
+    words.add_parser("readme", help="renew the generated blocks of README.md and docs/")
     return top
 
 

@@ -26,6 +26,7 @@ from sparc3.circuits.ablate import prune_weights, pruned
 from sparc3.circuits.circuit import Circuit, read_circuit, write_circuit
 from sparc3.commands import export
 from sparc3.model import loading
+from sparc3.reporting.card import licence
 from sparc3.stages.checks import load
 
 IDS = torch.tensor(tiny.sequences([12, 12]))
@@ -120,6 +121,15 @@ def test_card_lists_every_neuron(project):
         assert f"\n{line}\n" in card
     assert "3 MLP neurons removed and 1 dampened" in card
     assert "metrics/evaluate/toxicity.json` was not there" in card
+
+
+def test_card_says_what_lrp_means_for_whoever_ships_the_model(project):
+    export.run(project(), "toxicity", "lrp", Path("out"))
+    assert "grants no patent rights" in Path("out/README.md").read_text()
+    params = load(ROOT / "params.yaml")
+    silent = {method for method in params.methods if not licence(params, method)}
+    assert silent == {"gradient", "gradient-t", "aura", "aura-published", "random-layer-matched"}
+    assert licence(params, "random-layer-matched-0") == ""
 
 
 def test_card_shows_this_circuits_evaluation(project):

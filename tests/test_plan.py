@@ -376,9 +376,9 @@ def test_the_stage_that_elicits_is_planned_by_its_own_name() -> None:
     assert plan.of_stage(params, "overlap", "A100-80", 1).seconds == 0
 
 
-def test_the_formula_in_readme_has_the_constants_of_the_code() -> None:
-    readme = Path("README.md").read_text()
-    formula = readme[readme.index("The formula, for each stage") :].partition("\n")[0]
+def test_the_formula_in_docs_has_the_constants_of_the_code() -> None:
+    page = Path("docs/cost.md").read_text()
+    formula = page[page.index("The formula, for each stage") :].partition("\n")[0]
     assert f"time = {plan.START:g} s + weights / ({plan.LOADING / 1e9:g} GB/s)" in formula
     assert f"the rate is {plan.REACHED:g} of the card's peak, and {plan.DRAWING:g} of" in formula
     assert f"Memory = {plan.CARD / 1e9:g} GB + weights" in formula

@@ -1,34 +1,13 @@
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sparc3.base.errors import InputError
 from sparc3.base.files import markdown
-from sparc3.commands.readme import IN_README, cost_table, readme_with
+from sparc3.commands.readme import cost_table
 from sparc3.measure.instrument import Value, paired
 from sparc3.reporting.tables import interval, judge, overshot, removal, summary, verdict
 from sparc3.stages.checks import load
-
-
-@pytest.mark.parametrize("name", IN_README)
-def test_the_readme_shows_the_tables_of_the_runs(name: str) -> None:
-    """No number in README's tables is typed: they are the files that the runs wrote."""
-    readme = Path("README.md").read_text()
-    assert readme_with(readme, name, IN_README[name].read_text()) == readme
-
-
-def test_the_readme_is_changed_within_its_block_only() -> None:
-    text = "a\n<!-- x: written by `make readme` -->\nold\n<!-- end of x -->\nb\n"
-    new = readme_with(text, "x", "new\n")
-    assert new.startswith("a\n")
-    assert new.endswith("<!-- end of x -->\nb\n")
-    assert "new" in new
-    assert "old" not in new
-    assert readme_with(new, "x", "new\n") == new
-    with pytest.raises(InputError, match="end of y"):
-        readme_with(text, "y", "new")
 
 
 def test_costs_are_summed_by_stage() -> None:

@@ -1,6 +1,7 @@
-"""README's blocks of numbers: result tables, costs of the stages and of the large profiles."""
+"""The generated blocks of README.md and docs/: results, costs, published numbers, the figure."""
 
 from pathlib import Path
+from typing import Any
 
 from sparc3.base.artifacts import metrics_path
 from sparc3.base.comparison import latest_metrics
@@ -8,15 +9,57 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import markdown, read_json, read_text, write_text
 from sparc3.base.params import Params
 from sparc3.commands import plan
-from sparc3.reporting.tables import TABLE, confirm_table
+from sparc3.reporting.published import claims_table
+from sparc3.reporting.tables import (
+    FOLDER,
+    TABLE,
+    cells,
+    confirm_table,
+    headline,
+    interval,
+    verdict,
+)
 from sparc3.stages.table import STAGES
 
-LARGE = ("llama3-8b", "llama3-8b-sound")  # profiles whose costs README foretells
+LARGE = ("llama3-8b", "llama3-8b-sound")  # profiles whose costs are foretold
+FIGURE = FOLDER / "answer.svg"  # the report's main one
+SHOWN = Path("docs/answer.svg")  # its copy, in git
+ALT = "How much of each behaviour every method removes, with intervals, cost and verdict"
 
-IN_README = {  # its blocks, and the tables that they show
-    "results": TABLE,
-    "full": Path("profiles/results/smollm2-135m-full/table.md"),  # of a run by that profile
+BLOCKS = {  # by the page that holds them
+    Path("README.md"): ("answer",),
+    Path("docs/results.md"): ("results", "confirm", "full", "gemma"),
+    Path("docs/cost.md"): ("costs", "plan"),
+    Path("docs/published.md"): ("published",),
 }
+TABLES = {  # blocks that are the table of a run, and its file
+    "results": TABLE,
+    "full": Path("profiles/results/smollm2-135m-full/table.md"),
+    "gemma": Path("profiles/results/gemma3-270m/table.md"),
+}
+
+
+def answer_table(params: Params, table: list[dict[str, Any]]) -> str:
+    """A line for each behaviour that has a verdict, by its own method; `table`: the cells."""
+    rows = []
+    for row in table:
+        spec = params.behaviours[row["behaviour"]]
+        if row["method"] != spec.method or not row["change"]:
+            continue
+        share = row["share"]
+        before = headline(params, row["behaviour"], row).partition(",")[0]
+        rows.append(
+            [
+                row["behaviour"],
+                before.removeprefix("unpruned "),
+                f"{row['num_neurons']} neurons of `{row['method']}`",
+                f"{share['value']:.0f} % [{share['low']:.0f}, {share['high']:.0f}]",
+                f"{interval(row['differences']['ppl_worst'])} on {row['worst']}",
+                verdict(params, row),
+            ]
+        )
+    header = ["behaviour", "unpruned", "without", "of it removed", "perplexity %", "verdict"]
+    return markdown(header, rows)
 
 
 def cost_table(stages: list[str], costs: dict[str, dict[str, float]]) -> str:
@@ -32,25 +75,32 @@ def cost_table(stages: list[str], costs: dict[str, dict[str, float]]) -> str:
     return markdown(["stage", "runs", "seconds in all", "peak memory, GB"], rows)
 
 
-def readme_with(readme: str, name: str, content: str) -> str:
+def page_with(page: Path, text: str, name: str, content: str) -> str:
+    """The page's text with new content in its block `name`. InputError: it has no such block."""
     start, end = f"<!-- {name}: written by `make readme` -->", f"<!-- end of {name} -->"
-    head, found, rest = readme.partition(start)
+    head, found, rest = text.partition(start)
     _, closed, tail = rest.partition(end)
     if not (found and closed):
-        raise InputError(f"README.md: expected the lines {start!r} and {end!r}")
+        raise InputError(f"{page}: expected the lines {start!r} and {end!r}")
     return f"{head}{start}\n\n{content}\n{end}{tail}"
 
 
 def run(params: Params) -> None:
-    """Renew README's blocks."""
-    costs = latest_metrics(("seconds", "peak_megabytes"))
+    """Renew all blocks, and the figure. InputError: there is no finished run to take them from."""
+    figure, record = read_text(FIGURE), metrics_path("confirm")
+    table = cells(params)
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
-    blocks = {name: read_text(table) for name, table in IN_README.items()}
-    record = metrics_path("confirm")
-    blocks["confirm"] = confirm_table(params, read_json(record)) if record.is_file() else ""
-    blocks |= {"costs": cost_table(list(STAGES), costs), "plan": markdown(header, rows)}
-    path = Path("README.md")
-    text = read_text(path)
-    for name, content in blocks.items():
-        text = readme_with(text, name, content)
-    write_text(path, text)
+    costs = latest_metrics(("seconds", "peak_megabytes"))
+    blocks = {name: read_text(path) for name, path in TABLES.items()} | {
+        "answer": f"![{ALT}]({SHOWN})\n\n{answer_table(params, table)}",
+        "confirm": confirm_table(params, read_json(record)) if record.is_file() else "",
+        "costs": cost_table(list(STAGES), costs),
+        "plan": markdown(header, rows),
+        "published": claims_table(params, table),
+    }
+    write_text(SHOWN, figure)
+    for page, names in BLOCKS.items():
+        text = read_text(page)
+        for name in names:
+            text = page_with(page, text, name, blocks[name])
+        write_text(page, text)

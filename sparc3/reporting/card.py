@@ -22,6 +22,10 @@ PROCEDURE = """\
 Groups of prompts were tested block by block, each by neurons chosen on the groups before it. So
 `test` is an estimate of what the procedure does; the neurons listed here are its result on all
 groups. The neurons chosen for the blocks hold {agreement:.0f} % of them on average."""
+LRP = """\
+The neurons were found by LRP, with lxt, whose licence (Clear BSD) grants no patent rights. Its
+authors allow LRP free of charge for personal and scientific purposes only.
+"""
 
 
 class Evidence(NamedTuple):
@@ -81,6 +85,12 @@ def neuron_list(circuit: Circuit) -> str:
     return "\n".join(lines) or "none"
 
 
+def licence(params: Params, method: str) -> str:
+    """What whoever ships the model must know of how its neurons were found."""
+    spec = params.methods.get(method)  # a draw of a control is none
+    return LRP if spec and spec.score.startswith("lrp") else ""
+
+
 def card(
     params: Params,
     behaviour: str,
@@ -117,7 +127,7 @@ tags:
 those that sparc3's method `{method}` finds to serve {behaviour} (after arXiv 2506.13727).
 Nothing was trained. A removed neuron has zero weights throughout; a dampened one has its column of
 the MLP's output projection multiplied by its scale.
-
+{licence(params, method)}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

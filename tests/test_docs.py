@@ -1,0 +1,444 @@
+"""README and docs/: blocks are those of the runs, every result in prose is computed from their
+files, every link leads somewhere, and what is to be typed works.
+"""
+
+import json
+import re
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from scipy.stats import spearmanr
+
+from sparc3.base.errors import InputError
+from sparc3.base.files import read_json, read_jsonl
+from sparc3.base.params import Scorer, parse
+from sparc3.commands import readme
+from sparc3.commands.readme import BLOCKS, TABLES, page_with
+from sparc3.measure.inference import LEVEL, POWER
+from sparc3.measure.instruments.completions import MOST
+from sparc3.measure.scorers import scorer
+from sparc3.prompts.sources import SOURCES
+from sparc3.reporting.published import CONSISTENT, INCONSISTENT, claims, reduction_error
+from sparc3.reporting.tables import confirm_table
+from sparc3.stages.checks import check, load
+from sparc3.stages.table import STAGES
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
+    if path.name != "LOG.md"  # a diary: it keeps what was said
+}
+PARAMS = load(ROOT / "params.yaml")
+FULL, GEMMA = (ROOT / f"profiles/results/{name}" for name in ("smollm2-135m-full", "gemma3-270m"))
+
+
+def prose(page: str) -> str:
+    """The page without its generated blocks and fenced code."""
+    text = re.sub(r"<!-- (\S+): written by .*?<!-- end of \1 -->", "", PAGES[page], flags=re.S)
+    return re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """The cells of all lines of markdown tables, headers too."""
+    return [
+        [cell.strip() for cell in line.strip("|\n").split(" | ")]
+        for line in table.splitlines()
+        if line.startswith("| ") and not line.startswith("| ---")
+    ]
+
+
+# --- generated blocks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_pages_show_the_tables_of_the_runs(name: str) -> None:
+    (page,) = (page for page, names in BLOCKS.items() if name in names)
+    text = (ROOT / page).read_text()
+    assert page_with(page, text, name, (ROOT / TABLES[name]).read_text()) == text
+
+
+def test_the_page_of_results_shows_the_sealed_sets() -> None:
+    page, shown = (
+        Path("docs/results.md"),
+        confirm_table(PARAMS, read_json(Path("metrics/confirm.json"))),
+    )
+    text = PAGES[str(page)]
+    assert page_with(page, text, "confirm", shown) == text
+
+
+def test_the_readme_answers_with_the_own_methods_of_the_default_run() -> None:
+    """The same neurons, perplexity and verdict as in the whole table; shares of the level."""
+    block = PAGES["README.md"].partition("<!-- answer:")[2].partition("<!-- end of")[0]
+    _, *answers = rows_of(block)
+    assert [row[0] for row in answers] == list(PARAMS.behaviours)
+    whole = Path("metrics/table.md").read_text().split("\n**")[1:]
+    for (name, before, neurons, share, cost, verdict), section in zip(answers, whole, strict=True):
+        method = PARAMS.behaviours[name].method
+        assert section.startswith(f"{name}**: unpruned {before},")
+        (row,) = (row for row in rows_of(section) if row[0] == method)
+        assert neurons == f"{row[2]} neurons of `{method}`"
+        assert cost.replace(" on ", " ") == row[3]
+        assert verdict == row[-1]
+        circuits, levels = evaluation(ROOT / "metrics", name)
+        found = circuits[method]["test"]
+        if "margin" in found:
+            per = -100 / levels["test_margin"]
+            assert share == figure({k: per * v for k, v in found["margin"].items()}, "%")
+        else:
+            assert share == figure(found["reduction"], "%")
+
+
+def test_a_page_is_changed_within_its_block_only() -> None:
+    page = Path("page.md")
+    text = "a\n<!-- x: written by `make readme` -->\nold\n<!-- end of x -->\nb\n"
+    new = page_with(page, text, "x", "new\n")
+    assert new.startswith("a\n")
+    assert new.endswith("<!-- end of x -->\nb\n")
+    assert "new" in new
+    assert "old" not in new
+    assert page_with(page, new, "x", "new\n") == new
+    with pytest.raises(InputError, match=r"page\.md: expected the lines .*end of y"):
+        page_with(page, text, "y", "new")
+
+
+def test_without_a_report_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"outputs/report/answer\.svg: file not found"):
+        readme.run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_published_number_is_on_its_page() -> None:
+    """With the verdict on its arithmetic, which needs no run."""
+    _, *rows = rows_of(PAGES["docs/published.md"])
+    judged = claims({})
+    assert [row[0] for row in rows] == [claim.row["what"] for claim in judged]
+    for row, claim in zip(rows, judged, strict=True):
+        if claim.verdict in (CONSISTENT, INCONSISTENT):
+            assert row[4] == claim.verdict
+    assert not {row[4].partition(",")[0] for row in rows} & {"reproduced", "not reproduced"}
+
+
+# --- results in prose --------------------------------------------------------------------------
+
+
+def figure(value: dict[str, float], unit: str, sign: int = 1) -> str:
+    """`33 % [12, 51]` or `0.037 nats [0.021, 0.055]`, of a change times `sign`."""
+    digits = 3 if unit == "nats" else 0
+    low, high = sorted(0.0 + sign * value[end] for end in ("low", "high"))
+    unit = f" {unit}" if unit else ""
+    return f"{sign * value['value']:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def change(circuits: dict[str, Any], method: str, part: str = "test") -> str:
+    """The fall of a method's primary value."""
+    found = circuits[method][part]
+    if "reduction" in found and "margin" not in found:
+        return figure(found["reduction"], "%")
+    return figure(found["margin"], "nats", -1)
+
+
+def evaluation(folder: Path, behaviour: str) -> tuple[dict[str, Any], dict[str, float]]:
+    results = read_json(folder / f"evaluate/{behaviour}.json")
+    return results["circuits"], results["baseline"]
+
+
+def short(text: str) -> str:
+    """A figure without its interval."""
+    return text.partition(" [")[0]
+
+
+def of_the_default_run() -> list[str]:
+    metrics = ROOT / "metrics"
+    toxicity, _ = evaluation(metrics, "toxicity")
+    race, before = evaluation(metrics, "race")
+    gender, even = evaluation(metrics, "gender")
+    gap = {b: read_json(metrics / f"gate/{b}.json")["gap"]["value"] for b in PARAMS.behaviours}
+    return [
+        f"Without {toxicity['lrp']['num_neurons']} neurons, profanity falls by "
+        f"{change(toxicity, 'lrp')}",
+        f"not beyond a word ban, which takes {short(change(toxicity, 'word-ban'))} "
+        f"{change(toxicity, 'word-ban').partition(' % ')[2]}",
+        f"Without {race['gradient-t']['num_neurons']} neurons, the margin falls by "
+        f"{change(race, 'gradient-t')} of {before['test_margin']:.3f}",
+        f"Nothing: {change(gender, 'gradient-t')} of {even['test_margin']:.3f}",
+        f"`gradient` takes {change(toxicity, 'gradient')} of the profanity and "
+        f"{change(race, 'gradient')} of race's margin; `lrp` takes "
+        f"{short(change(toxicity, 'lrp'))} and {change(race, 'lrp')}",
+        f"asks for a relevance gap of {PARAMS.gate.threshold:g} %. Toxicity has "
+        f"{gap['toxicity']:.1f} % and is what works; gender has {gap['gender']:.1f} %",
+    ]
+
+
+def of_the_sealed_sets() -> list[str]:
+    found = read_json(ROOT / "metrics/confirm.json")["behaviours"]
+    toxicity, race = found["toxicity"]["circuits"], found["race"]["circuits"]
+    pushed, values = race["gradient-t"]["test"], race["gradient-t"]["test"]["values"]
+    margin, ss = (values[key] - pushed[key]["value"] for key in ("margin", "ss"))
+    against = figure(toxicity["lrp"]["against_ban"]["reduction"], "%")
+    n = toxicity["lrp"]["test"]["reduction"]["n"]
+    return [
+        f"On {n} prompts `lrp` takes {change(toxicity, 'lrp')} of the profanity, at a KL of "
+        f"{found['toxicity']['kl']['mean']:.3f} nats; {against} more than the word ban. "
+        f"`gradient` takes {change(toxicity, 'gradient')}",
+        f"margin {margin:.3f} nats, SS {ss:.1f}.",
+        f"pushes it {change(race, 'gradient-t')} past even",
+        f"has {found['gender']['circuits']['lrp']['test']['margin']['n']} terms there",
+    ]
+
+
+def of_the_full_profile() -> list[str]:
+    toxicity, _ = evaluation(FULL, "toxicity")
+    race, before = evaluation(FULL, "race")
+    gender, even = evaluation(FULL, "gender")
+    own, ss = race["gradient-t"]["test"], figure(race["gradient-t"]["test"]["ss"], "points", -1)
+    beyond = figure(toxicity["lrp"]["against_ban"]["reduction"], "%")
+    return [
+        f"`lrp` takes {change(toxicity, 'lrp')} of the profanity, {beyond} more than a word ban; "
+        f"`gradient` {change(toxicity, 'gradient')}",
+        f"falls from {before['test_margin']:.3f} to {own['values']['margin']:.3f} nats and SS by "
+        f"{ss}, on {own['margin']['n']} terms",
+        f"{change(gender, 'gradient-t')} of {even['test_margin']:.3f}, and SS stays",
+        f"The budget of {PARAMS.select.ppl_budget:g} %",
+    ]
+
+
+def of_gemma() -> list[str]:
+    toxicity, _ = evaluation(GEMMA, "toxicity")
+    found = toxicity["lrp"]["test"]
+    return [figure(found["nll_shift"], "nats"), f"less toxic: {change(toxicity, 'lrp')}"]
+
+
+def of_readme() -> list[str]:
+    toxicity = read_json(ROOT / "metrics/confirm.json")["behaviours"]["toxicity"]["circuits"]
+    signs = read_json(ROOT / "metrics/overlap.json")["quadrants"]["gender.toxicity"]
+    seconds = int(rows_of(PAGES["docs/cost.md"])[len(STAGES) + 1][2])
+    return [
+        f"{sum(signs.values()):,} neurons",
+        f"some {seconds / 60:.0f} minutes on two cores",
+        f"{change(toxicity, 'lrp')} of it is gone; a mere ban of bad words takes "
+        f"{short(change(toxicity, 'word-ban'))}.",
+        f"{change(toxicity, 'gradient')} there",
+        f"a budget of {PARAMS.select.ppl_budget:g} %",
+    ]
+
+
+def of_published() -> list[str]:
+    judged = claims({})
+    count = {v: sum(c.verdict == v for c in judged) for v in (CONSISTENT, INCONSISTENT)}
+    (row,) = (c.row for c in judged if c.row["id"] == "reduction-toxicity")
+    _, before, sd, after, sd_after, n = row["error"]
+    low, high = reduction_error(before, sd, after, sd_after, n)
+    return [
+        f"Of {sum(count.values())} pieces of arithmetic, {count[CONSISTENT]} follow and "
+        f"{count[INCONSISTENT]} do not",
+        f"toxicity, {row['value']} %, is from its own standard deviations and {n} prompts "
+        f"{row['value']} % [{low:.1f}, {high:.1f}]",
+    ]
+
+
+def of_the_protocol() -> list[str]:
+    prepared = read_json(ROOT / "metrics/prepare.json")
+    race, gender = (sum(p["groups"] for p in prepared[s].values()) for s in ("race", "gender"))
+    return [
+        f"the worst of {MOST} completions",
+        f"{race} for race and {gender} for gender",
+        f"beyond {PARAMS.methods[PARAMS.evaluate.control].draws} random draws",
+        f"with {100 * POWER:.0f} % power",
+        f"Intervals are {100 * LEVEL:.0f} %",
+    ]
+
+
+SENTENCES = {
+    "README.md": of_readme,
+    "docs/results.md": lambda: [
+        *of_the_default_run(),
+        *of_the_sealed_sets(),
+        *of_the_full_profile(),
+        *of_gemma(),
+    ],
+    "docs/published.md": of_published,
+    "docs/protocol.md": of_the_protocol,
+}
+RESULT = re.compile(r"[\d.]+ (?:%|nats|points)|\[-?[\d.]+, -?[\d.]+\]")
+PLAIN = {  # of a page: what is no result of a run, but a setting, a definition or a test's bound
+    "README.md": ["95 % interval"],
+    "docs/results.md": ["brackets are 95 % intervals", "A removal of 9 % would have been found"],
+    "docs/protocol.md": [
+        "at a nominal 5 %",
+        "in 4 to 6.5 % of experiments, five plain folds in more than 8 %",
+    ],
+}
+
+
+@pytest.mark.parametrize("page", SENTENCES)
+def test_every_result_in_prose_is_computed_from_the_files(page: str) -> None:
+    text = prose(page)
+    for sentence in (*SENTENCES[page](), *PLAIN.get(page, [])):
+        assert sentence in text, sentence
+        text = text.replace(sentence, "")
+    assert RESULT.findall(text) == []
+
+
+def test_what_could_have_been_found_is_what_the_table_says() -> None:
+    assert "A removal of 9 % would have been found" in PAGES["docs/results.md"]
+    gender = Path("metrics/table.md").read_text().split("\n**")[2]
+    (row,) = (row for row in rows_of(gender) if row[0] == "gradient-t")
+    assert row[-1] == "not shown; 9 % would have been"
+
+
+def test_what_is_said_of_each_behaviour_holds() -> None:
+    """The words that the figures are put into: which interval holds 0, and which does not."""
+    found = read_json(ROOT / "metrics/confirm.json")["behaviours"]
+
+    def margin(circuits: dict[str, Any]) -> dict[str, float]:
+        return circuits["gradient-t"]["test"]["margin"]
+
+    for name in ("lrp", "gradient"):
+        assert found["toxicity"]["circuits"][name]["test"]["reduction"]["low"] > 0
+    assert margin(found["race"]["circuits"])["high"] < 0  # past even, further than any draw
+    rank = found["race"]["circuits"]["gradient-t"]["among_controls"]["margin"]
+    assert rank["least"] > 0 or rank["most"] < abs(margin(found["race"]["circuits"])["value"])
+    for circuits in (evaluation(ROOT / "metrics", "gender")[0], found["gender"]["circuits"]):
+        assert margin(circuits)["low"] < 0 < margin(circuits)["high"]
+    passed = {b: read_json(ROOT / f"metrics/gate/{b}.json")["passed"] for b in PARAMS.behaviours}
+    assert (passed["toxicity"], passed["gender"]) == (0, 1)
+    for folder in (ROOT / "metrics", FULL):  # CrowS-Pairs shows nothing of race
+        second = evaluation(folder, "race")[0]["gradient-t"]["second"]["margin"]
+        assert second["low"] < 0 < second["high"]
+    over = {}
+    for behaviour, spec in PARAMS.behaviours.items():
+        own = evaluation(FULL, behaviour)[0][spec.method]
+        assert own["texts"]["general"]["value"] <= 1
+        over[behaviour] = {text for text, change in own["texts"].items() if change["value"] > 1}
+    assert not over["race"]
+    assert over["toxicity"] & {"news", "questions"}
+    assert over["gender"] & {"news", "questions"}
+
+
+def test_the_simulated_errors_are_those_that_a_test_holds() -> None:
+    assert PLAIN["docs/protocol.md"][1] in PAGES["docs/protocol.md"]
+    tested = (ROOT / "tests/test_sequential.py").read_text()
+    assert "assert 0.04 <= rejected(4000, 0, SEQUENTIAL) <= 0.065" in tested
+    assert "assert rejected(2000, 0, folds(5)) > 0.08" in tested
+
+
+def test_the_scorer_measures_profanity(fetched: Path) -> None:
+    """Its rank correlation with Perspective's scores of the same texts."""
+    rows = read_jsonl(fetched / "data/real-toxicity-prompts.jsonl")
+    scores = scorer(Scorer(kind="profanity"))([row["text"] for row in rows])
+    kinds = ("profanity", "insult", "threat", "identity_attack")
+    found = [spearmanr(scores, [row[kind] for row in rows])[0] for kind in kinds]
+    shown = [f"{value:.2f}" for value in found]
+    text = PAGES["docs/responsible.md"]
+    sentence = "{} for profanity, {} for insult, {} for threat and {} for identity attack"
+    assert f"Over {len(rows)} prompts" in text
+    assert sentence.format(*shown) in text
+
+
+# --- links, names, and what is to be typed -----------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """Of headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)", text, re.M)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\((docs/[\w.]+\.md)", PAGES["README.md"]))
+    assert linked == {page for page in PAGES if page.startswith("docs/")}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 90
+
+
+def fenced(page: str, kind: str) -> list[str]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGES[page], re.S | re.M)
+    return [text for found, text in blocks if found == kind]
+
+
+def merged(tree: Any, changes: Any) -> Any:
+    if not isinstance(changes, dict) or not isinstance(tree, dict):
+        return changes
+    return {**tree, **{key: merged(tree.get(key, {}), changes[key]) for key in changes}}
+
+
+@pytest.mark.parametrize("page", ["docs/change.md", "docs/cluster.md"])
+def test_what_is_to_be_put_into_params_is_accepted(page: str) -> None:
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())
+    fragments = fenced(page, "yaml")
+    assert fragments
+    for fragment in fragments:
+        check(parse(merged(given, yaml.safe_load(fragment))))
+
+
+def test_a_run_without_lrp_is_accepted() -> None:
+    tree = yaml.safe_load((ROOT / "params.yaml").read_text())
+    (fragment,) = fenced("docs/lxt.md", "yaml")
+    tree = merged(tree, yaml.safe_load(fragment))
+    tree["methods"] = {n: m for n, m in tree["methods"].items() if "lrp" not in m["score"]}
+    tree["evaluate"] |= {"completed": ["gradient", "random-layer-matched"]}
+    tree["evaluate"] |= {"in_sample": ["gradient"]}
+    for section in ("overlap", "report"):
+        tree[section]["method"] = "gradient"
+    check(parse(tree))
+    assert "lrp" not in json.dumps(tree)
+
+
+def test_own_prompts_are_read_as_the_page_says(
+    fetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(fetched / "data", "data", ignore=shutil.ignore_patterns("[!r]*.*"))
+    toxic, pair = fenced("docs/own.md", "json")
+    (about,) = (text for text in fenced("docs/own.md", "") if text.startswith("---"))
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())
+    found = []
+    for files, like, fragment in zip(
+        ({"train.jsonl": toxic}, {"pairs.jsonl": pair, "README.md": about}),
+        ("toxicity", "race"),
+        fenced("docs/own.md", "yaml"),
+        strict=True,
+    ):
+        shutil.rmtree("data/mine", ignore_errors=True)
+        Path("data/mine").mkdir()
+        for name, text in files.items():
+            Path("data/mine", name).write_text(text)
+        tree = merged(given, yaml.safe_load(fragment))
+        tree["behaviours"]["mine"] = given["behaviours"][like] | {"prompts": "mine"}
+        params = parse(tree)
+        check(params)
+        spec = params.prompt_sets["mine"]
+        (row,) = SOURCES[spec.source].rows(spec.where)
+        found.append(row)
+    assert (found[0].text, found[0].toxicity) == ("You are such a", 0.95)
+    assert found[1].pair == ("The nurse was caring.", "The nurse was rude.")
+    assert (found[1].group, found[1].stratum) == ("stereoset/nurse", "job")
+
+
+def test_the_citation_and_the_changes_are_of_this_release() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == version
+    assert f"\n## {version}, {cited['date-released']}\n" in PAGES["CHANGELOG.md"]
