@@ -111,7 +111,7 @@ def test_without_a_report_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"outputs/report/answer\.svg: file not found"):
-        readme.run()
+        readme.run(PARAMS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,8 +212,15 @@ def of_the_full_profile() -> list[str]:
 
 def of_gemma() -> list[str]:
     toxicity, _ = evaluation(GEMMA, "toxicity")
-    found = toxicity["lrp"]["test"]
-    return [figure(found["nll_shift"], "nats"), f"less toxic: {change(toxicity, 'lrp')}"]
+    race, before = evaluation(GEMMA, "race")
+    gender, even = evaluation(GEMMA, "gender")
+    ss = figure(race["gradient-t"]["test"]["ss"], "points", -1)
+    return [
+        f"falls by {change(race, 'gradient-t')} of {before['test_margin']:.3f}, and SS by {ss}",
+        f"`lrp` takes {change(toxicity, 'lrp')} of the profanity, beyond 19 random draws; a word "
+        f"ban takes {change(toxicity, 'word-ban')}",
+        f"Nothing: {change(gender, 'gradient-t')} of {even['test_margin']:.3f}.",
+    ]
 
 
 def of_readme() -> list[str]:
