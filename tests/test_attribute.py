@@ -1,6 +1,9 @@
 """Attribution of a prompt set: which score of which target is stored under which name."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +106,39 @@ def test_what_would_stop_the_evaluation_stops_attribution(
     assert main(["attribute", "--prompt-set", "general"]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not Path("outputs/scores").exists()
+
+
+def test_without_lxt_only_lrp_is_missing(project: Path) -> None:
+    code = (
+        "import sys; sys.modules['lxt'] = None; from sparc3.__main__ import main; "
+        "sys.exit(main(['attribute', '--prompt-set', 'general']))"
+    )
+    root = Path(attribute.__file__).parents[2]
+
+    def run(scores: list[str]) -> subprocess.CompletedProcess[str]:
+        tree = yaml.safe_load((project / "params.yaml").read_text())
+        tree["attribute"]["scores"] = scores
+        tree["differential"]["importance"] = scores[0]
+        tree["methods"] = {
+            **{score: {"score": score, "contrast": "t"} for score in scores},
+            "random": {"score": "random"},
+        }
+        tree["behaviours"]["talk"]["method"] = tree["gate"]["score"] = scores[0]
+        tree["overlap"]["method"] = tree["report"]["method"] = scores[0]
+        tree["evaluate"] |= {"completed": scores, "in_sample": scores}
+        (project / "params.yaml").write_text(yaml.safe_dump(tree))
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=project,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = run(["gradient", "activation"])
+    assert done.returncode == 0, done.stderr
+    done = run(["lrp"])
+    assert done.returncode == 2
+    assert "lrp and lrp-abs need the package lxt, which is not installed; inst" in done.stderr
+    assert "Traceback" not in done.stderr

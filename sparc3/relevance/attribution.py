@@ -5,7 +5,7 @@ No weight gradient is ever asked of autograd: what is kept per prompt is one num
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import Array
 from sparc3.model import families, loading
 from sparc3.model.families import MLP
-from sparc3.relevance.lrp import attnlrp
 from sparc3.relevance.scores import SCORES, Target
 
 log = logging.getLogger(__name__)
@@ -173,7 +172,7 @@ def _score_batch(
         filled = {name: torch.empty(shape, device=device) for name in names}
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(kind != "forward"))
-            stack.enter_context(attnlrp(model) if kind == "attnlrp" else nullcontext())
+            stack.enter_context(_attnlrp(model) if kind == "attnlrp" else nullcontext())
             stack.enter_context(loading.attention(ids))
             stack.enter_context(_watching(model, len(prompts), real[:, :, None], filled))
             # Padding is not masked, for it is never seen. Without any mask transformers would write
@@ -190,6 +189,17 @@ def _score_batch(
             scores[name] = value.transpose(0, 1).cpu().numpy()
             _check_finite(model, name, scores[name], prompts)
     return scores
+
+
+def _attnlrp(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Only now is lxt imported: other scores do without. InputError: it is not there."""
+    try:
+        from sparc3.relevance.lrp import attnlrp
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        problem = f"lrp and lrp-abs need the package {package}, which is not installed"
+        raise InputError(f"params: scores: {problem}; install it, or take gradient") from None
+    return attnlrp(model)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import digest, digest_text, write_json, write_tensors
 from sparc3.base.params import Params, scores_of
 from sparc3.model import checkpoint, families, loading
-from sparc3.relevance import attribution, lrp, scores
+from sparc3.relevance import attribution, scores
 from sparc3.relevance.attribution import Progress, Prompt, score
 from sparc3.relevance.scores import Target
 
@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 # What decides the numbers of a shard, beside the packages.
 CODE = [
     Path(__file__),
-    *(Path(str(code.__file__)) for code in (attribution, scores, lrp, files)),
+    *(Path(str(code.__file__)) for code in (attribution, scores, files)),
+    Path(attribution.__file__).with_name("lrp.py"),
     *(Path(str(code.__file__)) for code in (checkpoint, families, loading)),
 ]
 VISIBLE = 120.0  # seconds until a network file system shows what another machine has written
