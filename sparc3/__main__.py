@@ -32,12 +32,13 @@ ABOUT = """%s
 The pipeline: fetch, then the stages, each once for every prompt set or behaviour, where {} stands.
 A stage reads the raw data, the model and what the stages before the arrow wrote, and writes below
 outputs/; its small results go to metrics/, its run to MLflow. `make repro` runs them all."""
-FLAGS = """Values, prompts, behaviours and methods are in params.yaml. WORD --help has the flags."""
+FLAGS = "Values, prompts, behaviours and methods are in params.yaml. WORD --help has the flags."
 
 
 def parser() -> argparse.ArgumentParser:
-    about = {"description": ABOUT % sparc3.__doc__, "epilog": FLAGS}
-    top = argparse.ArgumentParser(prog="sparc3", formatter_class=narrow, **about)
+    top = argparse.ArgumentParser(
+        prog="sparc3", description=ABOUT % sparc3.__doc__, epilog=FLAGS, formatter_class=narrow
+    )
     words = top.add_subparsers(dest="word", required=True, metavar="WORD", title="words")
     fetch = words.add_parser("fetch", help="raw data and the model, verified -> data/, models/")
     fetch.add_argument("--update", action="store_true", help="pin data/ as it is in data.dvc")

@@ -21,14 +21,6 @@ from sparc3.stages.table import STAGES
 COLUMNS = 100
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    whole.write_project(folder)
-    whole.run(folder)
-    return folder
-
-
 @pytest.fixture
 def found(finished: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(finished)

@@ -62,11 +62,11 @@ def beside(titles: tuple[str, str], both: list[Reading], score: str | None) -> I
             yield f"{left:<{width}}{GAP}{right}".rstrip()
 
     def shown(row: dict[str, Any]) -> str:
-        return f"{row[score]:.2f}  {row['text']}" if score else f"- {row['text']}"
+        return f"{row[score]:.2f} {row['text']}" if score else f"- {row['text']}"
 
     yield from block(titles)
     for rows in zip(*(reading.written for reading in both), strict=True):
         yield from block(tuple(shown(row) for row in rows))
     if score:
         means = (float(reading.columns[f"{score}_mean"][0]) for reading in both)
-        yield from block(tuple(f"{mean:.2f}  mean {score}" for mean in means))
+        yield from block(tuple(f"{mean:.2f} mean {score}" for mean in means))

@@ -15,7 +15,7 @@ WIDTH = 100  # columns of a line
 COLOURS = {"reduced": 32, "reduced, but": 33, "increased": 31, "degenerate": 31, "overshot": 31}
 
 
-def summary(params: Params, table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(params: Params, table: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What metrics/summary.json holds, from the table's cells.
 
     `reduction` by behaviour, of its own method, and `perplexity`, the worst of theirs, are what
@@ -31,12 +31,13 @@ def summary(params: Params, table: Sequence[Mapping[str, Any]]) -> dict[str, Any
     }
 
 
-def _row(params: Params, row: Mapping[str, Any]) -> dict[str, Any]:
+def _row(params: Params, row: dict[str, Any]) -> dict[str, Any]:
     """One method; `reduction` is in percent of what the unpruned model has, larger is less."""
     behaviour, about = row["behaviour"], read_json(row["circuit"].with_suffix(".json"))
     primary, change, reduction = primary_of(params.behaviours[behaviour]), row["change"], None
     if primary and change and row["left"]:
-        scale = row["sign"] * (1 if primary[1].even is None else 100 / row["left"])
+        percent = primary[1].title.endswith("%")
+        scale = row["sign"] * (1 if percent else 100 / row["left"])
         ends = sorted(scale * change[key] for key in ("low", "high"))
         reduction = {"value": scale * change["value"], "low": ends[0], "high": ends[1]}
     return {
