@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,11 @@ import whole
 import yaml
 
 from sparc3.__main__ import main, parser
+from sparc3.base.artifacts import model_digest
 from sparc3.base.files import read_csv, read_json
+from sparc3.commands.stage import produce
 from sparc3.reporting.summary import lines, short
+from sparc3.stages.checks import load
 from sparc3.stages.table import STAGES
 
 COLUMNS = 100
@@ -156,3 +160,41 @@ def test_help_names_every_stage_with_what_it_reads_and_writes(
         said = capsys.readouterr().out
         for name in (*row.reads, *row.products):
             assert name in said
+
+
+def test_every_stage_ends_with_a_line_of_what_it_found(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    caplog.set_level("INFO", logger="sparc3")
+    params, ends = load(), {}
+    for word, section in whole.STAGES:
+        axis = {"prompt_sets": {"prompt_set": "rude"}, "behaviours": {"behaviour": "rude"}}
+        options = axis.get(str(section), {})
+        model = model_digest(Path("model")) if STAGES[word].model else None
+        produce(params, word, options, model)
+        ends[word] = caplog.records[-1].getMessage()
+        name = " ".join([word, *options.values()])
+        assert ends[word].startswith(f"{name}: "), ends[word]
+        assert "\n" not in ends[word]
+    row = read_json(Path("metrics/evaluate/rude.json"))["circuits"]["lrp"]
+    size, change = row["num_neurons"], row["test"]["reduction"]
+    assert f"lrp takes {size} neurons" in ends["select"]
+    assert f"without {size} neurons of lrp; profanity reduction %" in ends["evaluate"]
+    assert (
+        f"{change['value']:+.1f} [{change['low']:+.1f}, {change['high']:+.1f}]" in ends["evaluate"]
+    )
+    worst = max(row["texts"], key=lambda text: row["texts"][text]["value"])
+    assert f"perplexity % of {worst} {row['texts'][worst]['value']:+.1f} [" in ends["evaluate"]
+    gap = read_json(Path("metrics/gate/rude.json"))["gap"]
+    assert f"{gap['value']:+.1f} % [{gap['low']:+.1f}, {gap['high']:+.1f}]" in ends["gate"]
+    common = read_json(Path("metrics/overlap.json"))["overlaps"]["bias.rude"]["observed"]
+    assert ends["overlap"].endswith(f"in common: bias.rude {common}")
+    transfer = read_json(Path("metrics/transfer.json"))
+    others = transfer["rude"]["bias"]["margin"], transfer["bias"]["rude"]["nll_shift"]
+    moved = sum(not change["low"] <= 0 <= change["high"] for change in others)
+    assert f"transfer: {moved} of 2 effects on another behaviour exclude 0" in ends["transfer"]
