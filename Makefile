@@ -1,4 +1,4 @@
-# make repro    environment, model and data, the whole pipeline, the result table
+# make repro    environment, model and data, the whole pipeline, what it found
 # make test     environment, tests
 # make lint     ruff, pyright and the rooms' contract
 # make ui       the runs in MLflow's UI on 127.0.0.1 (PORT=5000)
@@ -59,10 +59,8 @@ endif
 repro: env
 	@echo "Model and data, verified, then the pipeline: each stage says what it does."
 	@$(IN_ENV) python -m sparc3 main
-	@cat metrics/table.md
 	@$(IN_ENV) python -m sparc3 committed || true
-	@$(IN_ENV) python -c 'from sparc3.base import store; print("The runs are in", store.public_uri())'
-	@echo "See them with: make ui"
+	@$(IN_ENV) python -m sparc3 show
 
 test: env
 	OMP_NUM_THREADS=1 $(IN_ENV) python -m pytest --numprocesses 2 --dist loadfile

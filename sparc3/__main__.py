@@ -17,25 +17,43 @@ try:
     from sparc3.base.secrets import masked
     from sparc3.commands import stage
     from sparc3.stages.checks import load
-    from sparc3.stages.table import STAGES, axis_flag
+    from sparc3.stages.table import STAGES, axis_flag, traffic
 except KeyboardInterrupt:  # they take a second
     raise SystemExit(130) from None
 
 # A full disk and places that cannot be written: the user can mend them.
 PLACES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 # Commands that take params; the others do without.
-WITH_PARAMS = ("plan", "submit", "verify")
-READERS = ("export", "readme")  # of products, and of params
+WITH_PARAMS = ("doctor", "plan", "submit", "verify")
+READERS = ("compare", "export", "readme")  # of products, and of params
+
+
+ABOUT = """%s
+
+The pipeline: fetch, then the stages, each once for every prompt set or behaviour, where {} stands.
+A stage reads the raw data, the model and what the stages before the arrow wrote, and writes below
+outputs/; its small results go to metrics/, its run to MLflow. `make repro` runs them all."""
+FLAGS = "Values, prompts, behaviours and methods are in params.yaml. WORD --help has the flags."
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="sparc3", description=sparc3.__doc__)
-    words = top.add_subparsers(dest="word", required=True, metavar="WORD")
-    fetch = words.add_parser("fetch", help="raw data and the model, verified")
+    top = argparse.ArgumentParser(
+        prog="sparc3", description=ABOUT % sparc3.__doc__, epilog=FLAGS, formatter_class=narrow
+    )
+    words = top.add_subparsers(dest="word", required=True, metavar="WORD", title="words")
+    fetch = words.add_parser("fetch", help="raw data and the model, verified -> data/, models/")
     fetch.add_argument("--update", action="store_true", help="pin data/ as it is in data.dvc")
     add_stages(words)
-    words.add_parser("confirm", help="measure the sealed sets, once for a release")
-    words.add_parser("main", help="fetch, then dvc repro")
+    words.add_parser("main", help="all of these: fetch, then dvc repro")
+    words.add_parser("show", help="what the last report found, in words")
+    compare = words.add_parser("compare", help="one prompt completed with and without a circuit")
+    add_circuit(compare, own=True)
+    compare.add_argument("--prompt", required=True, metavar="TEXT")
+    compare.add_argument("--completions", type=int, default=3, metavar="N")
+    ui = words.add_parser("ui", help="the runs in MLflow's UI on 127.0.0.1")
+    ui.add_argument("--port", type=int, default=5000)
+    words.add_parser("doctor", help="is everything there that a run needs? else what to do")
+    words.add_parser("verify", help="is everything stored what it was when it was written?")
     use = words.add_parser("use", help="make another profile params.yaml")
     use.add_argument("profile", type=Path, metavar="PROFILE")
     plan = words.add_parser("plan", help="memory, operations, time and disk of a profile")
@@ -45,23 +63,35 @@ def parser() -> argparse.ArgumentParser:
     submit = words.add_parser("submit", help="a stage as a Slurm job, by params.cluster")
     add_stages(submit.add_subparsers(dest="stage", required=True, metavar="STAGE"))
     export = words.add_parser("export", help="write a pruned model as a Hugging Face folder")
-    export.add_argument("--behaviour", required=True, metavar="NAME")
-    export.add_argument("--method", required=True, metavar="NAME")
+    add_circuit(export)
     export.add_argument("--folder", type=Path, required=True, metavar="PATH")
-    ui = words.add_parser("ui", help="the runs in MLflow's UI on 127.0.0.1")
-    ui.add_argument("--port", type=int, default=5000)
-    words.add_parser("verify", help="is everything stored what it was when it was written?")
+    words.add_parser("confirm", help="measure the sealed sets, once for a release")
     words.add_parser("committed", help="do metrics/ equal those of git's HEAD?")
     words.add_parser("readme", help="renew the generated blocks of README.md and docs/")
     return top
 
 
+def narrow(prog: str) -> argparse.HelpFormatter:
+    """Descriptions as they are written, and words that leave room for what they mean."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=20)
+
+
 def add_stages(words: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """A word for every stage, with its axis as a flag."""
+    """A word for every stage, with its axis as a flag, and what it reads and writes."""
     for word, row in STAGES.items():
-        added = words.add_parser(word, help=row.purpose)
+        reads, writes = traffic(word)
+        about = f"{row.purpose}\n\nreads   {reads}\nwrites  {writes} (below outputs/)"
+        short = f"{row.purpose}: {reads} -> {writes}"
+        added = words.add_parser(word, help=short, description=about, formatter_class=narrow)
         if flag := axis_flag(row):
-            added.add_argument(flag, required=True, metavar="NAME")
+            added.add_argument(flag, required=True, metavar="NAME", help=f"of params.{row.axis}s")
+
+
+def add_circuit(command: argparse.ArgumentParser, own: bool = False) -> None:
+    """The flags that name a circuit; with `own`, the behaviour's own unless another is named."""
+    command.add_argument("--behaviour", required=True, metavar="NAME")
+    also = "the behaviour's own unless given" if own else None
+    command.add_argument("--method", required=not own, metavar="NAME", help=also)
 
 
 def unraisable(error: "sys.UnraisableHookArgs") -> None:

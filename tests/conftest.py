@@ -48,6 +48,17 @@ def project(fetched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small project of whole.py after every stage; who changes it takes a copy."""
+    import whole  # here: it needs torch
+
+    folder = tmp_path_factory.mktemp("whole")
+    whole.write_project(folder)
+    whole.run(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def run_in() -> Command:
     """run_in(folder, *command): runs it with this environment's programs, output captured."""
 

@@ -80,7 +80,8 @@ def test_below_the_threshold_it_warns_or_stops(
     found = run(threshold=15.0)
     assert found["differential"] == pytest.approx(10, abs=1e-4)
     assert found["passed"] == 0
-    assert "gap 10.0 %, below gate.threshold 15 %: the total relevance of general" in caplog.text
+    assert "relevance gap +10.0 % [" in caplog.text
+    assert "below gate.threshold 15 %: the total relevance of general" in caplog.text
     measured = read_json(metrics_path("gate", "talk"))["gap"]
     assert measured["low"] <= measured["value"] <= measured["high"]
     text = Path("params.yaml").read_text().replace("on_fail: warn", "on_fail: stop")

@@ -20,6 +20,7 @@ PIPELINE = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
 ENTRIES = yaml.safe_load(Path("MLproject").read_text())["entry_points"]
 ROWS: dict[str, Any] = {word: row.get("do", row) for word, row in PIPELINE.items()}
 
+RESULTS = ("outputs", "metrics")
 # What no number depends on: how errors are named, processes joined, runs logged.
 ASIDE = {Path(f"sparc3/base/{name}.py") for name in ("errors", "parallel", "secrets")}
 
@@ -51,12 +52,46 @@ def test_commands_are_the_same_in_dvc_and_mlproject() -> None:
 def test_products_and_their_manifest_are_what_dvc_keeps(word: str) -> None:
     row = ROWS[word]
     kept = [out if isinstance(out, str) else next(iter(out)) for out in row.get("outs", [])]
-    kept += [next(iter(plot)) for plot in row.get("plots", [])]
     made = [f"outputs/{product.format('${key}')}" for product in STAGES[word].products]
     made.append(str(manifest_path(word, "${key}" if STAGES[word].axis else None)))
     assert sorted(made) == sorted(out for out in kept if not out.startswith("metrics/"))
     model = {"${model.path}"} <= set(row["deps"])
     assert model == STAGES[word].model
+
+
+def owner(dep: str) -> str:
+    """Who wrote it: a stage; or the raw data."""
+    home = {product.partition("/")[0]: word for word, s in STAGES.items() for product in s.products}
+    first, *rest = Path(dep).parts
+    if first == "outputs":
+        return home[rest[0]]
+    return Path(rest[0]).stem if first == "metrics" else first
+
+
+@pytest.mark.parametrize("word", STAGES)
+def test_a_stage_reads_what_its_row_says(word: str) -> None:
+    deps = [dep for dep in ROWS[word]["deps"] if Path(dep).parts[0] in ("data", *RESULTS)]
+    assert {owner(dep) for dep in deps} == set(STAGES[word].reads)
+    words = ["data", *STAGES]
+    assert list(STAGES[word].reads) == sorted(STAGES[word].reads, key=words.index)
+
+
+def test_the_summary_is_the_only_metric_and_all_small_results_are_in_git() -> None:
+    (metric,) = [m for row in ROWS.values() for m in row.get("metrics", [])]
+    assert metric == {"metrics/summary.json": {"cache": False}}
+    for word, row in ROWS.items():
+        small = [out for out in row["outs"] if isinstance(out, dict)]
+        assert all(path.startswith("metrics/") for out in small for path in out)
+        assert all(how == {"cache": False} for out in small for how in out.values())
+        name = f"{word}/${{key}}.json" if STAGES[word].axis else f"{word}.json"
+        expected = "metrics/table.md" if word == "report" else f"metrics/{name}"
+        assert [path for out in small for path in out] == [expected]
+
+
+def test_plots_are_images_which_need_no_network() -> None:
+    plots = [Path(path) for path in yaml.safe_load(Path("dvc.yaml").read_text())["plots"]]
+    assert {path.parent for path in plots} == {Path("outputs/report")}
+    assert {path.suffix for path in plots} <= {".png", ".svg"}
 
 
 def imported(module: Path) -> set[Path]:

@@ -20,7 +20,7 @@ def run(params: Params) -> None:
 
     Prints a line for everything that is wrong, and raises InputError if anything is.
     """
-    every = (raw(Path(params.model.path)), products(), cache())
+    every = (data(), model(Path(params.model.path)), products(), cache())
     problems = list(dict.fromkeys(problem for part in every for problem in part))
     for problem in problems:
         print(problem)
@@ -29,15 +29,19 @@ def run(params: Params) -> None:
     print("verify: data, model, products and DVC's cache are what they were")
 
 
-def raw(model: Path) -> Iterator[str]:
-    """The raw data by the built-in sums or their pin, the model by those or its .dvc file."""
+def data() -> Iterator[str]:
+    """The raw data, by the built-in sums or their pin."""
     if is_there(DATA):
         yield from _problem(check_data)
-    if is_there(model):
-        yield from _problem(lambda: checked_model(model))
-        pin = model.with_name(f"{model.name}.dvc")
-        if pin.is_file() and folder_md5(model) != pinned_md5(pin)[0]:
-            yield f"{model}/: is not what {pin} pins; dvc checkout {pin}, or fetch again"
+
+
+def model(folder: Path) -> Iterator[str]:
+    """The model's files, by the built-in sums or its .dvc file."""
+    if is_there(folder):
+        yield from _problem(lambda: checked_model(folder))
+        pin = folder.with_name(f"{folder.name}.dvc")
+        if pin.is_file() and folder_md5(folder) != pinned_md5(pin)[0]:
+            yield f"{folder}/: is not what {pin} pins; dvc checkout {pin}, or fetch again"
 
 
 def products() -> Iterator[str]:

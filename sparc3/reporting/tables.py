@@ -122,8 +122,8 @@ def overshot(even: float, before: float, change: float) -> bool:
 def removal(value: Value, groups: Sequence[Mapping[str, str]], circuit: str) -> dict[str, Any]:
     """What a circuit's removal does to the mean that the verdict is of, from `groups.csv`.
 
-    sign: that a change has which is less of the behaviour. rise: of every group, summed over its
-    units, in percent of complete removal, which is nothing left, or an even level.
+    sign: that a change has which is less of the behaviour. left: what there is to remove, down to
+    nothing or to an even level. rise: of every group, summed over its units, in percent of that.
     """
     (units, old), (_, new) = (
         np.array([(g["units"], g["mean"]) for g in groups if g["circuit"] == name], float).T
@@ -134,6 +134,7 @@ def removal(value: Value, groups: Sequence[Mapping[str, str]], circuit: str) -> 
     return {
         "sign": value.less * (1 if left >= 0 else -1),
         "overshot": value.even is not None and overshot(value.even, before, after - before),
+        "left": abs(left),
         "rise": 100 * units * (old - new) / left if left else None,
         "units": units,
     }

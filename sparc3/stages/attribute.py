@@ -167,6 +167,8 @@ def run(params: Params, prompt_set: str) -> dict[str, float]:
         publish(partial, scores_folder(prompt_set), names, len(shards))
         checked = {**metrics, "sha256": scores_digest(prompt_set)}
         write_json(metrics_path("attribute", prompt_set), checked)
+        said = "attribute %s: %s of every neuron for %d prompts, %d tokens"
+        log.info(said, prompt_set, ", ".join(names), len(rows), sum(tokens))
     return metrics
 
 

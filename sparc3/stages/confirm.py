@@ -112,6 +112,7 @@ def run(params: Params) -> dict[str, float]:
             found[behaviour] = measured(params, behaviour)
             now = datetime.now(UTC).date().isoformat()
             write_json(RECORD, {**about, "date": now, "behaviours": found})
+    log.info("confirm: %s measured for %s; make readme shows it", ", ".join(sealed), release)
     return {
         f"{behaviour}.{name}.{key}": change["value"]
         for behaviour, row in found.items()

@@ -4,6 +4,7 @@ The most negative neurons serve the behaviour most specifically (paper, Eq. 7). 
 also for every block that is tested, from the prompts of the blocks before it.
 """
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,6 +23,8 @@ from sparc3.base.files import Array, write_json, write_tensors
 from sparc3.base.params import Behaviour, Method, Params
 from sparc3.circuits.methods import noise
 from sparc3.relevance.contrasts import CONTRASTS
+
+log = logging.getLogger(__name__)
 
 
 def importance(prompt_set: str, score: str) -> Array:
@@ -70,4 +73,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         scalars[f"{name}.negative_share"] = float((values < 0).mean())
         scalars[f"{name}.most_negative"] = float(values.min())
     write_json(metrics_path("differential", behaviour), scalars)
+    own = params.behaviours[behaviour].method
+    said = "differential %s: by %s, %.0f %% of %d neurons lean towards the behaviour"
+    log.info(said, behaviour, own, 100 * scalars[f"{own}.negative_share"], general.size)
     return scalars

@@ -6,6 +6,7 @@ circuits that were chosen on the blocks before it, and `in_sample` are the same 
 circuit of all; that one is whose cost in perplexity is measured.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -42,6 +43,8 @@ from sparc3.measure.scorers import Scorer, describe, scorer
 from sparc3.measure.setting import Chosen, Outcome, Setting, outcomes
 from sparc3.model import families, loading
 from sparc3.model.checkpoint import language_model
+
+log = logging.getLogger(__name__)
 
 UNPRUNED = "none"  # the name of the model as it is, among those of circuits
 BIAS = 5.0  # nats that a banned token loses
@@ -414,6 +417,22 @@ def measure(
     return setting, by_name, results
 
 
+def outcome_of(spec: Behaviour, row: Mapping[str, Any], split: str) -> str:
+    """What the behaviour's own circuit did, in a line."""
+
+    def change(title: str, found: Mapping[str, float], digits: int) -> str:
+        value, low, high = (f"{found[key]:+.{digits}f}" for key in ("value", "low", "high"))
+        return f"{title} {value} [{low}, {high}]"
+
+    parts, primary = [f"without {row['num_neurons']} neurons of {spec.method}"], primary_of(spec)
+    if primary and primary[1].name in row[split]:
+        parts.append(change(primary[1].title, row[split][primary[1].name], primary[1].digits))
+    if texts := row["texts"]:
+        worst = max(texts, key=lambda name: texts[name]["value"])
+        parts.append(change(f"perplexity % of {worst}", texts[worst], 1))
+    return "; ".join(parts)
+
+
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, rows = params.behaviours[behaviour], rows_of(params, behaviour)
     setting, by_name, results = measure(params, behaviour, rows, list(params.methods))
@@ -434,6 +453,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     grouped = group_table(spec, by_name, setting.first)
     write_csv(folder / "groups.csv", grouped, ["circuit", "group", "units", "mean"])
     write_json(artifacts.metrics_path("evaluate", behaviour), found)
+    log.info("evaluate %s: %s", behaviour, outcome_of(spec, results[spec.method], setting.first))
     return {
         f"{name}.{key}": value
         for name, row in results.items()

@@ -73,11 +73,13 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     sets = {name: totals(name, gate.score, gate.prompts) for name in (spec.reference, spec.prompts)}
     gap = gap_interval(sets[spec.reference], sets[spec.prompts])
     passed = gap.value >= gate.threshold
-    if not passed:
+    said = f"relevance gap {gap.value:+.1f} % [{gap.low:+.1f}, {gap.high:+.1f}]"
+    if passed:
+        log.info("gate %s: passed, %s, gate.threshold %g %%", behaviour, said, gate.threshold)
+    else:
         message = (
-            f"gate: {behaviour}: relevance gap {gap.value:.1f} %, below gate.threshold "
-            f"{gate.threshold:g} %: the total relevance of {spec.reference} does not exceed that "
-            f"of {spec.prompts} by enough"
+            f"gate {behaviour}: {said}, below gate.threshold {gate.threshold:g} %: the total "
+            f"relevance of {spec.reference} does not exceed that of {spec.prompts} by enough"
         )
         if spec.on_fail == "stop":
             raise InputError(

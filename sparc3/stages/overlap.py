@@ -7,6 +7,7 @@ Of more than FEW behaviours there are pairs only, and what needs prompts again i
 Behaviours are taken by their names' order, so that no number depends on that of params.
 """
 
+import logging
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
@@ -20,6 +21,8 @@ from sparc3.circuits import correlation, nulls, overlap
 from sparc3.circuits.choose import choose, protected, ranked, read_differential
 from sparc3.circuits.overlap import joined
 from sparc3.relevance.contrasts import CONTRASTS
+
+log = logging.getLogger(__name__)
 
 
 def compare_sets(sets: Mapping[str, Array], layers: int, width: int) -> dict[str, Any]:
@@ -110,6 +113,8 @@ def run(params: Params) -> dict[str, float]:
     ]
     write_csv(OUTPUTS / "overlap" / "regions.csv", rows, ("behaviours", "layer", "neuron"))
     write_json(metrics_path("overlap"), found)
+    shared = (f"{names} {row['observed']}" for names, row in found["overlaps"].items())
+    log.info("overlap: of %d neurons each (%s), in common: %s", k, name, ", ".join(shared) or "-")
     return {
         f"{key}.{names}": float(row[key])
         for names, row in found["overlaps"].items()

@@ -108,7 +108,6 @@ def run(params: Params) -> dict[str, float]:
         made[name] = prompt_set(key, spec, params.prepare.splits, tokenizer, like)
         if name in params.prompt_sets or spec.target == "pair":  # other texts go through windows
             check_context(key, spec, made[name], longest)
-        log.info("prepare: %s has %d prompts", name, len(made[name]))
         split = "test" if name in params.test_sets else None
         rows[name] = [as_row(prompt, split) for prompt in made[name]]
     for name, (_, spec) in specs.items():
@@ -119,6 +118,8 @@ def run(params: Params) -> dict[str, float]:
             path.unlink()
     for name, lines in rows.items():
         write_jsonl(prompts_path(name), lines)
+    counts = ", ".join(f"{len(lines)} {name}" for name, lines in rows.items())
+    log.info("prepare: %d prompts: %s", sum(map(len, rows.values())), counts)
     metrics = {name: describe(lines) for name, lines in rows.items()}
     write_json(metrics_path("prepare"), metrics)
     return {

@@ -1,5 +1,6 @@
 """Report: the result table, the figures and the claims table, from the metrics files alone."""
 
+import logging
 import math
 from itertools import combinations
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from sparc3.base.artifacts import metrics_path, stability_path, sweep_path
-from sparc3.base.files import read_csv, read_json, write_text
+from sparc3.base.files import read_csv, read_json, write_json, write_text
 from sparc3.base.params import Params
 from sparc3.circuits.overlap import joined
 from sparc3.reporting.published import claims_table
+from sparc3.reporting.summary import SUMMARY, short, summary
 from sparc3.reporting.tables import (
     FOLDER,
     TABLE,
@@ -23,6 +25,7 @@ from sparc3.reporting.tables import (
     transfer_matrix,
 )
 
+log = logging.getLogger(__name__)
 BARS = {  # a difference of the table -> its panel's title
     "reduction": "reduction on held-out prompts, %",
     "in_sample_reduction": "reduction in sample, %",
@@ -84,6 +87,10 @@ def run(params: Params) -> dict[str, float]:
     ]
     write_text(FOLDER / "report.md", "".join(page))
     write_text(TABLE, results)
+    found = summary(params, table)
+    write_json(SUMMARY, found)
+    own = (f"{r['behaviour']} {short(r['verdict'])}" for r in found["methods"] if r["own"])
+    log.info("report: %s; more in %s", ", ".join(own), FOLDER)
     return {
         f"{row['behaviour']}.{row['method']}.{key}": row["differences"][key]["value"]
         for row in table

@@ -6,6 +6,7 @@ perplexity budget. The test split is never looked at. Of a set with blocks there
 its prompts, and one for every block that is tested, of those before it; they have one size.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from sparc3.circuits.circuit import Circuit, write_circuit
 from sparc3.circuits.correlation import read_flat
 from sparc3.circuits.methods import leader, noise
 from sparc3.relevance.contrasts import CONTRASTS
+
+log = logging.getLogger(__name__)
 
 
 class Choice(NamedTuple):
@@ -227,4 +230,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
             scalars[f"{name}.agreement"] = agreement(circuit, before)
     write_csv(artifacts.stability_path(behaviour), curves, ("method", "prompts", "overlap"))
     write_json(artifacts.metrics_path("select", behaviour), scalars)
+    own, again = spec.method, scalars.get(f"{spec.method}.stability")
+    found = "" if again is None else f"; a bootstrap over prompts finds {100 * again:.0f} % again"
+    log.info("select %s: %s takes %d neurons%s", behaviour, own, every[""][own][0].k, found)
     return scalars

@@ -6,6 +6,7 @@ those of its first block, of which only the perplexity of general text is measur
 objective is the size. So the largest that the budget allows is chosen without a tested group.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparc3.measure.instrument import How, Instrument, Measured, Reading
 from sparc3.measure.instruments import perplexity, swept_of
 from sparc3.model import loading
 
+log = logging.getLogger(__name__)
 COLUMNS = ("method", "protect", "num_neurons", "ppl_delta", "ppl_error", "objective")
 
 
@@ -96,4 +98,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     best = {name: max(p["objective"] for p in points if p["method"] == name) for name in methods}
     scalars = {"points": float(len(points)), **{f"{n}.objective": v for n, v in best.items()}}
     write_json(metrics_path("sweep", behaviour), scalars)
+    said = "sweep %s: %d circuits of %s: perplexity %+.1f to %+.1f %%"
+    cost = [point["ppl_delta"] for point in points[1:]]
+    log.info(said, behaviour, len(cost), ", ".join(methods), min(cost), max(cost))
     return scalars

@@ -15,55 +15,86 @@ class Stage(NamedTuple):
     """One row of the table.
 
     `axis` is what the stage runs once for each of; `parallel`: it may run as several processes;
-    `model`: its results depend on the model's files, and a job asks for cards; `products`: files or
-    folders below outputs/ ({} is the axis's value).
+    `model`: its results depend on the model's files, and a job asks for cards; `reads`: the raw
+    data, and stages whose products or metrics it reads; `products`: files or folders below outputs/
+    ({} is the axis's value).
     """
 
     purpose: str
     axis: Literal["prompt_set", "behaviour"] | None = None
     parallel: bool = False
     model: bool = False
+    reads: tuple[str, ...] = ()
     products: tuple[str, ...] = ()
 
 
 STAGES: dict[str, Stage] = {
-    "prepare": Stage("prompt sets out of the raw data", model=True, products=("prompts",)),
+    "prepare": Stage(
+        "prompt sets out of the raw data", model=True, reads=("data",), products=("prompts",)
+    ),
     "attribute": Stage(
         "scores of every neuron for every prompt",
         "prompt_set",
         parallel=True,
         model=True,
+        reads=("prepare",),
         products=("scores/{}",),
     ),
     "gate": Stage(
-        "does the behaviour's relevance differ at all?", "behaviour", products=("gate/{}.csv",)
+        "does the behaviour's relevance differ at all?",
+        "behaviour",
+        reads=("prepare", "attribute"),
+        products=("gate/{}.csv",),
     ),
     "differential": Stage(
-        "one number for every neuron and method", "behaviour", products=("differential/{}",)
+        "one number for every neuron and method",
+        "behaviour",
+        reads=("attribute", "gate"),
+        products=("differential/{}",),
     ),
     "sweep": Stage(
         "circuits of every size on the tune split",
         "behaviour",
         model=True,
+        reads=("prepare", "differential"),
         products=("sweep/{}.csv",),
     ),
     "select": Stage(
         "the circuits, and how stable they are",
         "behaviour",
+        reads=("prepare", "attribute", "differential", "sweep"),
         products=("circuits/{}", "stability/{}"),
     ),
     "evaluate": Stage(
         "what pruning does, on held-out prompts",
         "behaviour",
         model=True,
+        reads=("data", "prepare", "select"),
         products=("evaluation/{}",),
     ),
     "transfer": Stage(
-        "every circuit on every behaviour and text", model=True, products=("transfer",)
+        "every circuit on every behaviour and text",
+        model=True,
+        reads=("prepare", "select"),
+        products=("transfer",),
     ),
-    "overlap": Stage("what the circuits have in common", products=("overlap",)),
-    "report": Stage("result table, figures, published numbers", products=("report",)),
+    "overlap": Stage(
+        "what the circuits have in common",
+        reads=("prepare", "attribute", "differential"),
+        products=("overlap",),
+    ),
+    "report": Stage(
+        "summary, tables, figures, published numbers",
+        reads=("gate", "sweep", "select", "evaluate", "transfer", "overlap"),
+        products=("report",),
+    ),
 }
+
+
+def traffic(word: str) -> tuple[str, str]:
+    """What a stage reads, and what it writes below outputs/: `model, prepare` and `scores/{}`."""
+    row = STAGES[word]
+    return ", ".join([*(["model"] if row.model else []), *row.reads]), ", ".join(row.products)
 
 
 def axis_flag(stage: Stage) -> str | None:

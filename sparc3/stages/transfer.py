@@ -7,7 +7,7 @@ were chosen without the block, and the others' those of all their prompts.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -90,6 +90,20 @@ def compare(params: Params, read: dict[tuple[str, str], list[Reading]]) -> dict[
     return results
 
 
+def across(params: Params, results: Mapping[str, Mapping[str, Differences]]) -> str:
+    """Which behaviour's circuit moves another one, by the matrix's value and its interval."""
+    moved = []
+    for name, spec in params.behaviours.items():
+        cell = next(iter(swept_of(spec).values())).cell
+        for pruned_for, found in results.items():
+            change = found[name][cell]
+            if pruned_for != name and not change["low"] <= 0 <= change["high"]:
+                moved.append(f"{pruned_for}'s on {name}")
+    pairs = len(results) * (len(results) - 1)
+    named = f": {', '.join(moved)}" if moved else ""
+    return f"{len(moved)} of {pairs} effects on another behaviour exclude 0{named}"
+
+
 def run(params: Params) -> dict[str, float]:
     transfer = params.transfer
     if params.prepare.splits["test"] == 0:
@@ -140,4 +154,5 @@ def run(params: Params) -> dict[str, float]:
     ]
     write_csv(OUTPUTS / "transfer" / "matrix.csv", table, COLUMNS)
     write_json(metrics_path("transfer"), results)
+    log.info("transfer: %s", across(params, results))
     return {f"{r['pruned_for']}.{r['measured']}.{r['quantity']}": float(r["value"]) for r in table}
