@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 CODE = [
     Path(__file__),
     *(Path(str(code.__file__)) for code in (attribution, scores, files)),
-    Path(attribution.__file__).with_name("lrp.py"),
+    Path(__file__).parents[1] / "relevance/lrp.py",  # not imported: lxt need not be there
     *(Path(str(code.__file__)) for code in (checkpoint, families, loading)),
 ]
 VISIBLE = 120.0  # seconds until a network file system shows what another machine has written
