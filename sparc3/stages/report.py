@@ -90,7 +90,7 @@ def run(params: Params) -> dict[str, float]:
     found = summary(params, table)
     write_json(SUMMARY, found)
     own = (f"{r['behaviour']} {short(r['verdict'])}" for r in found["methods"] if r["own"])
-    log.info("report: %s; more in %s", ", ".join(own), FOLDER)
+    log.info("report: %s (%s)", "; ".join(own), FOLDER)
     return {
         f"{row['behaviour']}.{row['method']}.{key}": row["differences"][key]["value"]
         for row in table
