@@ -139,6 +139,24 @@ def removal(value: Value, groups: Sequence[Mapping[str, str]], circuit: str) -> 
     }
 
 
+def share(
+    value: Value, groups: Sequence[Mapping[str, str]], change: Mapping[str, float]
+) -> dict[str, float]:
+    """A change of the value that the verdict is of, in percent of complete removal, as `removal`
+    has it: of the unpruned model's level, which is taken as it was measured.
+    """
+    if "%" in value.title:  # of the unpruned model's level already
+        factor: float = value.less
+    else:
+        units, means = np.array(
+            [(g["units"], g["mean"]) for g in groups if g["circuit"] == "none"], float
+        ).T
+        left = float(np.average(means, weights=units)) - (value.even or 0.0)
+        factor = -100 / left if left else math.nan
+    low, high = sorted(factor * change[end] for end in ("low", "high"))
+    return {"value": factor * change["value"], "low": low, "high": high}
+
+
 def cells(params: Params) -> list[dict[str, Any]]:
     """All cells in the order of params, each family of tests judged."""
     table = []
@@ -151,6 +169,8 @@ def cells(params: Params) -> list[dict[str, Any]]:
             primary = primary_of(spec)
             if primary and row["change"] and row["family"] != CONTROL:
                 row |= removal(primary[1], groups, method)
+            if primary and row["change"]:
+                row["share"] = share(primary[1], groups, row["change"])
             table.append(row)
     for each in (CONFIRMATORY, EXPLORATORY):
         judge([r for r in table if r["family"] == each and r["change"]], params.evaluate.resamples)
