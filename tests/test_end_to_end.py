@@ -289,10 +289,15 @@ def test_runs_are_in_mlflow(finished: tuple[Path, str], run_in: Any) -> None:
     parents = [run for run in runs if run.data.tags.get("sparc3.row") == "all"]
     assert len(parents) == 1
     rows = [run for run in runs if run.data.tags.get("sparc3.row") not in (None, "all")]
-    shown = {(run.data.params["behaviour"], run.data.params["method"]): run for run in rows}
+    shown = {(run.data.tags["behaviour"], run.data.tags["method"]): run for run in rows}
     assert len(shown) == 3 * len(METHODS) + 1  # toxicity's word ban
     row = shown["toxicity", "lrp"]
-    assert {"reduction", "ppl_delta", "differential"} <= set(row.data.metrics)
+    assert {"reduction", "perplexity", "differential"} <= set(row.data.metrics)
+    gate = next(run for run in runs if run.data.tags.get("sparc3.name") == "gate@toxicity")
+    for run in (row, gate):
+        assert run.inputs is not None
+        read = {each.dataset.name for each in run.inputs.dataset_inputs}
+        assert read >= {"toxicity", "general-toxicity"}
     artifacts = [a.path for a in client.list_artifacts(row.info.run_id)]
     assert "lrp.csv" in artifacts
 

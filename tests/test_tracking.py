@@ -11,8 +11,6 @@ import sys
 import textwrap
 import threading
 import time
-import urllib.error
-import urllib.request
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -20,10 +18,9 @@ import pytest
 
 from sparc3.base import comparison, runs, store
 from sparc3.base.errors import InputError
-from sparc3.base.files import write_text
+from sparc3.base.files import digest, write_text
 from sparc3.base.secrets import first_line, hub_reason, masked, secrets
 from sparc3.commands import ui
-from sparc3.commands.stage import as_metrics
 
 REPOSITORY = Path(__file__).parent.parent
 AWKWARD = "what? a%20b ä #x"  # a checkout's name of all that means something else in an address
@@ -416,6 +413,12 @@ def test_a_signal_while_a_run_is_created_ends_it(here, monkeypatch, number):
 # A store that does not answer
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextmanager
 def server(answer):
     """The port of a server that gives this answer to every connection; None: it is silent."""
@@ -638,14 +641,11 @@ def test_what_is_masked_is_a_secret_and_no_word(tmp_path, monkeypatch):
         secrets()
 
 
-def test_flatten_and_as_metrics():
+def test_flatten():
     nested = {"a": {"b": {"c": 1}, "d": [1, {"e": 2}]}, "f": None, "g": {}, "h": True}
     flat = {"a.b.c": "1", "a.d": '[1, {"e": 2}]', "f": "null", "g": "{}", "h": "true"}
     assert runs.flatten(nested) == flat
     assert runs.flatten(runs.flatten(nested)) == flat
-    difference = {"value": -3.0, "low": -5.0, "high": -1.0, "p": 0.01, "mde": None}
-    named = {"reduction": -3.0, "reduction_low": -5.0, "reduction_high": -1.0, "reduction_p": 0.01}
-    assert as_metrics("reduction", difference) == named
 
 
 # Nesting
@@ -777,18 +777,32 @@ def test_dvcs_site_cache_is_the_owners_alone_unless_another_is_named(tmp_path, m
 def rows(tmp_path, reduction=-20.0):
     circuit = tmp_path / "circuit.csv"
     write_text(circuit, f"layer,neuron,score,scale\n0,1,{reduction},0\n")
-    return [
-        comparison.Row(
-            "toxicity", "lrp", {"reduction": reduction}, [circuit], ["evaluate@toxicity"]
-        ),
-        comparison.Row("toxicity", "random", {"reduction": 1.0}, (), ["evaluate@toxicity"]),
-        comparison.Row("race", "lrp", {"reduction": -2.0}, (), ["evaluate@race"]),
-    ]
+    prompts = tmp_path / "prompts.jsonl"
+    write_text(prompts, "{}\n")
+
+    def row(name, value, artifacts=()):
+        behaviour, method = name.split("/")
+        return comparison.Entry(
+            f"{behaviour}, {method}",
+            {"reduction": value},
+            {"behaviour": behaviour, "verdict": "reduced"},
+            note="**reduced**",
+            artifacts=artifacts,
+            stages=[f"evaluate@{behaviour}"],
+            datasets=[runs.Dataset(prompts, "behaviour")],
+        )
+
+    values = {"toxicity/lrp": reduction, "toxicity/random": 1.0, "race/lrp": -2.0}
+    return {
+        name: row(name, value, [circuit] if name == "toxicity/lrp" else [])
+        for name, value in values.items()
+    }
 
 
 def compare(rows, state, params, products):
+    whole = comparison.Entry("tiny", {"toxicity/reduction": 1.0}, {}, "**all**", "bars.png")
     with opened("report") as report:
-        parent = comparison.pipeline_run(report, state, params, rows, products)
+        parent = comparison.pipeline_run(report, state, params, whole, rows, products)
     return report, parent
 
 
@@ -809,7 +823,7 @@ def test_one_run_per_state_with_a_row_per_cell_however_often(here, tmp_path, req
 
     runs = {r.info.run_id: r for r in all_runs(here, request.node.name)}
     cells = {
-        str(r.info.run_name): r
+        r.data.tags["sparc3.row"]: r
         for r in runs.values()
         if r.data.tags.get("sparc3.row", "all") != "all"
     }
@@ -818,12 +832,16 @@ def test_one_run_per_state_with_a_row_per_cell_however_often(here, tmp_path, req
     for name, cell in cells.items():
         assert cell.info.status == "FINISHED"
         assert cell.data.tags["mlflow.parentRunId"] == parent
-        behaviour, method = name.split("/")
-        assert cell.data.params == {
-            "select.num_neurons": "60",
-            "behaviour": behaviour,
-            "method": method,
-        }
+        assert cell.info.run_name == name.replace("/", ", ")
+        assert cell.data.params == {"select.num_neurons": "60"}
+        assert cell.data.tags["verdict"] == "reduced"
+        assert cell.data.tags["mlflow.note.content"] == "**reduced**"
+        assert cell.inputs is not None
+        assert [
+            (d.dataset.name, d.dataset.digest, d.tags[0].value) for d in cell.inputs.dataset_inputs
+        ] == [("prompts", digest(tmp_path / "prompts.jsonl")[:32], "behaviour")]  # logged twice
+    # The latest is on top of the table.
+    assert sorted(cells, key=lambda name: -cells[name].info.start_time) == list(rows(tmp_path))
     lrp = cells["toxicity/lrp"]
     assert lrp.data.metrics == {"reduction": -21.0}
     assert lrp.data.tags["stage.evaluate.toxicity"] == maker.id
@@ -843,11 +861,11 @@ def test_one_run_per_state_with_a_row_per_cell_however_often(here, tmp_path, req
     top = runs[parent]
     assert top.info.status == "FINISHED"
     assert top.data.params == {"select.num_neurons": "60"}
-    assert top.data.metrics == {
-        "toxicity/lrp/reduction": -21.0,
-        "toxicity/random/reduction": 1.0,
-        "race/lrp/reduction": -2.0,
-    }
+    assert top.data.metrics == {"toxicity/reduction": 1.0}
+    assert re.fullmatch(r"tiny, \d{4}-\d\d-\d\d \d\d:\d\d", str(top.info.run_name))
+    assert {r.data.tags["pipeline"] for r in (top, *cells.values())} == {top.info.run_name}
+    figure = f"![](get-artifact?path=bars.png&run_uuid={parent})"
+    assert top.data.tags["mlflow.note.content"] == f"**all**\n\n{figure}"
     nested = {i for i, r in runs.items() if r.data.tags.get("mlflow.parentRunId") == parent}
     assert nested == {maker.id, report.id, again.id, *(c.info.run_id for c in cells.values())}
 
@@ -865,85 +883,27 @@ def test_under_main_its_own_run_is_the_parent_of_the_rows(here, tmp_path, monkey
         _, parent = compare(rows(tmp_path), "s", {"k": 1}, {})
         assert recorded(main).info.status == "RUNNING"
     assert parent == main.id
-    assert recorded(main).data.metrics["toxicity/lrp/reduction"] == -20.0
+    assert recorded(main).data.metrics == {"toxicity/reduction": 1.0}
     monkeypatch.delenv("SPARC3_PARENT_RUN_ID")
     _, found = compare(rows(tmp_path), "s", {"k": 1}, {})
     assert found == main.id
 
 
-def test_a_comparison_that_breaks_off_is_not_left_running(here, tmp_path, request):
-    broken = [*rows(tmp_path), comparison.Row("race", "random", {"reduction": float("nan")})]
+def test_a_comparison_that_breaks_off_is_not_left_running(here, tmp_path, request, monkeypatch):
+    broken = rows(tmp_path)
+    broken["race/random"] = comparison.Entry("race, random", {"reduction": float("nan")}, {})
+    monkeypatch.setenv("DVC_EXP_NAME", "rusty-fern")
     with pytest.raises(ValueError, match="reduction"):
         compare(broken, "s", {"k": 1}, {})
     status = {str(r.info.run_name): r.info.status for r in all_runs(here, request.node.name)}
     assert status == {
         "report": "FAILED",
-        "pipeline s": "FAILED",
-        "race/random": "FAILED",
-        "toxicity/lrp": "FINISHED",
-        "toxicity/random": "FINISHED",
-        "race/lrp": "FINISHED",
+        "rusty-fern": "FAILED",
+        "race, random": "FAILED",
+        "toxicity, lrp": "FINISHED",
+        "toxicity, random": "FINISHED",
+        "race, lrp": "FINISHED",
     }
     _, parent = compare(rows(tmp_path), "s", {"k": 1}, {})
     by_id = {r.info.run_id: r.info.status for r in all_runs(here, request.node.name)}
     assert by_id[parent] == "FINISHED"
-
-
-# The UI
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def get(address):
-    """Body of the answer, asked for until the server is up."""
-    for _ in range(300):
-        try:
-            with urllib.request.urlopen(address) as answer:
-                return answer.read().decode()
-        except urllib.error.URLError:
-            time.sleep(0.5)
-    raise TimeoutError(address)
-
-
-def test_the_ui_shows_the_runs_and_their_artifacts(project):
-    run = next(r for r in all_runs(project, "sparc3") if r.info.run_name == "stage1")
-    port = free_port()
-    code = f"from sparc3.commands import ui; ui.run({port})"
-    server = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=project,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        page = f"http://127.0.0.1:{port}/#/experiments/0/runs?workflowType=machine_learning"
-        assert server.stdout.readline() == f"The runs are at {page}\n"
-        assert "<title>MLflow</title>" in get(f"http://127.0.0.1:{port}/")
-        asked = f"get-artifact?path=note.txt&run_uuid={run.info.run_id}"
-        assert get(f"http://127.0.0.1:{port}/{asked}") == "stage1"
-    finally:
-        server.terminate()
-        server.wait(timeout=300)
-
-
-def test_a_port_that_is_taken_is_named(here):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"PORT: {port} .* make ui PORT={port + 1}"):
-            ui.run(port)
-
-
-def test_the_link_of_a_server_is_the_servers(here, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9/")
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "7")
-    link = ui.ui_link()
-    assert link == "http://127.0.0.1:9/#/experiments/7/runs?workflowType=machine_learning"

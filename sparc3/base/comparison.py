@@ -1,87 +1,104 @@
 """The comparison of results in MLflow: a parent run for a state of the pipeline, a row per method.
 
-Its tags: `sparc3.state` (digest of the pipeline's state), `sparc3.row`, and `stage.NAME`, the id of
-the run of each stage that made the numbers.
+Its tags: `sparc3.state` (digest of the pipeline's state), `sparc3.row`, `stage.NAME`, the id of the
+run of each stage that made the numbers, and what the runs table shows as columns.
 """
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparc3.base.runs import PARENT, Run, closing, create, given, source
+from sparc3.base.runs import PARENT, Dataset, Run, closing, create, given, source
 from sparc3.base.store import alone, answering, connect, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as Record
 
+GROUP = "pipeline"  # the tag by which the runs table groups: the parent's name
+
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the comparison: a behaviour under a method.
+class Entry:
+    """What a run of the comparison shows: the whole, or a row, a behaviour under a method.
 
-    `stages` names the stage runs (`evaluate@toxicity`) that made its numbers.
+    `tags` are the columns of the runs table and what it is filtered by, `note` its description in
+    Markdown, under which `figure` is shown, the name of a file of the parent's; `stages` names the
+    stage runs (`evaluate@toxicity`) that made its numbers, `datasets` the prompts.
     """
 
-    behaviour: str
-    method: str
+    name: str
     metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    note: str = ""
+    figure: str | None = None
     artifacts: Sequence[Path] = ()
     stages: Sequence[str] = ()
+    datasets: Sequence[Dataset] = ()
 
 
 def pipeline_run(
     report: Run,
     state: str,
     params: Mapping[str, Any],
-    rows: Sequence[Row],
+    whole: Entry,
+    rows: Mapping[str, Entry],
     products: Mapping[str, str],
-    artifacts: Sequence[Path] = (),
 ) -> str:
     """One run for a state of the pipeline and, nested in it, one per row; returns the parent's id.
 
     A stage that DVC finds unchanged does not run and logs nothing, so the comparison is logged from
     the results. Called again for the same state, it updates the runs that are there. Under `main`,
-    main's own run is the parent. The parent carries every row's metrics as `behaviour/method/name`,
-    so that states are compared without unfolding them.
+    main's own run is the parent.
 
     Args:
         report: the open run of the stage that calls.
         state: digest of all that decides the rows: equal state, equal `params`.
         params: nested or flat, of the whole pipeline; logged on the parent and on every row.
-        rows: the cells, enumerated from params.
+        whole: the parent; it is named by the DVC experiment, else by its name and when it began.
+        rows: by what finds them again, `behaviour/method`; in the order of the table.
         products: digest of what each stage wrote, by the stage run's name (`evaluate@toxicity`),
             as given to `set_product`. The latest finished run with that name and digest made it: it
             is linked by the tag `stage.NAME`, and nested under the parent unless it has one.
             A product without a run here (it came from a DVC remote) is not linked.
-        artifacts: files of the whole (result table, figures).
     """
     client, main = report.client, given(report.client, PARENT)
     with alone(tracking_uri()):
         makers = {name: _maker(report, name, digest) for name, digest in products.items()}
         made = {name: maker for name, maker in makers.items() if maker}
         parent = _existing(report, state, "all") or main or create(client, report.experiment, None)
+        record = client.get_run(parent.id)
+        began, name = record.info.start_time, os.environ.get("DVC_EXP_NAME")
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(began / 1000))
+        title = name or record.data.tags.get(GROUP) or f"{whole.name}, {date}"
+
+        def show(run: Run, key: str, entry: Entry, makers: Iterable["Record"]) -> None:
+            note = entry.note
+            if entry.figure:
+                note += f"\n\n![](get-artifact?path={entry.figure}&run_uuid={parent.id})"
+            described = {"mlflow.note.content": note, GROUP: title, **entry.tags}
+            run.set_tags({**_identity(state, key, makers), **described})
+            run.log_params(params)
+            run.log_metrics(entry.metrics)
+            run.log_datasets(entry.datasets)
+            for path in entry.artifacts:
+                run.log_artifact(path)
+
         # Main's own run is ended by `mlflow run`, when all of main has ended.
         with closing(parent) if parent != main else nullcontext():
-            title = os.environ.get("DVC_EXP_NAME") or f"pipeline {state[:8]}"
-            parent.set_tags({"mlflow.runName": title, **_identity(state, "all", made.values())})
-            parent.log_params(params)
-            for path in artifacts:
-                parent.log_artifact(path)
-            for row in rows:
-                name = f"{row.behaviour}/{row.method}"
-                run = _existing(report, state, name) or create(client, parent.experiment, parent)
+            parent.set_tags({"mlflow.runName": title})
+            show(parent, "all", whole, made.values())
+            for place, (key, entry) in enumerate(rows.items(), 1):
+                # The table has the latest on top.
+                run = _existing(report, state, key) or create(
+                    client, parent.experiment, parent, began - place
+                )
                 with closing(run):
-                    by = [made[stage] for stage in row.stages if stage in made]
-                    run.set_tags({"mlflow.runName": name, **_identity(state, name, by)})
-                    run.set_tags({"mlflow.parentRunId": parent.id})
-                    run.log_params({**params, "behaviour": row.behaviour, "method": row.method})
-                    run.log_metrics(row.metrics)
-                    for path in row.artifacts:
-                        run.log_artifact(path)
-                parent.log_metrics({f"{name}/{key}": value for key, value in row.metrics.items()})
+                    run.set_tags({"mlflow.runName": entry.name, "mlflow.parentRunId": parent.id})
+                    show(run, key, entry, [made[name] for name in entry.stages if name in made])
             for record in (*made.values(), client.get_run(report.id)):
                 if "mlflow.parentRunId" not in record.data.tags:
                     client.set_tag(record.info.run_id, "mlflow.parentRunId", parent.id)

@@ -23,9 +23,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from sparc3.base.errors import InputError
+from sparc3.base.files import digest
 from sparc3.base.parallel import began
 from sparc3.base.secrets import first_line, masked, secrets
 from sparc3.base.store import answering, connect, public_uri, refusals
@@ -61,6 +62,13 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
     return flat
+
+
+class Dataset(NamedTuple):
+    """A file of prompts, and what a run uses it for."""
+
+    path: Path
+    use: str
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,24 @@ class Run:
         for start in range(0, len(items), MAX_BATCH):
             batch: dict[str, Any] = {kind: items[start : start + MAX_BATCH]}
             self.client.log_batch(self.id, **batch)
+
+    def log_datasets(self, datasets: Sequence["Dataset"]) -> None:
+        """The files of prompts that a run reads, as MLflow's inputs; known by name and digest."""
+        from mlflow import entities
+
+        inputs = [
+            entities.DatasetInput(
+                entities.Dataset(
+                    name=data.path.stem,
+                    digest=digest(data.path)[:32],  # MLflow takes no more than 36
+                    source_type="local",
+                    source=json.dumps({"uri": data.path.as_posix()}),
+                ),
+                [entities.InputTag("mlflow.data.context", data.use)],
+            )
+            for data in datasets
+        ]
+        self.client.log_inputs(self.id, inputs)
 
     def set_product(self, digest: str) -> None:
         """Digest of what the stage wrote, by which `pipeline_run` finds the run that wrote it."""
@@ -295,11 +321,16 @@ def given(client: "MlflowClient", variable: str) -> Run | None:
         raise InputError(f"{variable}: {problem}; unset it") from None
 
 
-def create(client: "MlflowClient", experiment: str, parent: Run | None) -> Run:
-    """A new run, in the experiment of its parent if it has one: nesting ends at the experiment."""
+def create(
+    client: "MlflowClient", experiment: str, parent: Run | None, began: int | None = None
+) -> Run:
+    """A new run, in the experiment of its parent if it has one: nesting ends at the experiment.
+
+    began: when it did, in milliseconds; else now.
+    """
     program = Path(sys.argv[0]).name.replace("__main__.py", "sparc3")  # not whose folder it is in
     command = masked(shlex.join([program, *sys.argv[1:]]), MAX_TAG)
     tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": command, **_process()}
     if parent:
         experiment, tags["mlflow.parentRunId"] = parent.experiment, parent.id
-    return Run(client, experiment, client.create_run(experiment, tags=tags).info.run_id)
+    return Run(client, experiment, client.create_run(experiment, began, tags).info.run_id)

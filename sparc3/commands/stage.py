@@ -17,13 +17,15 @@ from typing import Any
 
 import sparc3
 from sparc3.base import comparison, parallel, runs
-from sparc3.base.artifacts import OUTPUTS, joint_digest, metrics_path, model_files
+from sparc3.base.artifacts import OUTPUTS, joint_digest, metrics_path, model_files, prompts_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, digest_text, locked, told
 from sparc3.base.params import Params
 from sparc3.base.products import Ledger, write_manifest
 from sparc3.stages.fetch import DATA, MODELS_FOLDER, check_model, folder_md5
 from sparc3.stages.table import STAGES, Stage, check_axis, made, shown_files
+
+LAYOUT = 2  # of the comparison's runs: those of an earlier one are left as they are
 
 
 def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
@@ -59,6 +61,8 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
         steps: dict[str, Callable[[], object]] = {
             "metrics": lambda: opened.log_metrics({**metrics, **cost})
         }
+        if axes:
+            steps["datasets"] = lambda: opened.log_datasets(datasets(params, axes))
         if DATA.is_dir():
             data = {"sparc3.digest.data": folder_md5(DATA)}
             steps["digest of the data"] = lambda: opened.set_tags(data)
@@ -111,32 +115,22 @@ def parameters(params: Params, word: str, axes: Mapping[str, str]) -> dict[str, 
     return {word: tree[word], "model": tree["model"], **rows}
 
 
-def as_metrics(name: str, difference: Mapping[str, float | None]) -> dict[str, float]:
-    """A difference {"value", "low", "high", "p", ...} as metrics `name`, `name_low`, ...
-
-    What is None (a bound that does not exist) is left out.
-    """
-    return {
-        name if key == "value" else f"{name}_{key}": value
-        for key, value in difference.items()
-        if value is not None
-    }
+def datasets(params: Params, axes: Mapping[str, str]) -> list[runs.Dataset]:
+    """The prompts that a stage of one prompt set or behaviour is about."""
+    uses = {name: "attributed" for axis, name in axes.items() if axis == "prompt_set"}
+    if "behaviour" in axes:
+        spec = params.behaviours[axes["behaviour"]]
+        uses = {spec.prompts: "behaviour", spec.reference: "reference"}
+    return [runs.Dataset(prompts_path(name), use) for name, use in uses.items()]
 
 
 def compare(params: Params, report: runs.Run) -> None:
     """Log the comparison: a parent run for this state of the pipeline, a row for every cell."""
-    from sparc3.reporting.tables import cells  # here: no other stage needs it
+    from sparc3.reporting.entries import row_entry, whole_entry  # here: no other stage needs it
+    from sparc3.reporting.tables import cells
 
-    rows = []
-    for cell in cells(params):
-        metrics = {"num_neurons": cell["num_neurons"]}
-        differences = {"differential": cell["gap"], **cell["differences"]}
-        for name, difference in differences.items():
-            metrics |= as_metrics(name, difference)
-        behaviour = cell["behaviour"]
-        made = [f"{word}@{behaviour}" for word in ("gate", "select", "evaluate")]
-        files = [cell["circuit"]] if cell["circuit"] else []
-        rows.append(comparison.Row(behaviour, cell["method"], metrics, files, made))
+    table = cells(params)
+    rows = {f"{cell['behaviour']}/{cell['method']}": row_entry(params, cell) for cell in table}
     values = {None: [None], "prompt_set": params.prompt_sets, "behaviour": params.behaviours}
     products = {
         word if value is None else f"{word}@{value}": digest(metrics_path(word, value))
@@ -145,6 +139,6 @@ def compare(params: Params, report: runs.Run) -> None:
         for value in values[stage.axis]
     }
     everything = dataclasses.asdict(params)
-    state = digest_text(json.dumps([everything, products], sort_keys=True))
-    files = shown_files("report", None)
-    comparison.pipeline_run(report, state, everything, rows, products, files)
+    state = digest_text(json.dumps([everything, products, LAYOUT], sort_keys=True))
+    whole = whole_entry(params, table, shown_files("report", None))
+    comparison.pipeline_run(report, state, everything, whole, rows, products)

@@ -1,19 +1,59 @@
 """The tracking UI: MLflow's server on 127.0.0.1, and the link to the runs."""
 
+import json
 import os
 import socket
 import sys
 
+from sparc3.base.comparison import GROUP
 from sparc3.base.errors import InputError
-from sparc3.base.store import connect, public_uri, tracking_uri
+from sparc3.base.store import answering, connect, public_uri, tracking_uri
+
+COLUMNS = {  # tags of the rows, and the columns' widths in pixels
+    "behaviour": 85,
+    "method": 135,
+    "verdict": 210,
+    "reduction": 175,
+    "perplexity": 210,
+    "differential": 165,
+    "neurons": 70,
+}
+
+
+def view() -> str:
+    """A saved view of MLflow's runs table: rows with their answers, grouped by pipeline.
+
+    It is written as the table itself writes one that is shared, so that it is in its menu, too.
+    """
+    columns = {f"tags.`{tag}`": width for tag, width in COLUMNS.items()}
+    widths = {"attributes.`Run Name`": 220, "runDateAndNestInfo": 140, **columns}
+    state = {
+        "searchFilter": f"tags.{GROUP} LIKE '%'",
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": False,
+        "selectedColumns": list(columns),
+        "columnOrder": list(widths),
+        "columnWidths": widths,
+        "groupBy": {
+            "aggregateFunction": "average",
+            "groupByKeys": [{"mode": "tag", "groupByData": GROUP}],
+        },
+    }
+    return json.dumps({"name": "results", "createdAt": 0, "state": json.dumps(state)})
 
 
 def ui_link(port: int = 5000) -> str:
-    """The page with the runs as a table, on the user's server, or `run`'s at `port`."""
-    _, experiment = connect()
+    """The page with the runs as a table, on the user's server, or `run`'s at `port`.
+
+    The view that it opens is kept with the experiment.
+    """
+    client, experiment = connect()
+    with answering():
+        client.set_experiment_tag(experiment, "mlflow.sharedViewState.sparc3", view())
     uri = public_uri()
     server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
-    return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    shown = "viewStateShareKey=sparc3&workflowType=machine_learning"
+    return f"{server}/#/experiments/{experiment}/runs?{shown}"
 
 
 def run(port: int) -> None:
