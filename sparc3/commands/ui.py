@@ -9,14 +9,14 @@ from sparc3.base.comparison import GROUP
 from sparc3.base.errors import InputError
 from sparc3.base.store import answering, connect, public_uri, tracking_uri
 
-COLUMNS = {  # tags of the rows, and the columns' widths in pixels
-    "behaviour": 85,
-    "method": 135,
-    "verdict": 210,
-    "reduction": 175,
-    "perplexity": 210,
-    "differential": 165,
+COLUMNS = {  # tags of the rows, and the columns' widths in pixels; all fit in a window of 1600
+    "behaviour": 80,
+    "method": 120,
     "neurons": 70,
+    "verdict": 175,
+    "reduction": 165,
+    "perplexity": 195,
+    "differential": 155,
 }
 
 
@@ -26,7 +26,7 @@ def view() -> str:
     It is written as the table itself writes one that is shared, so that it is in its menu, too.
     """
     columns = {f"tags.`{tag}`": width for tag, width in COLUMNS.items()}
-    widths = {"attributes.`Run Name`": 220, "runDateAndNestInfo": 140, **columns}
+    widths = {"attributes.`Run Name`": 190, "runDateAndNestInfo": 110, **columns}
     state = {
         "searchFilter": f"tags.{GROUP} LIKE '%'",
         "orderByKey": "attributes.start_time",
