@@ -123,7 +123,7 @@ def test_attribution_goes_on_only_with_shards_of_the_same_code() -> None:
 def test_a_stage_runs_again_when_a_section_that_it_reads_changes(word: str) -> None:
     code = Path("sparc3/stages", f"{word}.py").read_text()
     if word == "report":
-        for name in ("tables", "published", "page"):
-            code += Path("sparc3/reporting", f"{name}.py").read_text()
+        for name in ("tables.py", "published.py", "page.py", "page.html.jinja"):
+            code += Path("sparc3/reporting", name).read_text()
     read = set(re.findall(r"\bparams\.(\w+)", code)) & {f.name for f in fields(Params)}
     assert {key.partition(".")[0] for key in ROWS[word]["params"]} == read

@@ -43,7 +43,7 @@ NO_DATE = {
     "svg": dict.fromkeys(("Date", "Creator", "Format", "Type")),
     "pdf": dict.fromkeys(("CreationDate", "Creator", "Producer")),
 }
-NOTES = 1.03, 1.37, 1.87  # where text stands beside the main figure, in widths of its panel
+NOTES = 1.03, 1.33, 1.93  # where text stands beside the main figure, in widths of its panel
 RING = {"s": 170, "facecolors": "none", "edgecolors": "black", "linewidths": 1.3}
 Interval = Mapping[str, float]  # value, low, high
 

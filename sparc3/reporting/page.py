@@ -76,7 +76,7 @@ def sentences(params: Params, table: list[dict[str, Any]]) -> list[dict[str, str
         cost = row["differences"]["ppl_worst"]
         numbers = (
             f"Removing {row['num_neurons']} of {about['layers'] * about['width']:,} neurons "
-            f"({row['method']}) takes {percent(row.get('share'))} of it away (unpruned: "
+            f"({row['method']}) {taken(row.get('share'))} (unpruned: "
             f"{level(params, row['behaviour'])}) and changes perplexity by {interval(cost)} %, on "
             f"{row['worst']}, the kind of text where that is worst."
         )
@@ -85,10 +85,11 @@ def sentences(params: Params, table: list[dict[str, Any]]) -> list[dict[str, str
     return found
 
 
-def percent(share: Mapping[str, float] | None) -> str:
+def taken(share: Mapping[str, float] | None) -> str:
     if share is None:
-        return "an amount that was not measured"
-    return f"{share['value']:.0f} % [{share['low']:.0f}, {share['high']:.0f}]"
+        return "was not measured on it"
+    value, low, high = (f"{share[end]:.0f}" for end in ("value", "low", "high"))
+    return f"takes {value} % [{low}, {high}] of it away"
 
 
 def main_table(params: Params, table: list[dict[str, Any]]) -> Table:

@@ -93,7 +93,7 @@ def draw_behaviour(
         for name, label in drawn.items()
         if name in levels
     }
-    if panels:
+    if spec.method in panels:
         figures.prompts(folder / f"prompts-{behaviour}", title, panels, looks)
     path = circuit_path(behaviour, spec.method)
     about, circuit = read_json(path.with_suffix(".json")), read_circuit(path)
@@ -152,8 +152,9 @@ def draw(params: Params, table: list[dict[str, Any]], folder: Path) -> None:
         draw_behaviour(params, behaviour, rows, looks, folder)
         judged = [r for r in rows if SHARE in r.found and r.method != params.evaluate.control]
         if judged:
-            groups = next(row["change"]["n"] for row in cells_of if "n" in (row["change"] or {}))
-            heading = f"{behaviour}: unpruned {page.level(params, behaviour)}, {groups} groups"
+            heading = f"{behaviour}: unpruned {page.level(params, behaviour)}"
+            groups = [row["change"]["n"] for row in cells_of if "n" in (row["change"] or {})]
+            heading += f", {groups[0]} groups" if groups else ""
             panels[heading] = judged
             drawn = [r for r in rows if SHARE in r.found and r.method == params.evaluate.control]
             ends = [(r.found[SHARE]["low"], r.found[SHARE]["high"]) for r in drawn]
