@@ -43,7 +43,7 @@ NO_DATE = {
     "svg": dict.fromkeys(("Date", "Creator", "Format", "Type")),
     "pdf": dict.fromkeys(("CreationDate", "Creator", "Producer")),
 }
-NOTES = 1.03, 1.33, 1.93  # where text stands beside the main figure, in widths of its panel
+NOTES = 1.03, 1.37, 1.91  # where text stands beside the main figure, in widths of its panel
 RING = {"s": 170, "facecolors": "none", "edgecolors": "black", "linewidths": 1.3}
 Interval = Mapping[str, float]  # value, low, high
 
@@ -373,7 +373,9 @@ def beside_chance(
     """
     for at, (found, number, chance) in enumerate(rows.values()):
         if chance:
-            axis.plot([chance["low"], chance["high"]], [at, at], color=DRAWS, lw=9)
+            axis.plot(
+                [chance["low"], chance["high"]], [at, at], color=DRAWS, lw=9, solid_capstyle="butt"
+            )
             axis.plot(chance["value"], at, "|", color="black", ms=11)
         if found:
             point(axis, at, found, Look(GOOD, "o", "-", ""))

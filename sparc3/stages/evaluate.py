@@ -44,7 +44,7 @@ from sparc3.model import loading
 
 UNPRUNED = "none"  # the name of the model as it is, among those of circuits
 BIAS = 5.0  # nats that a banned token loses
-DESCRIBED, READ = 10, 100  # neurons that are described, by prompts so many of each set
+DESCRIBED, READ = 10, 50  # neurons that are described, by the first prompts of each set
 
 Rows = list[dict[str, Any]]
 
