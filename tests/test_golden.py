@@ -1083,7 +1083,7 @@ def test_the_transfer_map_is_positive_where_it_is_better(project: Project) -> No
 
 def test_curves_and_layers_show_their_tables(project: Project) -> None:
     for behaviour in BEHAVIOURS:
-        axis = project.figures[f"layers-{behaviour}"].axes[0]
+        axis: Any = project.figures[f"layers-{behaviour}"].axes[0]
         layers = Counter(layer for layer, *_ in project.circuit(behaviour, OWN[behaviour]))
         assert [patch.get_height() for patch in axis.patches] == [layers[n] for n in range(LAYERS)]
         (line,) = axis.lines

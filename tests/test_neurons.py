@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from small import write_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparc3.circuits.circuit import Circuit
 from sparc3.measure import neurons
@@ -14,6 +14,17 @@ from sparc3.model import families
 CIRCUIT = Circuit(
     np.array([2, 0, 2]), np.array([5, 3, 7]), np.array([-3.0, -2.0, -1.0]), np.zeros(3)
 )
+
+
+def heard(model: PreTrainedModel, layer: int, ids: list[int]) -> torch.Tensor:
+    """What enters a layer's output projection, (token, neuron)."""
+    kept: list[torch.Tensor] = []
+    down = families.mlps(model)[layer].down
+    hook = down.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    hook.remove()
+    return kept[0].reshape(len(ids), -1)
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
@@ -31,7 +42,7 @@ def test_a_push_is_the_column_through_norm_and_unembedding(family: str) -> None:
         assert norm is not None
         scale = norm.get_parameter("weight").detach().double()
         column = column * (1 + scale if family == "gemma3_text" else scale)
-        head = model.get_output_embeddings().get_parameter("weight").detach().double()
+        head = model.state_dict()["lm_head.weight"].double()
         found = neurons.push(model, layer, neuron).double()
         torch.testing.assert_close(found, head @ column, rtol=1e-3, atol=1e-3)
 
@@ -42,13 +53,7 @@ def test_peaks_are_the_largest_activations_after_the_first_token(family: str) ->
     values, places = neurons.peaks(model, CIRCUIT, tokens)
     for row, ids in enumerate(tokens):
         for column, (layer, neuron, *_) in enumerate(CIRCUIT.rows()):
-            heard: list[torch.Tensor] = []
-            down = families.mlps(model)[layer].down
-            hook = down.register_forward_pre_hook(lambda m, a, heard=heard: heard.append(a[0]))
-            with torch.no_grad():
-                model(torch.tensor([ids]))
-            hook.remove()
-            h = heard[0].reshape(len(ids), -1)[:, neuron].tolist()
+            h = heard(model, layer, ids)[:, neuron].tolist()
             best = max(range(1, len(ids)), key=lambda t: abs(h[t]))
             assert places[row, column] == best
             assert values[row, column] == pytest.approx(h[best], rel=1e-4)

@@ -6,7 +6,7 @@ token of a text, at which many neurons are extreme whatever follows, is not look
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from sparc3.base.files import Array
 from sparc3.circuits.circuit import Circuit
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS, TEXTS = 8, 3  # that are kept of every neuron
@@ -30,7 +30,8 @@ def push(model: "PreTrainedModel", layer: int, neuron: int) -> "Tensor":
 
     from sparc3.model import families
 
-    head = model.get_output_embeddings().get_parameter("weight").detach()
+    unembedding = cast("nn.Module", model.get_output_embeddings())
+    head = unembedding.get_parameter("weight").detach()
     direction = families.outgoing(families.mlps(model)[layer].down)[:, neuron].detach()
     norm = families.final_norm(model)
     if norm is not None:
@@ -65,9 +66,9 @@ def peaks(
     """
     import torch
 
-    from sparc3.model import families
+    from sparc3.model import families, loading
 
-    body, device = families.body(model), model.get_input_embeddings().get_parameter("weight").device
+    body, device = families.body(model), loading.input_device(model)
     values = np.zeros((len(tokens), len(circuit)))
     places = np.zeros_like(values, dtype=np.int64)
     with _listening(model, circuit) as heard, torch.no_grad():

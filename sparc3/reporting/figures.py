@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from matplotlib_venn import venn2, venn3
 
 from sparc3.base.files import replacing
@@ -29,7 +30,7 @@ DESTROYED = 10.0  # percent of perplexity
 GREY, DRAWS, BAND, HARM, GOOD = "#767676", "#bbbbbb", "#dddddd", "#d55e00", "#0072b2"
 COLOURS = (GOOD, HARM, "#009e73", "#aa4499", "#b07d00", "#117733", "#332288", "#882255")
 MARKERS, LINES, HATCHES = "osD^vPXp<>", ("-", "--", "-.", ":"), ("", "//", "..", "xx", "--")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "sparc3",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -174,8 +175,8 @@ def answer(
         figure.subplots_adjust(left=0.115, right=0.425, **edges)
         for axis, (heading, rows) in zip(axes, panels.items(), strict=True):
             forest(axis, title, rows, drawn, span)
-            if bands[heading]:
-                axis.axvspan(*bands[heading], color=BAND, zorder=0)
+            if band := bands[heading]:
+                axis.axvspan(*band, color=BAND, zorder=0)
             style = {"transform": axis.get_yaxis_transform()}
             axis.text(-0.36, -0.72, heading, fontsize=10.5, fontweight="bold", **style)
             if axis is not axes[-1]:
@@ -249,10 +250,6 @@ def dose(
                 label = method if len(shares) == 1 else f"{method}, {share:.0%} protected"
                 style = {"color": look.colour, "marker": look.marker, "ls": line, "capsize": 3}
                 axis.errorbar(x, y, error if cost else None, label=label, lw=1.3, **style)
-                for r in (r for r in rows if r not in kept):
-                    said = f"destroyed {float(r['ppl_delta']):+,.0f} %"
-                    style = {"transform": axis.get_xaxis_transform(), "rotation": 90}
-                    axis.text(float(r["num_neurons"]), 0.02, said, color=look.colour, **style)
                 for r in kept:
                     if chosen.get(method) == (int(r["num_neurons"]), share):
                         place = float(r["num_neurons"]), float(r[key])
@@ -264,9 +261,16 @@ def dose(
             axis.minorticks_off()
             if cost:
                 axis.axhline(budget, color="black", lw=1, ls="--")
-                style = {"transform": axis.get_yaxis_transform(), "fontsize": 8, "va": "bottom"}
-                axis.text(0.01, budget, f"budget {budget:g} %", **style)
+                style = {"transform": axis.get_yaxis_transform(), "fontsize": 8, "va": "center"}
+                axis.text(1.01, budget, f"budget {budget:g} %", **style)
                 axis.invert_yaxis()
+        lost = [
+            f"destroyed: {r['method']} at {r['num_neurons']}, {float(r['ppl_delta']):+,.0f} %"
+            for r in swept
+            if float(r["ppl_delta"]) > DESTROYED
+        ]
+        style = {"transform": axes[-1].transAxes, "fontsize": 7.5, "color": GREY, "va": "bottom"}
+        axes[-1].text(0.02, 0.02, "\n".join(lost), **style)
         handles, labels = axes[-1].get_legend_handles_labels()
         named = dict(zip(labels, handles, strict=True))
         figure.legend(named.values(), named.keys(), loc="outside right upper")
@@ -280,17 +284,23 @@ def transfer(
     """
     size = 1.7 + 1.55 * len(columns), 1.5 + 0.62 * len(rows)
     kinds = {"better": (GOOD, ""), "no difference shown": ("white", ""), "worse": (HARM, "///")}
+    fills = {
+        kind: {"facecolor": (colour, 0.35), "edgecolor": "black", "hatch": hatch}
+        for kind, (colour, hatch) in kinds.items()
+    }
     with drawing(path, size=size) as (figure, (axis,)):
         places = product(range(len(rows)), enumerate(columns.values()))
         for i, (j, digits) in places:
             value, low, high = (cells[i][j][end] for end in ("value", "low", "high"))
             kind = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
-            colour, hatch = kinds[kind]
-            style = {"facecolor": colour, "alpha": 0.35, "edgecolor": "black", "hatch": hatch}
-            axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **style))
+            axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **fills[kind]))
             text = f"{value:+.{digits}f}\n[{low:+.{digits}f}, {high:+.{digits}f}]"
             weight = "normal" if kind == "no difference shown" else "bold"
-            box = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 1} if hatch else None
+            box = (
+                {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 1}
+                if kind == "worse"
+                else None
+            )
             style = {"ha": "center", "va": "center", "fontsize": 8, "fontweight": weight}
             axis.text(j, i, text, bbox=box, **style)
         axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
@@ -299,10 +309,7 @@ def transfer(
         axis.set(xlabel="measured on; + is better", ylabel="pruned for")
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        marks = [
-            Patch(facecolor=c, alpha=0.35, edgecolor="black", hatch=h, label=kind)
-            for kind, (c, h) in kinds.items()
-        ]
+        marks = [Patch(**fill, label=kind) for kind, fill in fills.items()]
         figure.legend(handles=marks, loc="outside upper center", ncols=3)
 
 
@@ -347,7 +354,7 @@ def layers(
         style = {"color": "black", "ls": "--", "lw": 1.1, "label": caption}
         axis.step(range(len(top)), top, where="mid", **style)
         axis.set(xlabel="layer", ylabel="neurons", xlim=(-0.7, len(counts) - 0.3))
-        axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(loc="upper left")
 
 

@@ -211,7 +211,6 @@ def page(params: Params, table: list[dict[str, Any]], folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["signed"] = interval
     by_name = {name: [r for r in table if r["behaviour"] == name] for name in params.behaviours}
     words = [(row, tables.verdict(params, row)) for row in table if row["family"] != tables.CONTROL]
     shown = asdict(params)

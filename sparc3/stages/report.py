@@ -79,7 +79,8 @@ def draw_behaviour(
     if points:
         chosen = {}
         for method in dict.fromkeys(row["method"] for row in points[1:]):
-            about = read_json(circuit_path(behaviour, method).with_suffix(".json"))
+            first = circuit_names(method, params.methods[method])[0]
+            about = read_json(circuit_path(behaviour, first).with_suffix(".json"))
             chosen[method] = about["num_neurons"], about["protect"]
         blocks = params.prompt_sets[spec.prompts].blocks
         axis = "" if blocks else tables.swept(spec).axis
