@@ -177,7 +177,8 @@ def run(params: Params) -> dict[str, float]:
     text = [
         "# Results\n\n",
         *(f"- **{a['behaviour']}: {a['verdict']}.** {a['numbers']}\n" for a in answers),
-        "\n![The answer](answer.svg)\n\nEverything else is in [report.html](report.html).\n\n",
+        "\n![The answer](answer.svg)\n" if (FOLDER / "answer.svg").is_file() else "",
+        "\nEverything else is in [report.html](report.html).\n\n",
         f"{results}\n## Published numbers\n\n",
         markdown(CLAIMS, claim_rows(params, table)),
     ]
