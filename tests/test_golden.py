@@ -1001,90 +1001,110 @@ def test_groups_hold_what_the_verdict_is_of(project: Project) -> None:
 
 
 def test_the_report_holds_the_table_and_every_figure(project: Project) -> None:
-    page = (project.folder / "outputs/report/report.md").read_text()
-    assert (project.folder / "metrics/table.md").read_text() in page
+    folder = project.folder / "outputs/report"
+    assert (project.folder / "metrics/table.md").read_text() in (folder / "report.md").read_text()
+    kinds = ("forest", "dose", "prompts", "layers")
+    of_each = {f"{kind}-{name}" for name in BEHAVIOURS for kind in kinds}
+    of_all = {"answer", "transfer", "overlap", "correlations", "stability"}
+    assert {*project.figures} == {*of_each, *of_all}
+    page = (folder / "report.html").read_text()
     for name in project.figures:
-        assert f"({name}.png)" in page
-        assert (project.folder / f"outputs/report/{name}.png").stat().st_size > 5000
-    assert len(project.figures) == 8
+        assert (folder / f"{name}.pdf").stat().st_size > 5000
+        drawn = (folder / f"{name}.svg").read_text()
+        assert drawn[drawn.index("<svg") :] in page
 
 
-def bars_of(axis: Any) -> dict[str, list[float]]:
-    return {
-        bars.get_label(): [patch.get_height() for patch in bars]
-        for bars in axis.containers
-        if hasattr(bars, "patches")
-    }
+def points(axis: Any) -> dict[str, tuple[float, ...]]:
+    """A forest plot's value, low and high, by the name on its line."""
+    names = [tick.label1.get_text() for tick in axis.yaxis.get_major_ticks()]
+    found: dict[str, list[float]] = defaultdict(list)
+    for line in axis.lines:
+        x, (y, *_) = np.atleast_1d(line.get_xdata()).tolist(), np.atleast_1d(line.get_ydata())
+        if line.get_zorder() in (3, 4):  # an interval, then its value
+            found[names[round(y)]] = [*x, *found[names[round(y)]]]
+    return {name: tuple(ends) for name, ends in found.items()}
 
 
-def test_bars_and_heat_maps_show_the_numbers_with_their_signs(project: Project) -> None:
-    panels = {axis.get_title(): axis for axis in project.figures["bars"].axes}
-    for start, path in {
-        "reduction on": ("test", "reduction"),
-        "perplexity": ("ppl_delta",),
-    }.items():
-        (axis,) = (axis for title, axis in panels.items() if title.startswith(start))
-        heights = bars_of(axis)
-        for method in PARAMS["methods"]:
+def test_forest_plots_show_the_changes_with_their_signs(project: Project) -> None:
+    for behaviour, key, title, sign in (
+        ("rude", "reduction", "profanity reduction %", 1),
+        ("bias", "margin", "fall of margin, nats", -1),
+    ):
+        circuits = project.metrics(f"evaluate/{behaviour}")["circuits"]
+        panels = {axis.get_xlabel(): axis for axis in project.figures[f"forest-{behaviour}"].axes}
+        first = panels[title].yaxis.get_major_ticks()[0].label1
+        assert (first.get_text(), first.get_fontweight()) == (OWN[behaviour], "bold")
+        for panel, path in {
+            title: ("test", key),
+            f"{title},\nbeyond random neurons": ("against_control", key),
+        }.items():
+            drawn = points(panels[panel])
+            for method in [*PARAMS["methods"], *([BAN] if behaviour == "rude" else [])]:
+                names = CONTROLS if method == "random-layer-matched" else [method]
+                change = pooled(circuits, names, *path)
+                assert (method in drawn) == (change is not None)
+                if change:
+                    value, *ends = (sign * change[end] for end in ("value", "low", "high"))
+                    assert drawn[method] == pytest.approx((value, *sorted(ends)))
+        for method, ends in points(
+            panels["perplexity change, worst text, %\n(left is better)"]
+        ).items():
             names = CONTROLS if method == "random-layer-matched" else [method]
-            cells = [
-                pooled(project.metrics(f"evaluate/{behaviour}")["circuits"], names, *path)
-                for behaviour in BEHAVIOURS
-            ]
-            expected = [cell["value"] for cell in cells if cell is not None]
-            assert heights[method] == pytest.approx(expected)
+            _, cost = worst_text(circuits, names)
+            assert ends == pytest.approx([cost[end] for end in ("value", "low", "high")])
 
+
+def test_what_is_between_behaviours_is_drawn_as_it_was_measured(project: Project) -> None:
     overlap, both = project.metrics("overlap"), joined(BEHAVIOURS)
-    heights = bars_of(project.figures["overlaps"].axes[0])
-    assert heights["observed"] == [overlap["overlaps"][both]["observed"]]
-    matrix = np.array(project.figures["correlations"].axes[0].images[0].get_array())
-    assert matrix[0, 1] == matrix[1, 0] == overlap["correlations"][both]["pearson"]
-    texts = {text.get_text() for text in project.figures["venn"].axes[0].texts}
+    diagram, beside = project.figures["overlap"].axes
+    texts = {text.get_text() for text in diagram.texts}
     assert texts.issuperset({*BEHAVIOURS, *(str(count) for count in overlap["regions"].values())})
+    for axis, number in (
+        (beside, overlap["overlaps"][both]["observed"]),
+        (project.figures["correlations"].axes[0], overlap["correlations"][both]["pearson"]),
+    ):
+        (drawn,) = (line for line in axis.lines if line.get_marker() == "D")
+        assert np.array(drawn.get_xdata()).tolist() == [number]
 
 
-def test_the_transfer_map_is_positive_where_there_is_less_of_the_behaviour(
-    project: Project,
-) -> None:
+def test_the_transfer_map_is_positive_where_it_is_better(project: Project) -> None:
     transfer, axis = project.metrics("transfer"), project.figures["transfer"].axes[0]
     columns = [text.get_text().split("\n")[0] for text in axis.get_xticklabels()]
     assert columns == [*BEHAVIOURS, *TRANSFER["texts"]]
     quantities = {"rude": ("nll_shift", 1, 3), "bias": ("margin", -1, 3)}
-    quantities |= {name: ("ppl_delta", 1, 2) for name in TRANSFER["texts"]}
+    quantities |= {name: ("ppl_delta", -1, 2) for name in TRANSFER["texts"]}
     labels = iter(axis.texts)
-    drawn = np.array(axis.images[0].get_array())
-    values = []
     for pruned_for in BEHAVIOURS:
-        values.append([])
         for name in columns:
             quantity, sign, digits = quantities[name]
             value = 0 + sign * transfer[pruned_for][name][quantity]["value"]
             assert next(labels).get_text().startswith(f"{value:+.{digits}f}\n")
-            values[-1].append(value)
-    scale = np.abs(values).max(0)
-    np.testing.assert_allclose(drawn, np.array(values) / np.where(scale > 0, scale, 1))
 
 
 def test_curves_and_layers_show_their_tables(project: Project) -> None:
-    layers = project.metrics("overlap")["layers"]
-    lines = project.figures["layers"].axes[0].lines
-    assert {line.get_label(): np.array(line.get_ydata()).tolist() for line in lines} == layers
-    for behaviour, axis in zip(BEHAVIOURS, project.figures["pareto"].axes, strict=True):
-        points = project.csv(f"sweep/{behaviour}")
-        for line in axis.lines:
-            method, _, share = str(line.get_label()).partition(", protect ")
-            own = [
-                p
-                for p in points
-                if p["method"] == method and float(p["protect"]) == float(share or 0)
-            ]
-            if own:
-                assert np.array(line.get_xdata()).tolist() == [float(p["ppl_delta"]) for p in own]
-        assert len(axis.lines) == 1 + 3 * len(PARAMS["sweep"]["protect"])
-    for behaviour, axis in zip(BEHAVIOURS, project.figures["stability"].axes, strict=True):
+    for behaviour in BEHAVIOURS:
+        axis: Any = project.figures[f"layers-{behaviour}"].axes[0]
+        layers = Counter(layer for layer, *_ in project.circuit(behaviour, OWN[behaviour]))
+        assert [patch.get_height() for patch in axis.patches] == [layers[n] for n in range(LAYERS)]
+        (line,) = axis.lines
+        top = project.metrics("overlap")["layers"][behaviour]
+        assert np.array(line.get_ydata()).tolist() == top
+        sweep = [row for row in project.csv(f"sweep/{behaviour}") if row["method"] != "none"]
+        for axis in project.figures[f"dose-{behaviour}"].axes:
+            key = "ppl_delta" if axis.get_ylabel().startswith("perplexity") else "objective"
+            drawn = {
+                bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axis.containers
+            }
+            expected: dict[str, list[list[float]]] = defaultdict(list)
+            for row in sweep:
+                curve = expected[f"{row['method']}, {float(row['protect']):.0%} protected"]
+                if float(row["ppl_delta"]) <= 10:
+                    curve.append([float(row["num_neurons"]), float(row[key])])
+            assert drawn == expected
         curves = defaultdict(list)
         for row in project.csv(f"stability/{behaviour}/curves"):
             curves[row["method"]].append(float(row["overlap"]))
+        (axis,) = (a for a in project.figures["stability"].axes if a.get_title() == behaviour)
         assert {
             line.get_label(): np.array(line.get_ydata()).tolist() for line in axis.lines
         } == curves

@@ -103,7 +103,7 @@ def imported(module: Path) -> set[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             node.body = []
-    found = {p for p in module.parent.iterdir() if p.suffix in (".json", ".yaml", ".csv")}
+    found = {p for p in module.parent.iterdir() if p.suffix in (".json", ".yaml", ".csv", ".jinja")}
     found = {path for path in found if path.name in text}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparc3"):
@@ -158,7 +158,7 @@ def test_attribution_goes_on_only_with_shards_of_the_same_code() -> None:
 def test_a_stage_runs_again_when_a_section_that_it_reads_changes(word: str) -> None:
     code = Path("sparc3/stages", f"{word}.py").read_text()
     if word == "report":
-        for name in ("tables", "published"):
-            code += Path("sparc3/reporting", f"{name}.py").read_text()
+        for name in ("tables.py", "published.py", "page.py", "page.html.jinja"):
+            code += Path("sparc3/reporting", name).read_text()
     read = set(re.findall(r"\bparams\.(\w+)", code)) & {f.name for f in fields(Params)}
     assert {key.partition(".")[0] for key in ROWS[word]["params"]} == read

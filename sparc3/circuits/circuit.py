@@ -32,6 +32,11 @@ class Circuit:
         columns = (self.layers, self.neurons, self.scores, self.scales)
         yield from zip(*(column.tolist() for column in columns), strict=True)
 
+    def first(self, count: int) -> "Circuit":
+        """Its first neurons: as it is kept, those of the most negative scores."""
+        columns = (self.layers, self.neurons, self.scores, self.scales)
+        return Circuit(*(column[:count] for column in columns))
+
 
 def _of_rows(rows: Sequence[tuple[int, int, float, float]]) -> Circuit:
     layers, neurons, scores, scales = np.array(rows, np.float64).reshape(-1, len(COLUMNS)).T

@@ -9,7 +9,7 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import markdown, read_json, read_text, write_text
 from sparc3.base.params import Params
 from sparc3.commands import plan
-from sparc3.reporting.published import claims_table
+from sparc3.reporting.published import CLAIMS, claim_rows
 from sparc3.reporting.tables import (
     FOLDER,
     TABLE,
@@ -96,7 +96,7 @@ def run(params: Params) -> None:
         "confirm": confirm_table(params, read_json(record)) if record.is_file() else "",
         "costs": cost_table(list(STAGES), costs),
         "plan": markdown(header, rows),
-        "published": claims_table(params, table),
+        "published": markdown(CLAIMS, claim_rows(params, table)),
     }
     write_text(SHOWN, figure)
     for page, names in BLOCKS.items():

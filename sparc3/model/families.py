@@ -113,6 +113,13 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(model.get_submodule(family(model.config.model_type).layers).children())
 
 
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """What the last layer's output passes on its way to the logits, if there is one."""
+    above = model.get_submodule(family(model.config.model_type).layers.rpartition(".")[0])
+    norms = [each for each in above.children() if "Norm" in type(each).__name__]
+    return norms[-1] if norms else None
+
+
 def mlps(model: PreTrainedModel) -> list[MLP]:
     """The MLP projections of every layer, in order."""
     names = family(model.config.model_type)

@@ -12,8 +12,6 @@ from sparc3.base.params import Params
 from sparc3.base.runs import Dataset
 from sparc3.reporting.tables import CONFIRMATORY, interval, number, verdict
 
-FIGURE = "bars.png"  # of the report's files, that descriptions show
-
 
 def datasets(params: Params, behaviour: str) -> list[Dataset]:
     """The prompts of a behaviour, those that it is set off against, and general texts."""
@@ -44,7 +42,7 @@ def row_entry(params: Params, cell: dict[str, Any]) -> Entry:
         ),
         tags={**_source(params), **columns, "family": cell["family"]},
         note=f"**{columns['verdict']}**\n\n{_table([columns], [cell])}",
-        figure=FIGURE,
+        figure=f"forest-{behaviour}.svg",
         artifacts=[cell["circuit"]] if cell["circuit"] else [],
         stages=[f"{word}@{behaviour}" for word in ("gate", "select", "evaluate")],
         datasets=datasets(params, behaviour),
@@ -66,7 +64,7 @@ def whole_entry(params: Params, cells: Sequence[dict[str, Any]], files: Sequence
         metrics=_finite(metrics),
         tags={**origin, "verdict": "; ".join(said)},
         note="\n".join([*(f"- **{line}**" for line in said), "", _table(columns, own)]),
-        figure=FIGURE,
+        figure="answer.svg",
         artifacts=files,
     )
 

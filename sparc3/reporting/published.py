@@ -22,7 +22,7 @@ from typing import Any
 from scipy.special import betaincinv, stdtrit
 
 from sparc3.base.artifacts import evaluation_folder, metrics_path
-from sparc3.base.files import markdown, read_csv, read_json
+from sparc3.base.files import read_csv, read_json
 from sparc3.base.params import Params
 from sparc3.circuits.overlap import enrichment, joined, overlap_p
 from sparc3.measure import inference
@@ -295,8 +295,11 @@ def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]
     return quantities
 
 
-def claims_table(params: Params, table: list[dict[str, Any]]) -> str:
-    """Every published number beside what this run measured, and the verdict."""
+CLAIMS = ["published", "in", "value", "here", "verdict", "because"]
+
+
+def claim_rows(params: Params, table: list[dict[str, Any]]) -> list[list[str]]:
+    """Every published number beside what this run measured, and the verdict: columns of CLAIMS."""
     rows = []
     for claim in claims(measured(params, table)):
         here, row = number(claim.value), claim.row
@@ -306,4 +309,4 @@ def claims_table(params: Params, table: list[dict[str, Any]]) -> str:
         verdict += [f"direction {claim.direction}"] if claim.direction else []
         value = f"{said(row)} {row['unit']}"
         rows.append([row["what"], row["where"], value, here, ", ".join(verdict), claim.reason])
-    return markdown(["published", "in", "value", "here", "verdict", "because"], rows)
+    return rows

@@ -158,6 +158,17 @@ def share(
     return {"value": factor * change["value"], "low": low, "high": high}
 
 
+def oriented(value: Value, change: Mapping[str, float]) -> dict[str, float]:
+    """A change with the sign by which more is less of the behaviour."""
+    low, high = sorted(0 + value.less * change[end] for end in ("low", "high"))  # no -0.0
+    return {"value": 0 + value.less * change["value"], "low": low, "high": high}
+
+
+def fall(value: Value) -> str:
+    """The title of an `oriented` change."""
+    return value.title if value.less > 0 else f"fall of {value.title}"
+
+
 def cells(params: Params) -> list[dict[str, Any]]:
     """All cells in the order of params, each family of tests judged."""
     table = []
@@ -287,13 +298,15 @@ def result_table(params: Params, table: list[dict[str, Any]]) -> str:
     for behaviour in params.behaviours:
         rows = [row for row in table if row["behaviour"] == behaviour]
         text.append(f"\n**{behaviour}**: {headline(params, behaviour, rows[0])}\n\n")
-        text.append(behaviour_table(params, behaviour, rows))
+        text.append(markdown(*behaviour_table(params, behaviour, rows)))
         text.append(second_opinion(params, behaviour, rows))
     return "".join(text)
 
 
-def behaviour_table(params: Params, behaviour: str, rows: list[dict[str, Any]]) -> str:
-    """A line per method; after the columns of all behaviours those of its instruments."""
+def behaviour_table(
+    params: Params, behaviour: str, rows: list[dict[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Header, and a line per method; after columns of all behaviours those of its instruments."""
     instruments = instruments_of(params.behaviours[behaviour]).values()
     beyond = "beyond control" + (", in sample" if first_split(params) == "in_sample" else "")
 
@@ -326,7 +339,7 @@ def behaviour_table(params: Params, behaviour: str, rows: list[dict[str, Any]]) 
     ]
     every = [[write(row) for _, write in columns] for row in rows]
     used = [at for at in range(len(columns)) if any(line[at] != "-" for line in every)]
-    return markdown([columns[at][0] for at in used], ([line[at] for at in used] for line in every))
+    return [columns[at][0] for at in used], [[line[at] for at in used] for line in every]
 
 
 def confirm_table(params: Params, record: Mapping[str, Any]) -> str:
@@ -391,21 +404,21 @@ def second_opinion(params: Params, behaviour: str, rows: list[dict[str, Any]]) -
     )
 
 
-def group_lines(params: Params, behaviour: str) -> str:
-    """A table of what every group gives, without and with pruning by the behaviour's own method."""
+def group_table(params: Params, behaviour: str) -> tuple[list[str], list[list[str]]] | None:
+    """What every group gives, without and with pruning by the behaviour's own method, most reduced
+    first; of values that have an even level, whose groups have names.
+    """
     own, primary = params.behaviours[behaviour].method, primary_of(params.behaviours[behaviour])
     groups = read_csv(evaluation_folder(behaviour) / "groups.csv")
     if primary is None or primary[1].even is None:
-        return ""
+        return None
     means = {(g["circuit"], g["group"]): float(g["mean"]) for g in groups}
     names = [g["group"] for g in groups if g["circuit"] == "none"]
     lines = [[n, means["none", n], means[own, n], means[own, n] - means["none", n]] for n in names]
     lines.sort(key=lambda line: line[3])
     title = primary[1].title
-    return f"\n**{behaviour}**, by group\n\n" + markdown(
-        ["group", f"{title}, unpruned", f"without the neurons of {own}", "change"],
-        ([str(name), *(f"{value:+.3f}" for value in values)] for name, *values in lines),
-    )
+    header = ["group", f"{title}, unpruned", f"without the neurons of {own}", "change"]
+    return header, [[str(name), *(f"{v:+.3f}" for v in values)] for name, *values in lines]
 
 
 def headline(params: Params, behaviour: str, row: dict[str, Any]) -> str:
@@ -428,29 +441,20 @@ def headline(params: Params, behaviour: str, row: dict[str, Any]) -> str:
     )
 
 
-def transfer_matrix(params: Params) -> tuple[list[str], np.ndarray, list[list[str]]]:
-    """Columns, their effects divided by the column's largest, and the effects in their own units.
-
-    Larger is less of the behaviour, and for general text more perplexity.
+def transfer_matrix(params: Params) -> tuple[dict[str, int], list[list[dict[str, float]]]]:
+    """Titles of the columns with their digits, and a row of effects for every behaviour's own
+    circuit: more is less of the behaviour measured, or of general text's perplexity.
     """
     transfer = read_json(metrics_path("transfer"))
-    columns: list[tuple[str, str, str, int, int]] = []  # title, measured, quantity, digits, sign
+    columns: dict[str, tuple[str, Value]] = {}  # what was measured, and which value of it
     for name, spec in params.behaviours.items():
         instrument = swept(spec)
         value = next(value for value in instrument.values if value.name == instrument.cell)
-        title = value.title if value.less > 0 else f"fall of {value.title}"
-        columns.append((f"{name}\n{title}", name, value.name, value.digits, value.less))
-    for name in params.transfer.texts:
-        columns.append((f"{name}\nperplexity %", name, "ppl_delta", 2, 1))
-    values = np.zeros((len(params.behaviours), len(columns)))
-    labels = []
-    for i, pruned_for in enumerate(params.behaviours):
-        labels.append([])
-        for j, (_, name, quantity, digits, sign) in enumerate(columns):
-            change = transfer[pruned_for][name][quantity]
-            low, high = sorted(0 + sign * change[key] for key in ("low", "high"))  # no -0.0
-            values[i, j] = 0 + sign * change["value"]
-            effect = {"value": values[i, j], "low": low, "high": high}
-            labels[i].append(interval(effect, digits, "\n"))
-    scale = np.abs(values).max(axis=0)
-    return [title for title, *_ in columns], values / np.where(scale > 0, scale, 1), labels
+        columns[f"{name}\n{fall(value)}"] = name, value
+    cost = Value("ppl_delta", lambda *_: None, "perplexity, %", digits=2, less=-1)
+    columns |= {f"{name}\n{fall(cost)}": (name, cost) for name in params.transfer.texts}
+    rows = [
+        [oriented(value, transfer[pruned][name][value.name]) for name, value in columns.values()]
+        for pruned in params.behaviours
+    ]
+    return {title: value.digits for title, (_, value) in columns.items()}, rows

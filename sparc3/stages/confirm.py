@@ -83,7 +83,9 @@ def measured(params: Params, behaviour: str) -> dict[str, Any]:
     exact = {} if "" in by_block else {"in_sample": {"": flat(by_block)}}
     methods = dict.fromkeys([spec.method, *given.completed, given.control])
     rows = {"test": by_block, **exact}
-    setting, by_name, circuits = measure(asked, behaviour, rows, list(methods))
+    setting, by_name, circuits = measure(
+        asked, behaviour, rows, list(methods), loading.load(params.model)
+    )
     grouped, columns = (
         group_table(spec, by_name, setting.first),
         ["circuit", "group", "units", "mean"],

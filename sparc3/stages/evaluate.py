@@ -21,7 +21,7 @@ from sparc3.base.files import Array, read_json, write_csv, write_json, write_jso
 from sparc3.base.params import Behaviour, Params
 from sparc3.circuits.circuit import INTACT, read_circuit, refuse_leak
 from sparc3.circuits.methods import BAN
-from sparc3.measure import inference, word_ban
+from sparc3.measure import inference, neurons, word_ban
 from sparc3.measure.instrument import (
     Differences,
     How,
@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 UNPRUNED = "none"  # the name of the model as it is, among those of circuits
 BIAS = 5.0  # nats that a banned token loses
+DESCRIBED, READ = 10, 50  # neurons that are described, by the first prompts of each set
 
 Rows = list[dict[str, Any]]
 
@@ -375,10 +376,15 @@ def scorers_of(params: Params, spec: Behaviour) -> dict[str, Scorer]:
 
 
 def measure(
-    params: Params, behaviour: str, rows: Mapping[str, Mapping[str, Rows]], methods: Sequence[str]
+    params: Params,
+    behaviour: str,
+    rows: Mapping[str, Mapping[str, Rows]],
+    methods: Sequence[str],
+    model: PreTrainedModel,
 ) -> tuple[Setting, dict[str, Outcome], dict[str, dict[str, Any]]]:
-    """What every model gives on `rows`, by split and block, and all differences of each circuit of
-    `methods`. InputError: a circuit was chosen on rows of the test split.
+    """What the model gives on `rows`, by split and block, with and without circuits, and all
+    differences of each circuit of `methods`. InputError: a circuit was chosen on rows of the test
+    split.
     """
     spec, evaluate = params.behaviours[behaviour], params.evaluate
     check_groups(params, behaviour, rows)
@@ -388,7 +394,6 @@ def measure(
     circuits = read_circuits(params, behaviour, held_out, methods)
     how = How(evaluate, evaluate.batch_tokens, tokenizer, scorers_of(params, spec))
     intact = Chosen(None, dict.fromkeys(["", *held_out], INTACT))
-    model = loading.load(params.model)
     by_name = outcomes(spec, {UNPRUNED: intact, **circuits}, setting, model, how)
     results: dict[str, dict[str, Any]] = {}
     writes = any(each.writes for each in setting.instruments.values())
@@ -433,9 +438,25 @@ def outcome_of(spec: Behaviour, row: Mapping[str, Any], split: str) -> str:
     return "; ".join(parts)
 
 
+def described(params: Params, behaviour: str, model: PreTrainedModel) -> Rows:
+    """What the first neurons of the own method's circuit do, on texts that it was chosen on."""
+    spec = params.behaviours[behaviour]
+    circuit = read_circuit(circuit_path(behaviour, spec.method)).first(DESCRIBED)
+    texts = {
+        name: [
+            text
+            for row in read_prompts(name, "attribute")[:READ]
+            for text in row.get("pair", [row["text"]])
+        ]
+        for name in (spec.prompts, spec.reference)
+    }
+    return neurons.describe(model, loading.tokenizer(params.model), circuit, texts)
+
+
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, rows = params.behaviours[behaviour], rows_of(params, behaviour)
-    setting, by_name, results = measure(params, behaviour, rows, list(params.methods))
+    model = loading.load(params.model)
+    setting, by_name, results = measure(params, behaviour, rows, list(params.methods), model)
     before, lines = by_name[UNPRUNED], written(by_name, setting)
     found: dict[str, Any] = {
         "baseline": baseline(params, behaviour, before, setting, rows),
@@ -452,6 +473,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     write_csv(folder / "prompts.csv", *prompt_table(by_name, rows))
     grouped = group_table(spec, by_name, setting.first)
     write_csv(folder / "groups.csv", grouped, ["circuit", "group", "units", "mean"])
+    write_json(folder / "neurons.json", described(params, behaviour, model))
     write_json(artifacts.metrics_path("evaluate", behaviour), found)
     log.info("evaluate %s: %s", behaviour, outcome_of(spec, results[spec.method], setting.first))
     return {

@@ -1,91 +1,192 @@
-"""Report: the result table, the figures and the claims table, from the metrics files alone."""
+"""Report: the page, the result table and the figures, from metrics and outputs alone."""
 
 import logging
 import math
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparc3.base.artifacts import metrics_path, stability_path, sweep_path
-from sparc3.base.files import read_csv, read_json, write_json, write_text
-from sparc3.base.params import Params
-from sparc3.circuits.overlap import joined
-from sparc3.reporting.published import claims_table
-from sparc3.reporting.summary import SUMMARY, short, summary
-from sparc3.reporting.tables import (
-    FOLDER,
-    TABLE,
-    cells,
-    first_split,
-    group_lines,
-    result_table,
-    swept,
-    transfer_matrix,
+from sparc3.base.artifacts import (
+    circuit_names,
+    circuit_path,
+    metrics_path,
+    stability_path,
+    sweep_path,
 )
+from sparc3.base.files import Array, markdown, read_csv, read_json, write_json, write_text
+from sparc3.base.params import Params
+from sparc3.circuits.circuit import read_circuit
+from sparc3.circuits.methods import BAN, is_control
+from sparc3.circuits.overlap import layer_counts, layered_log_distribution
+from sparc3.measure.instruments import primary_of
+from sparc3.reporting import page, tables
+from sparc3.reporting.published import CLAIMS, claim_rows
+from sparc3.reporting.summary import SUMMARY, short, summary
+from sparc3.reporting.tables import FOLDER, TABLE, cells, first_split, result_table
 
 log = logging.getLogger(__name__)
-BARS = {  # a difference of the table -> its panel's title
-    "reduction": "reduction on held-out prompts, %",
-    "in_sample_reduction": "reduction in sample, %",
-    "ppl_delta": "perplexity change, %",
-}
+SHARE = "less of the behaviour, % of complete removal"
+COST = "perplexity change, worst text, %\n(left is better)"
 
 
-def draw(params: Params, table: list[dict[str, Any]]) -> list[Path]:
-    """All figures; returns their paths, in the order of the page."""
-    from sparc3.reporting import figures  # matplotlib takes a second to import
+def forest_rows(params: Params, rows: list[dict[str, Any]]) -> list[Any]:
+    """One behaviour's cells as rows of forest plots, its own method first, controls last."""
+    from sparc3.reporting import figures
+
+    spec = params.behaviours[rows[0]["behaviour"]]
+    primary, swept = primary_of(spec), tables.swept(spec)
+    cell = next(value for value in swept.values if value.name == swept.cell)
+    found = []
+    for row in rows:
+        changes, cost = row["differences"], row["differences"]["ppl_worst"]
+        shown = {COST: cost}
+        if primary and row["change"]:
+            value, title = primary[1], tables.fall(primary[1])
+            shown |= {SHARE: row["share"], title: tables.oriented(value, row["change"])}
+            if row["against"]:
+                beyond = f"{title},\nbeyond random neurons"
+                shown[beyond] = tables.oriented(value, row["against"])
+        if cell.name in changes:
+            shown[tables.fall(cell)] = tables.oriented(cell, changes[cell.name])
+        said = tables.verdict(params, row)
+        found.append(
+            figures.Row(
+                row["method"],
+                shown,
+                own=row["method"] == spec.method,
+                lost=f"{cost['value']:+.0f} %" if cost["value"] > figures.DESTROYED else "",
+                notes=(
+                    f"{tables.interval(row.get('share'), 0)} %",
+                    f"{tables.interval(cost)} % {row['worst']}",
+                    said,
+                ),
+                detectable={SHARE: row["mde"]} if "would have been" in said else {},
+            )
+        )
+    families = {row["method"]: row["family"] == tables.CONTROL for row in rows}
+    return sorted(found, key=lambda r: (not r.own, families[r.method]))
+
+
+def draw_behaviour(
+    params: Params, behaviour: str, rows: list[Any], looks: dict[str, Any], folder: Path
+) -> None:
+    """All methods against the control, the sweep, every prompt, and the layers."""
+    from sparc3.reporting import figures
+
+    spec = params.behaviours[behaviour]
+    titles = list(dict.fromkeys(t for r in rows for t in r.found if t not in (SHARE, COST)))
+    titles, budget = [*titles, COST], (COST, params.select.ppl_budget)
+    figures.forests(folder / f"forest-{behaviour}", rows, titles, budget, looks)
+    points = read_csv(sweep_path(behaviour))
+    if points:
+        chosen = {}
+        for method in dict.fromkeys(row["method"] for row in points[1:]):
+            first = circuit_names(method, params.methods[method])[0]
+            about = read_json(circuit_path(behaviour, first).with_suffix(".json"))
+            chosen[method] = about["num_neurons"], about["protect"]
+        blocks = params.prompt_sets[spec.prompts].blocks
+        axis = "" if blocks else tables.swept(spec).axis
+        path = folder / f"dose-{behaviour}"
+        figures.dose(path, points, chosen, axis, params.select.ppl_budget, looks)
+    title, levels = page.prompt_levels(params, behaviour)
+    control = circuit_names(params.evaluate.control, params.methods[params.evaluate.control])[0]
+    drawn = {spec.method: spec.method, control: params.evaluate.control}
+    panels = {
+        label: np.column_stack([levels["none"], levels[name]])
+        for name, label in drawn.items()
+        if name in levels
+    }
+    if spec.method in panels:
+        figures.prompts(folder / f"prompts-{behaviour}", title, panels, looks)
+    path = circuit_path(behaviour, spec.method)
+    about, circuit = read_json(path.with_suffix(".json")), read_circuit(path)
+    counts = layer_counts(circuit.layers, about["layers"], 1).tolist()
+    overlap = params.overlap
+    caption = f"compared by overlap: the {overlap.num_neurons} first of {overlap.method}"
+    top = read_json(metrics_path("overlap"))["layers"][behaviour]
+    look = looks[spec.method]
+    figures.layers(folder / f"layers-{behaviour}", spec.method, counts, top, caption, look)
+
+
+def draw_between(params: Params, looks: dict[str, Any], folder: Path) -> None:
+    """What compares behaviours: transfer, overlap, correlations; and how stable circuits are."""
+    from sparc3.reporting import figures
 
     overlap, behaviours = read_json(metrics_path("overlap")), list(params.behaviours)
-    methods = list(params.methods)
-    drawn: list[Path] = []
-
-    def at(name: str) -> Path:
-        drawn.append(FOLDER / f"{name}.png")
-        return drawn[-1]
-
-    figures.bars(at("bars"), table, BARS)
-    sweeps = {name: read_csv(sweep_path(name)) for name in behaviours}
-    objectives = {
-        name: "neurons" if params.prompt_sets[spec.prompts].blocks else swept(spec).axis
-        for name, spec in params.behaviours.items()
-    }
-    figures.pareto(at("pareto"), sweeps, objectives, methods)
     if first_split(params) == "test":
-        columns, values, labels = transfer_matrix(params)
-        title = "Pruned for (row), measured on (column)"
-        figures.heat_map(at("transfer"), values, behaviours, columns, title, labels=labels)
-    if len(behaviours) in (2, 3):
-        figures.venn(at("venn"), overlap["regions"], behaviours)
+        columns, effects = tables.transfer_matrix(params)
+        figures.transfer(folder / "transfer", behaviours, columns, effects)
     if len(behaviours) > 1:
-        figures.pairwise_overlap(at("overlaps"), overlap["overlaps"])
-        matrix = np.eye(len(behaviours))
-        for (i, a), (j, b) in combinations(enumerate(behaviours), 2):
-            matrix[i, j] = matrix[j, i] = overlap["correlations"][joined((a, b))]["pearson"]
-        title = "Correlation of differentials"
-        figures.heat_map(at("correlations"), matrix, behaviours, behaviours, title, limit=1)
-    figures.layer_distribution(at("layers"), overlap["layers"])
+        own = circuit_path(behaviours[0], params.behaviours[behaviours[0]].method)
+        width = read_json(own.with_suffix(".json"))["width"]
+        shared = {}
+        for names, row in overlap["overlaps"].items():
+            counts = np.column_stack([overlap["layers"][name] for name in row["names"]])
+            shared[names] = row["observed"], chance(counts, width)
+        figures.overlap(folder / "overlap", overlap["regions"], behaviours, shared)
+        corrected = overlap.get("corrected", {}).get("correlations", {})
+        nulls = overlap.get("nulls", {})  # of too many behaviours there are none
+        apart = nulls.get("disjoint_references", {}).get("disjoint", {})
+        rows = {
+            names: (corrected.get(names), row["pearson"], apart.get(names, {}).get("correlation"))
+            for names, row in overlap["correlations"].items()
+        }
+        figures.correlations(folder / "correlations", rows)
     curves = {name: read_csv(stability_path(name)) for name in behaviours}
-    figures.rank_stability(at("stability"), curves, methods)
-    return drawn
+    figures.stability(folder / "stability", curves, looks)
+
+
+def chance(counts: Array, width: int) -> dict[str, float]:
+    """Mean overlap of draws within layers, `counts` (layer, set), and the range of 95 % of them."""
+    law = np.exp(layered_log_distribution(counts, width))
+    low, high = np.searchsorted(law.cumsum(), (0.025, 0.975)).tolist()
+    return {"value": float(law @ np.arange(law.size)), "low": low, "high": high}
+
+
+def draw(params: Params, table: list[dict[str, Any]], folder: Path) -> None:
+    """All figures, those of a behaviour under NAME-BEHAVIOUR."""
+    from sparc3.reporting import figures  # matplotlib takes a second to import
+
+    controls = {name: is_control(method) for name, method in params.methods.items()}
+    looks = figures.looks({**controls, BAN: True})
+    panels, bands = {}, {}
+    for behaviour in params.behaviours:
+        cells_of = [row for row in table if row["behaviour"] == behaviour]
+        rows = forest_rows(params, cells_of)
+        draw_behaviour(params, behaviour, rows, looks, folder)
+        judged = [r for r in rows if SHARE in r.found and r.method != params.evaluate.control]
+        if judged:
+            heading = f"{behaviour}: unpruned {page.level(params, behaviour)}"
+            groups = [row["change"]["n"] for row in cells_of if "n" in (row["change"] or {})]
+            heading += f", {groups[0]} groups" if groups else ""
+            panels[heading] = judged
+            drawn = [r for r in rows if SHARE in r.found and r.method == params.evaluate.control]
+            ends = [(r.found[SHARE]["low"], r.found[SHARE]["high"]) for r in drawn]
+            bands[heading] = ends[0] if ends else None
+    if panels:
+        figures.answer(folder / "answer", SHARE, panels, bands, looks)
+    draw_between(params, looks, folder)
 
 
 def run(params: Params) -> dict[str, float]:
     table = cells(params)
     results = result_table(params, table)
-    figures = draw(params, table)
-    page = [
+    for left in FOLDER.glob("*.*"):  # by an earlier run, whose figures are not all drawn again
+        left.unlink()
+    draw(params, table, FOLDER)
+    write_text(FOLDER / "report.html", page.page(params, table, FOLDER))
+    write_text(FOLDER / "table.tex", page.latex(params, table))
+    answers = page.sentences(params, table)
+    text = [
         "# Results\n\n",
-        results,
-        "\n## Published numbers\n\n",
-        claims_table(params, table),
-        "\n## Groups\n",
-        *(group_lines(params, behaviour) for behaviour in params.behaviours),
-        "\n## Figures\n\n",
-        *(f"![{path.stem}]({path.name})\n" for path in figures),
+        *(f"- **{a['behaviour']}: {a['verdict']}.** {a['numbers']}\n" for a in answers),
+        "\n![The answer](answer.svg)\n" if (FOLDER / "answer.svg").is_file() else "",
+        "\nEverything else is in [report.html](report.html).\n\n",
+        f"{results}\n## Published numbers\n\n",
+        markdown(CLAIMS, claim_rows(params, table)),
     ]
-    write_text(FOLDER / "report.md", "".join(page))
+    write_text(FOLDER / "report.md", "".join(text))
     write_text(TABLE, results)
     found = summary(params, table)
     write_json(SUMMARY, found)
