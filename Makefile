@@ -47,7 +47,7 @@ env:
 	echo "Installing into $(VENV) with $$python: about 3 GB to download and 7 GB on disk;" \
 	  "3 minutes from a nearby mirror, 10 or more over a slow line."; \
 	$$python -m venv --clear $(VENV) \
-	&& $(VENV)/bin/python -m pip install --no-input -r requirements.txt \
+	&& $(VENV)/bin/python -m pip install --no-input --no-deps -r requirements-hashed.txt \
 	&& $(VENV)/bin/python -m pip check \
 	&& cp requirements.txt $(VENV)/installed.txt \
 	&& echo "Installed."
@@ -83,14 +83,17 @@ faults: env
 readme: env
 	$(IN_ENV) python -m sparc3 readme
 
-# What is locked already stays where it is, unless pyproject.toml says otherwise. MLflow names a
-# conda environment by the digest of conda.yaml alone, so conda.yaml carries the digest of the lock.
+# What is locked already stays where it is, unless pyproject.toml says otherwise. requirements.txt is
+# the lock without the digests of its files, which pip takes with --no-deps only, and MLflow and
+# conda do not say that. MLflow names a conda environment by the digest of conda.yaml alone, so
+# conda.yaml carries the digest of the lock.
 lock:
 	@$(find_python); \
 	$$python -m venv --clear .lock \
 	&& .lock/bin/python -m pip install --quiet $(UV) \
 	&& .lock/bin/uv pip compile --quiet --universal --python-version 3.11 --group dev --no-annotate \
-	  --generate-hashes --custom-compile-command "make lock" pyproject.toml -o requirements.txt \
+	  --generate-hashes --custom-compile-command "make lock" pyproject.toml -o requirements-hashed.txt \
+	&& sed -E '/^ +--hash=/d; s/ \\$$//' requirements-hashed.txt > requirements.txt \
 	&& digest=$$($$python -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())') \
 	&& sed -i.bak "s/^# sha256 of requirements.txt: .*/# sha256 of requirements.txt: $$digest/" conda.yaml \
 	&& rm -rf conda.yaml.bak .lock

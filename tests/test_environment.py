@@ -23,8 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
 DEVELOPMENT = [Requirement(line) for line in PROJECT["dependency-groups"]["dev"]]
 LOCK_TEXT = (ROOT / "requirements.txt").read_text()
-LOCK_LINES = [line for line in LOCK_TEXT.replace("\\\n", "").splitlines() if line[0] != "#"]
-LOCK = [Requirement(line.partition(" --hash=")[0]) for line in LOCK_LINES]
+LOCK = [Requirement(line) for line in LOCK_TEXT.splitlines() if not line.startswith("#")]
 
 
 def pinned(requirement):
@@ -66,12 +65,14 @@ def test_every_version_is_exact_and_declared_once():
         assert locked[canonicalize_name(requirement.name)] == pinned(requirement)
 
 
-def test_every_file_that_is_installed_has_its_digest_in_the_lock():
+def test_every_file_that_is_installed_is_the_locks_by_its_digest():
     """So pip takes nothing else, whatever serves it."""
-    for line in LOCK_LINES:
-        _, *hashes = re.split(r"\s+--hash=", line.strip())
-        assert hashes, line
-        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", each) for each in hashes), line
+    text = (ROOT / "requirements-hashed.txt").read_text().replace("\\\n", "")
+    lines = [re.split(r"\s+--hash=", line) for line in text.splitlines() if line[0] != "#"]
+    assert [Requirement(line) for line, *_ in lines] == LOCK
+    for _, *hashes in lines:
+        assert hashes
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64} ?", each) for each in hashes)
 
 
 def test_the_lock_is_what_is_installed_and_lacks_nothing():
@@ -113,7 +114,7 @@ def test_mlflow_resolves_conda_yaml_to_the_lock():
 
     environment = _PythonEnv.from_conda_yaml(ROOT / "conda.yaml")
     resolved = _parse_requirements(environment.dependencies, is_constraint=False, base_dir=ROOT)
-    assert [r.req_str.split() for r in resolved] == [line.split() for line in LOCK_LINES]
+    assert [Requirement(r.req_str) for r in resolved] == LOCK
     assert environment.build_dependencies == ["pip"]
     assert environment.python == "3.11.7"
 
@@ -122,7 +123,7 @@ def test_the_makefile_installs_the_lock_and_nothing_else():
     code, output, error = make("--dry-run", "env")
     assert code == 0, error
     installs = re.findall(r"pip install (.*?)\s*\\?$", output, re.MULTILINE)
-    assert installs == ["--no-input -r requirements.txt"]
+    assert installs == ["--no-input --no-deps -r requirements-hashed.txt"]
 
 
 def test_an_environment_that_is_given_is_used_as_it_is(tmp_path):
