@@ -87,11 +87,12 @@ def memory(params: Params) -> str:
         import torch
 
         if not torch.cuda.is_available():
-            raise InputError(f"model.device is {params.model.device}, and no card is here")
-        about = torch.cuda.get_device_properties(0)
-        device = next((c for c in plan.CARDS if c.name in about.name), plan.CARDS[0])
+            problem = f"model.device is {params.model.device}, and no card is here"
+            raise InputError(f"{problem}; set it to cpu, or run where there is one")
+        card = torch.cuda.get_device_properties(0)
         cards = torch.cuda.device_count() if params.model.device == "auto" else 1
-        device = device._replace(name=about.name, gibibytes=about.total_memory / 2**30, cards=cards)
+        size = card.total_memory / 2**30
+        device = plan.CARDS[-1]._replace(name=card.name, gibibytes=size, cards=cards)
     plan.refuse(planned, device)
     needed = planned.in_all(device).device
     return f"{needed / 1e9:.1f} GB needed, {device} has {device.memory / 1e9:.1f}"
