@@ -155,7 +155,8 @@ def fresh(tmp_path):
     """A checkout with nothing to install, and a PATH without Python."""
     for name in ("Makefile", "pyproject.toml"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / "requirements.txt").write_text("# first\n")
+    for name in ("requirements.txt", "requirements-hashed.txt"):
+        (tmp_path / name).write_text("# first\n")
     tools = tmp_path / "tools"
     tools.mkdir()
     for tool in ("sh", "make", "cmp", "cp"):

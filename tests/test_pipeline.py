@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from sparc3.base.params import Params
-from sparc3.base.products import manifest_path
+from sparc3.base.products import MANIFESTS, manifest_path
 from sparc3.stages import attribute
 from sparc3.stages.table import STAGES, axis_flag
 
@@ -64,7 +64,7 @@ def owner(dep: str) -> str:
     home = {product.partition("/")[0]: word for word, s in STAGES.items() for product in s.products}
     first, *rest = Path(dep).parts
     if first == "outputs":
-        return home[rest[0]]
+        return rest[1] if rest[0] == MANIFESTS.name else home[rest[0]]
     return Path(rest[0]).stem if first == "metrics" else first
 
 

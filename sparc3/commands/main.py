@@ -20,13 +20,13 @@ def mend_lock() -> None:
     and then refuses to run. Stages that were done since come from its cache.
     """
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-    from voluptuous import Invalid
+    from dvc.utils.strictyaml import YAMLValidationError, validate
 
     try:
-        COMPILED_LOCKFILE_SCHEMA(yaml.safe_load(LOCK.read_text(encoding="utf-8")) or {})
+        validate(yaml.safe_load(LOCK.read_text(encoding="utf-8")) or {}, COMPILED_LOCKFILE_SCHEMA)
     except FileNotFoundError:
         return
-    except (Invalid, yaml.YAMLError, UnicodeDecodeError):
+    except (YAMLValidationError, yaml.YAMLError, UnicodeDecodeError):
         log.warning("%s: not whole, since DVC was killed while it wrote; git's is put back", LOCK)
         LOCK.unlink()
         subprocess.run(["git", "checkout", "-q", "--", LOCK], capture_output=True, check=False)

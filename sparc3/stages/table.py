@@ -85,7 +85,7 @@ STAGES: dict[str, Stage] = {
     ),
     "report": Stage(
         "summary, tables, figures, published numbers",
-        reads=("gate", "sweep", "select", "evaluate", "transfer", "overlap"),
+        reads=("prepare", "gate", "sweep", "select", "evaluate", "transfer", "overlap"),
         products=("report",),
     ),
 }
