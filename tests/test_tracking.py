@@ -545,6 +545,18 @@ def test_artifacts_are_files_and_no_tensors(here, tmp_path):
             run.log_artifact(tmp_path / "scores.safetensors")
 
 
+def test_a_table_is_replaced_and_holds_no_secret(here, monkeypatch):
+    with stage_run("tested", {}, {}) as run:
+        run.log_table("texts.json", ["prompt", "score"], [["old", 1.0], ["older", 0.5]])
+        run.log_table("texts.json", ["prompt", "score"], [["né | x", 0.25]])
+        monkeypatch.setenv("HF_TOKEN", "hf_neverToBeSeenAnywhere")
+        with pytest.raises(InputError, match=r"^more\.json: holds a token"):
+            run.log_table("more.json", ["a"], [["x hf_neverToBeSeenAnywhere y"]])
+    table = mlflow.load_table("texts.json", run_ids=[run.id])
+    assert table[["prompt", "score"]].values.tolist() == [["né | x", 0.25]]
+    assert [each.path for each in run.client.list_artifacts(run.id)] == ["texts.json"]
+
+
 def test_many_and_long_values_fit_and_stay_distinct(here):
     many = {f"key.{i}": i for i in range(250)}
     long = {"a": "x" * 20_000, "b": "x" * 20_001}

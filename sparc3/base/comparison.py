@@ -27,7 +27,8 @@ class Entry:
 
     `tags` are the columns of the runs table and what it is filtered by, `note` its description in
     Markdown, under which `figure` is shown, the name of a file of the parent's; `stages` names the
-    stage runs (`evaluate@toxicity`) that made its numbers, `datasets` the prompts.
+    stage runs (`evaluate@toxicity`) that made its numbers, `datasets` the prompts, `table` what an
+    artifact of its name shows: columns and rows.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Entry:
     artifacts: Sequence[Path] = ()
     stages: Sequence[str] = ()
     datasets: Sequence[Dataset] = ()
+    table: tuple[str, Sequence[str], Sequence[Sequence[Any]]] | None = None
 
 
 def pipeline_run(
@@ -86,6 +88,8 @@ def pipeline_run(
             run.log_datasets(entry.datasets)
             for path in entry.artifacts:
                 run.log_artifact(path)
+            if entry.table:
+                run.log_table(*entry.table)
 
         # Main's own run is ended by `mlflow run`, when all of main has ended.
         with closing(parent) if parent != main else nullcontext():

@@ -140,11 +140,25 @@ class Run:
             raise ValueError(f"{path}: tensors are kept by DVC; log their digest as a tag")
         if not path.is_file():
             raise InputError(f"{path}: file not found; an artifact must be a file")
-        content = path.read_bytes()
-        if any(secret.encode() in content for secret in secrets()):
-            problem = "holds a token or password of the environment or .env"
-            raise InputError(f"{path}: {problem}; not logged")
+        _refuse_secrets(str(path), path.read_bytes())
         self.client.log_artifact(self.id, str(path))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table that MLflow's UI lays out as one; one of the same name is replaced.
+
+        Raises InputError if it holds a secret.
+        """
+        text = json.dumps({"columns": list(columns), "data": list(rows)}, ensure_ascii=False)
+        _refuse_secrets(name, text.encode())
+        self.client.log_text(self.id, text, name)
+        shown = json.dumps([{"path": name, "type": "table"}])
+        self.client.set_tag(self.id, "mlflow.loggedArtifacts", shown)
+
+
+def _refuse_secrets(name: str, content: bytes) -> None:
+    if any(secret.encode() in content for secret in secrets()):
+        problem = "holds a token or password of the environment or .env"
+        raise InputError(f"{name}: {problem}; not logged")
 
 
 def source() -> dict[str, str]:

@@ -10,6 +10,7 @@ from sparc3.base.comparison import Entry
 from sparc3.base.files import markdown
 from sparc3.base.params import Params
 from sparc3.base.runs import Dataset
+from sparc3.reporting.page import side_by_side
 from sparc3.reporting.tables import CONFIRMATORY, interval, number, verdict
 
 
@@ -46,7 +47,18 @@ def row_entry(params: Params, cell: dict[str, Any]) -> Entry:
         artifacts=[cell["circuit"]] if cell["circuit"] else [],
         stages=[f"{word}@{behaviour}" for word in ("gate", "select", "evaluate")],
         datasets=datasets(params, behaviour),
+        table=_completions(params, cell),
     )
+
+
+def _completions(params: Params, cell: dict[str, Any]) -> Any:
+    """Of the behaviour's own method, what the report shows of completions, with their scores."""
+    names, lines = side_by_side(params, cell["behaviour"])
+    if cell["family"] != CONFIRMATORY or not lines:
+        return None
+    columns = ["prompt", *(column for name in names for column in (name, f"{name}: score"))]
+    rows = [[line["prompt"], *(part for pair in line["by"] for part in pair)] for line in lines]
+    return "completions.json", columns, rows
 
 
 def whole_entry(params: Params, cells: Sequence[dict[str, Any]], files: Sequence[Path]) -> Entry:

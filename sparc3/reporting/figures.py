@@ -201,6 +201,8 @@ def answer(
             Line2D([], [], color="black", marker="|", ms=9, lw=0, label="would have been found"),
         ]
         figure.legend(handles=marks, loc="lower left", ncols=3)
+        said = "95 % intervals, each of one change alone; verdicts are adjusted for the tests made"
+        figure.text(0.99, 0.02, said, ha="right", fontsize=8, color=GREY)
 
 
 def forests(
@@ -235,7 +237,7 @@ def dose(
     by the number of neurons. `chosen`: method -> (neurons, protected share) of its circuit.
     """
     none, *swept = points
-    panels = {"ppl_delta": "perplexity change, %\n(up: cheaper)"}
+    panels = {"ppl_delta": "perplexity change, % (± standard error)\n(up: cheaper)"}
     if objective:
         panels = {"objective": f"{objective}\n(tune split; up: less of it)"} | panels
     shares = sorted({float(r["protect"]) for r in swept})
@@ -260,7 +262,7 @@ def dose(
                         place = float(r["num_neurons"]), float(r[key])
                         axis.scatter(*place, **RING, label="chosen", zorder=5)
             axis.axhline(float(none[key]), color=GREY, lw=0.8)
-            axis.set(xscale="log", xlabel="neurons removed", ylabel=title)
+            axis.set(xscale="log", xlabel="neurons removed (log scale)", ylabel=title)
             sizes = sorted({int(r["num_neurons"]) for r in swept})
             axis.set_xticks(sizes, map(str, sizes))
             axis.minorticks_off()
@@ -269,6 +271,7 @@ def dose(
                 style = {"transform": axis.get_yaxis_transform(), "fontsize": 8, "va": "center"}
                 axis.text(1.01, budget, f"budget {budget:g} %", **style)
                 axis.invert_yaxis()
+                axis.yaxis.set_major_formatter("{x:+g}")
         lost = [
             f"destroyed: {r['method']} at {r['num_neurons']}, {float(r['ppl_delta']):+,.0f} %"
             for r in swept
@@ -311,7 +314,7 @@ def transfer(
         axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
         axis.set_xticks(range(len(columns)), columns)
         axis.set_yticks(range(len(rows)), rows)
-        axis.set(xlabel="measured on; + is better", ylabel="pruned for")
+        axis.set(xlabel="measured on (95 % intervals); + is better", ylabel="pruned for")
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         marks = [Patch(**fill, label=kind) for kind, fill in fills.items()]
@@ -323,9 +326,10 @@ def overlap(
     regions: Mapping[str, int],
     behaviours: Sequence[str],
     overlaps: Mapping[str, tuple[float, Interval]],
+    title: str,
 ) -> None:
-    """Neurons that circuits share: a Venn diagram, of more than three a bar for every region; and
-    each overlap beside the range that 95 % of chance draws within layers have.
+    """Neurons that circuits share, `title` says which: a Venn diagram, of more than three a bar for
+    every region; and each overlap beside the range that 95 % of chance draws within layers have.
     """
     with drawing(path, columns=2, size=(9.5, 3.4)) as (_, (axis, beside)):
         groups = list(subsets(behaviours, 1))
@@ -346,21 +350,17 @@ def overlap(
         names = "observed", "", "chance within layers, 95 % and mean"
         beside_chance(beside, rows, names)
         beside.set(xlabel="shared neurons")
+        axis.set_title(title, fontsize=9)
 
 
-def layers(
-    path: Path, method: str, counts: Sequence[int], top: Sequence[int], caption: str, look: Look
-) -> None:
-    """Removed neurons by layer (bars), and those that the overlap stage compares (`caption`)."""
+def layers(path: Path, method: str, counts: Sequence[int], look: Look) -> None:
+    """Removed neurons by layer."""
     with drawing(path, size=(7, 2.5)) as (_, (axis,)):
         style = {"edgecolor": "black", "lw": 0.6, "hatch": look.hatch, "alpha": 0.8}
-        name = f"removed: circuit of {method}, {sum(counts)} neurons"
-        axis.bar(range(len(counts)), counts, 0.85, color=look.colour, label=name, **style)
-        style = {"color": "black", "ls": "--", "lw": 1.1, "label": caption}
-        axis.step(range(len(top)), top, where="mid", **style)
-        axis.set(xlabel="layer", ylabel="neurons", xlim=(-0.7, len(counts) - 0.3))
+        axis.bar(range(len(counts)), counts, 0.85, color=look.colour, **style)
+        axis.set(xlabel="layer (0 is next to the input)", ylabel="neurons removed")
+        axis.set(xlim=(-0.7, len(counts) - 0.3), title=f"{method}: {sum(counts)} neurons")
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(loc="upper left")
 
 
 def correlations(
@@ -420,7 +420,7 @@ def stability(
                     style = {"color": look.colour, "marker": look.marker, "ls": look.line}
                     axis.plot(x, y, ms=5, lw=1.2, label=name, **style)
             axis.set(xlabel="prompts", ylim=(0, 1), title=behaviour)
-        axes[0].set_ylabel("share of the circuit found again")
+        axes[0].set_ylabel("share found again, mean of\nresamples of the prompts")
         handles = {h.get_label(): h for axis in axes for h in axis.lines}
         figure.legend(handles.values(), handles.keys(), loc="outside right center")
 

@@ -102,11 +102,8 @@ def draw_behaviour(
     path = circuit_path(behaviour, spec.method)
     about, circuit = read_json(path.with_suffix(".json")), read_circuit(path)
     counts = layer_counts(circuit.layers, about["layers"], 1).tolist()
-    overlap = params.overlap
-    caption = f"compared by overlap: the {overlap.num_neurons} first of {overlap.method}"
-    top = read_json(metrics_path("overlap"))["layers"][behaviour]
     look = looks[spec.method]
-    figures.layers(folder / f"layers-{behaviour}", spec.method, counts, top, caption, look)
+    figures.layers(folder / f"layers-{behaviour}", spec.method, counts, look)
 
 
 def draw_between(params: Params, looks: dict[str, Any], folder: Path) -> None:
@@ -116,7 +113,8 @@ def draw_between(params: Params, looks: dict[str, Any], folder: Path) -> None:
     overlap, behaviours = read_json(metrics_path("overlap")), list(params.behaviours)
     if first_split(params) == "test":
         columns, effects = tables.transfer_matrix(params)
-        figures.transfer(folder / "transfer", behaviours, columns, effects)
+        rows = [f"{name}\n({spec.method})" for name, spec in params.behaviours.items()]
+        figures.transfer(folder / "transfer", rows, columns, effects)
     if len(behaviours) > 1:
         own = circuit_path(behaviours[0], params.behaviours[behaviours[0]].method)
         width = read_json(own.with_suffix(".json"))["width"]
@@ -124,7 +122,9 @@ def draw_between(params: Params, looks: dict[str, Any], folder: Path) -> None:
         for names, row in overlap["overlaps"].items():
             counts = np.column_stack([overlap["layers"][name] for name in row["names"]])
             shared[names] = row["observed"], chance(counts, width)
-        figures.overlap(folder / "overlap", overlap["regions"], behaviours, shared)
+        settings = params.overlap
+        title = f"the {settings.num_neurons} first of {settings.method}, not those removed"
+        figures.overlap(folder / "overlap", overlap["regions"], behaviours, shared, title)
         corrected = overlap.get("corrected", {}).get("correlations", {})
         nulls = overlap.get("nulls", {})  # of too many behaviours there are none
         apart = nulls.get("disjoint_references", {}).get("disjoint", {})
