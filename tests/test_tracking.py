@@ -546,13 +546,13 @@ def test_artifacts_are_files_and_no_tensors(here, tmp_path):
 
 
 def test_a_table_is_replaced_and_holds_no_secret(here, monkeypatch):
-    with stage_run("tested", {}, {}) as run:
+    with opened() as run:
         run.log_table("texts.json", ["prompt", "score"], [["old", 1.0], ["older", 0.5]])
         run.log_table("texts.json", ["prompt", "score"], [["né | x", 0.25]])
         monkeypatch.setenv("HF_TOKEN", "hf_neverToBeSeenAnywhere")
         with pytest.raises(InputError, match=r"^more\.json: holds a token"):
             run.log_table("more.json", ["a"], [["x hf_neverToBeSeenAnywhere y"]])
-    table = mlflow.load_table("texts.json", run_ids=[run.id])
+    table = run.client.load_table(run.experiment, "texts.json", [run.id])
     assert table[["prompt", "score"]].values.tolist() == [["né | x", 0.25]]
     assert [each.path for each in run.client.list_artifacts(run.id)] == ["texts.json"]
 
