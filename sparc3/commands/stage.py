@@ -126,11 +126,16 @@ def datasets(params: Params, axes: Mapping[str, str]) -> list[runs.Dataset]:
 
 def compare(params: Params, report: runs.Run) -> None:
     """Log the comparison: a parent run for this state of the pipeline, a row for every cell."""
-    from sparc3.reporting.entries import row_entry, whole_entry  # here: no other stage needs it
+    from sparc3.reporting import entries  # here: no other stage needs it
     from sparc3.reporting.tables import cells
 
     table = cells(params)
-    rows = {f"{cell['behaviour']}/{cell['method']}": row_entry(params, cell) for cell in table}
+    rows = {
+        f"{cell['behaviour']}/{cell['method']}": dataclasses.replace(
+            entries.row_entry(params, cell), table=entries.completions(params, cell)
+        )
+        for cell in table
+    }
     values = {None: [None], "prompt_set": params.prompt_sets, "behaviour": params.behaviours}
     products = {
         word if value is None else f"{word}@{value}": digest(metrics_path(word, value))
@@ -140,5 +145,5 @@ def compare(params: Params, report: runs.Run) -> None:
     }
     everything = dataclasses.asdict(params)
     state = digest_text(json.dumps([everything, products, LAYOUT], sort_keys=True))
-    whole = whole_entry(params, table, shown_files("report", None))
+    whole = entries.whole_entry(params, table, shown_files("report", None))
     comparison.pipeline_run(report, state, everything, whole, rows, products)

@@ -47,12 +47,13 @@ def row_entry(params: Params, cell: dict[str, Any]) -> Entry:
         artifacts=[cell["circuit"]] if cell["circuit"] else [],
         stages=[f"{word}@{behaviour}" for word in ("gate", "select", "evaluate")],
         datasets=datasets(params, behaviour),
-        table=_completions(params, cell),
     )
 
 
-def _completions(params: Params, cell: dict[str, Any]) -> Any:
-    """Of the behaviour's own method, what the report shows of completions, with their scores."""
+def completions(
+    params: Params, cell: dict[str, Any]
+) -> tuple[str, list[str], list[list[Any]]] | None:
+    """A row's table: of the behaviour's own method, what the report shows of completions."""
     names, lines = side_by_side(params, cell["behaviour"])
     if cell["family"] != CONFIRMATORY or not lines:
         return None
