@@ -45,7 +45,8 @@ NO_DATE = {
     "svg": dict.fromkeys(("Date", "Creator", "Format", "Type")),
     "pdf": dict.fromkeys(("CreationDate", "Creator", "Producer")),
 }
-SIZE = re.compile(r' width="[^"]*" height="[^"]*"(?= viewBox)')
+SIZE = re.compile(r'width="([\d.]+)pt" height="([\d.]+)pt"')
+WIDEST = 860  # pixels, in which README, MLflow's descriptions and DVC's pages have room
 NOTES = 1.03, 1.37, 1.91  # where text stands beside the main figure, in widths of its panel
 RING = {"s": 170, "facecolors": "none", "edgecolors": "black", "linewidths": 1.3}
 Interval = Mapping[str, float]  # value, low, high
@@ -101,11 +102,17 @@ def drawing(
             for kind, metadata in NO_DATE.items():
                 with replacing(path.with_name(f"{path.name}.{kind}")) as temporary:
                     figure.savefig(temporary, format=kind, metadata=metadata)
-                    if kind == "svg":  # without a size of its own it fits wherever it is shown
+                    if kind == "svg":
                         text = temporary.read_text("utf-8")
-                        temporary.write_text(SIZE.sub("", text, count=1), "utf-8")
+                        temporary.write_text(SIZE.sub(_fitting, text, count=1), "utf-8")
         finally:
             plt.close(figure)
+
+
+def _fitting(size: re.Match[str]) -> str:
+    width, height = (float(part) / 0.75 for part in size.groups())
+    scale = min(1, WIDEST / width)
+    return f'width="{scale * width:.0f}" height="{scale * height:.0f}"'
 
 
 def point(axis: Any, at: float, found: Interval, look: Look, own: bool = True) -> None:

@@ -203,7 +203,7 @@ def page(params: Params, table: list[dict[str, Any]], folder: Path) -> str:
             return None
         _, _, drawn = path.read_text("utf-8").partition("<svg")
         width = drawn.partition('viewBox="0 0 ')[2].split()[0]
-        return Markup(f'<svg style="width: {width}pt"{drawn}')  # text of ours
+        return Markup(f'<svg style="width: {width}pt"{drawn}')  # as drawn; and text of ours
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
