@@ -315,8 +315,20 @@ def test_what_is_said_of_each_behaviour_holds() -> None:
     assert rank["least"] > 0 or rank["most"] < abs(margin(found["race"]["circuits"])["value"])
     for circuits in (evaluation(ROOT / "metrics", "gender")[0], found["gender"]["circuits"]):
         assert margin(circuits)["low"] < 0 < margin(circuits)["high"]
-    passed = {b: read_json(ROOT / f"metrics/gate/{b}.json")["passed"] for b in PARAMS.behaviours}
-    assert (passed["toxicity"], passed["gender"]) == (0, 1)
+    gates = {b: read_json(ROOT / f"metrics/gate/{b}.json") for b in PARAMS.behaviours}
+    assert (gates["toxicity"]["passed"], gates["gender"]["passed"]) == (0, 1)
+    for gate in gates.values():  # wider than the threshold
+        assert gate["gap"]["high"] - gate["gap"]["low"] > PARAMS.gate.threshold
+    for behaviour in ("gender", "race"):  # less than half of a circuit comes back
+        assert read_json(ROOT / f"metrics/select/{behaviour}.json")["gradient-t.stability"] < 0.5
+    race = evaluation(ROOT / "metrics", "race")[0]["gradient-t"]["second"]["values"]
+    assert abs(race["margin"]) < 0.01  # no side is preferred
+    full = evaluation(FULL, "gender")[0]["gradient-t"]["test"]
+    assert full["margin"]["high"] < 0
+    assert full["ss"]["low"] < 0 < full["ss"]["high"]
+    gemma = {b: evaluation(GEMMA, b)[0] for b in ("race", "toxicity")}
+    assert margin(gemma["race"])["high"] < 0
+    assert gemma["toxicity"]["lrp"]["against_ban"]["reduction"]["high"] < 0
     for folder in (ROOT / "metrics", FULL):  # CrowS-Pairs shows nothing of race
         second = evaluation(folder, "race")[0]["gradient-t"]["second"]["margin"]
         assert second["low"] < 0 < second["high"]
