@@ -78,18 +78,9 @@ def pipeline_run(
         title = name or record.data.tags.get(GROUP) or f"{whole.name}, {date}"
 
         def show(run: Run, key: str, entry: Entry, makers: Iterable["Record"]) -> None:
-            note = entry.note
-            if entry.figure:
-                note += f"\n\n![](get-artifact?path={entry.figure}&run_uuid={parent.id})"
-            described = {"mlflow.note.content": note, GROUP: title, **entry.tags}
-            run.set_tags({**_identity(state, key, makers), **described})
+            run.set_tags({**_identity(state, key, makers), GROUP: title})
             run.log_params(params)
-            run.log_metrics(entry.metrics)
-            run.log_datasets(entry.datasets)
-            for path in entry.artifacts:
-                run.log_artifact(path)
-            if entry.table:
-                run.log_table(*entry.table)
+            _show(run, entry, parent)
 
         # Main's own run is ended by `mlflow run`, when all of main has ended.
         with closing(parent) if parent != main else nullcontext():
@@ -107,6 +98,19 @@ def pipeline_run(
                 if "mlflow.parentRunId" not in record.data.tags:
                     client.set_tag(record.info.run_id, "mlflow.parentRunId", parent.id)
     return parent.id
+
+
+def _show(run: Run, entry: Entry, parent: Run) -> None:
+    note = entry.note
+    if entry.figure:
+        note += f"\n\n![](get-artifact?path={entry.figure}&run_uuid={parent.id})"
+    run.set_tags({"mlflow.note.content": note, **entry.tags})
+    run.log_metrics(entry.metrics)
+    run.log_datasets(entry.datasets)
+    for path in entry.artifacts:
+        run.log_artifact(path)
+    if entry.table:
+        run.log_table(*entry.table)
 
 
 def _identity(state: str, row: str, makers: Iterable["Record"]) -> dict[str, str]:
