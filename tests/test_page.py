@@ -1,6 +1,7 @@
 """The page and its figures: what they show is what was measured, and nothing in a text acts."""
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -226,3 +227,17 @@ def test_chance_is_the_exact_law_within_layers() -> None:
     """Two sets with 3 and 2 of 5 neurons in a layer share 1.2 on average, 0 to 2."""
     found = report.chance(np.array([[3, 2], [0, 4]]), 5)
     assert found == pytest.approx({"value": 1.2, "low": 0, "high": 2})
+
+
+def test_of_more_behaviours_than_a_figure_has_room_for_the_page_has_tables(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "many")
+    monkeypatch.chdir(tmp_path / "many")
+    monkeypatch.setattr(report, "FEW", 1)
+    report.run(load())
+    drawn = {path.stem for path in Path("outputs/report").glob("*.svg")}
+    assert drawn >= {"forest-rude", "layers-bias"}
+    assert not drawn & {"answer", "transfer", "overlap", "correlations", "stability"}
+    text = Path("outputs/report/report.html").read_text()
+    assert all(name in text for name in load().behaviours)

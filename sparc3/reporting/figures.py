@@ -338,8 +338,10 @@ def overlap(
     """Neurons that circuits share, `title` says which: a Venn diagram, of more than three a bar for
     every region; and each overlap beside the range that 95 % of chance draws within layers have.
     """
-    with drawing(path, columns=2, size=(9.5, 3.4)) as (_, (axis, beside)):
-        groups = list(subsets(behaviours, 1))
+    groups = list(subsets(behaviours, 1))
+    shown = sum(map(bool, regions.values())) if len(behaviours) > 3 else 0
+    size = 9.5, max(3.4, 0.22 * max(shown, len(overlaps)))
+    with drawing(path, columns=2, size=size) as (_, (axis, beside)):
         if len(behaviours) <= 3:
             inside = {"".join("01"[n in group] for n in behaviours): group for group in groups}
             sizes = {key: regions[joined(group)] for key, group in inside.items()}

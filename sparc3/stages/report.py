@@ -18,7 +18,7 @@ from sparc3.base.files import Array, markdown, read_csv, read_json, write_json, 
 from sparc3.base.params import Params
 from sparc3.circuits.circuit import read_circuit
 from sparc3.circuits.methods import BAN, is_control
-from sparc3.circuits.overlap import layer_counts, layered_log_distribution
+from sparc3.circuits.overlap import FEW, layer_counts, layered_log_distribution
 from sparc3.measure.instruments import primary_of
 from sparc3.reporting import page, tables
 from sparc3.reporting.published import CLAIMS, claim_rows
@@ -120,6 +120,8 @@ def draw_between(params: Params, looks: dict[str, Any], folder: Path) -> None:
         width = read_json(own.with_suffix(".json"))["width"]
         shared = {}
         for names, row in overlap["overlaps"].items():
+            if len(behaviours) > 3 and len(row["names"]) > 2:  # there are hundreds
+                continue
             counts = np.column_stack([overlap["layers"][name] for name in row["names"]])
             shared[names] = row["observed"], chance(counts, width)
         settings = params.overlap
@@ -164,6 +166,8 @@ def draw(params: Params, table: list[dict[str, Any]], folder: Path) -> None:
             drawn = [r for r in rows if SHARE in r.found and r.method == params.evaluate.control]
             ends = [(r.found[SHARE]["low"], r.found[SHARE]["high"]) for r in drawn]
             bands[heading] = ends[0] if ends else None
+    if len(params.behaviours) > FEW:  # tables have room for them, figures do not
+        return
     if panels:
         figures.answer(folder / "answer", SHARE, panels, bands, looks)
     draw_between(params, looks, folder)
