@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import whole
 from matplotlib.colors import to_hex
 
 from sparc3.base.files import read_json, read_jsonl, write_jsonl
@@ -26,11 +25,9 @@ SHARE = "share, %"
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of a tiny model, with hostile texts among its prompts and completions."""
-    folder = tmp_path_factory.mktemp("page")
-    whole.write_project(folder)
-    whole.run(folder)
+    folder = shutil.copytree(finished, tmp_path_factory.mktemp("page") / "project")
     for name in ("outputs/prompts/rude.jsonl", "outputs/evaluation/rude/completions.jsonl"):
         rows = read_jsonl(folder / name)
         write_jsonl(folder / name, [{**row, "text": HOSTILE} for row in rows])

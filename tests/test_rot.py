@@ -9,7 +9,6 @@ from pathlib import Path
 
 import faults
 import pytest
-import whole
 
 from sparc3.__main__ import main
 from sparc3.base.artifacts import model_digest
@@ -42,11 +41,8 @@ READ = [
 
 
 @pytest.fixture(scope="module")
-def whole_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rot")
-    whole.write_project(folder)
-    whole.run(folder)
-    return folder
+def whole_project(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(finished, tmp_path_factory.mktemp("rot") / "project")
 
 
 @pytest.fixture

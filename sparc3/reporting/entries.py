@@ -54,8 +54,10 @@ def completions(
     params: Params, cell: dict[str, Any]
 ) -> tuple[str, list[str], list[list[Any]]] | None:
     """A row's table: of the behaviour's own method, what the report shows of completions."""
+    if cell["family"] != CONFIRMATORY:
+        return None
     names, lines = side_by_side(params, cell["behaviour"])
-    if cell["family"] != CONFIRMATORY or not lines:
+    if not lines:
         return None
     columns = ["prompt", *(column for name in names for column in (name, f"{name}: score"))]
     rows = [[line["prompt"], *(part for pair in line["by"] for part in pair)] for line in lines]
