@@ -403,8 +403,10 @@ def test_sweep_prunes_the_most_negative_and_reads_the_tune_split(
         assert float(point["ppl_delta"]) == close(change)
         if first:
             assert (rows, float(point["objective"])) == ([], float(point["num_neurons"]))
+            assert float(point["objective_error"]) == 0.0
         else:
             assert float(point["objective"]) == close(objective(model))
+            assert (float(point["objective_error"]) > 0) == bool(removed)
         assert float(point["ppl_error"]) == close(standard_error(before, model, general))
 
 
@@ -1101,10 +1103,10 @@ def test_curves_and_layers_show_their_tables(project: Project) -> None:
         curves = defaultdict(list)
         for row in project.csv(f"stability/{behaviour}/curves"):
             curves[row["method"]].append(float(row["overlap"]))
+            assert 0 <= float(row["low"]) <= float(row["overlap"]) <= float(row["high"]) <= 1
         (axis,) = (a for a in project.figures["stability"].axes if a.get_title() == behaviour)
-        assert {
-            line.get_label(): np.array(line.get_ydata()).tolist() for line in axis.lines
-        } == curves
+        drawn = {bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in axis.containers}
+        assert drawn == curves
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)

@@ -21,6 +21,7 @@ from sparc3.measure.instrument import (
     differences,
     effect,
     mean_reading,
+    objective_error,
 )
 from sparc3.measure.instruments import INSTRUMENTS, completions, nll, pairs, perplexity
 from sparc3.model import loading
@@ -104,6 +105,27 @@ def test_the_interval_of_the_shift_is_around_it() -> None:
     assert found.value == pytest.approx(nll.shift(old, new))
     assert found.low <= found.value <= found.high
     assert found.n == 6
+
+
+def test_the_error_of_an_objective_is_that_of_its_means() -> None:
+    """Two independent means: their variances, over groups, add; and equal groups are one unit."""
+    nlls = RNG.normal(3, 1, (4, 60))
+    models = [
+        Measured(*(Reading({"nll": nll, "tokens": np.ones(60)}) for nll in pair))
+        for pair in (nlls[:2], nlls[2:])
+    ]
+    rises = nlls[2] - nlls[0], nlls[3] - nlls[1]
+    expected = math.sqrt(sum(rise.var(ddof=1) / 60 for rise in rises))
+    found = objective_error(nll.shift, *models)
+    assert found == pytest.approx(expected, rel=0.15)  # 200 resamples: four standard errors, nearly
+
+    def often(reading: Reading) -> Reading:
+        columns = {name: np.repeat(column, 3) for name, column in reading.columns.items()}
+        return Reading(columns, [str(unit) for unit in range(60) for _ in range(3)])
+
+    grouped = [Measured(*map(often, each)) for each in models]
+    assert objective_error(nll.shift, *grouped) == pytest.approx(expected, rel=0.15)
+    assert objective_error(nll.shift, models[0], models[0]) == 0.0
 
 
 def test_a_text_that_fits_the_window_is_read_whole() -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 
 from sparc3.circuits.correlation import Scores
-from sparc3.circuits.stability import mean_overlap, resampled_circuits, selection_frequency
+from sparc3.circuits.stability import overlaps, resampled_circuits, selection_frequency
 from sparc3.relevance.contrasts import mean_difference, t
 
 
@@ -18,11 +18,11 @@ def test_a_clear_signal_is_found_again_and_noise_is_not() -> None:
         apart(reference), apart(behaviour), mean_difference, 5, [60], 50, 0
     )
     assert selection_frequency(clear, 40)[:5].tolist() == [1.0] * 5
-    assert mean_overlap(clear, 5) == 1.0
+    assert overlaps(clear, 5).tolist() == [1.0] * 50
     noise = rng.standard_normal((60, 40))
     (vague,) = resampled_circuits(apart(reference), apart(noise), mean_difference, 5, [10], 300, 0)
     # Five of forty by chance: an eighth of the circuit, up to the noise of 300 resamples.
-    assert mean_overlap(vague, 5) < 0.5
+    assert overlaps(vague, 5).mean() < 0.5
     assert np.isclose(selection_frequency(vague, 40).sum(), 5)
 
 
@@ -32,7 +32,7 @@ def test_more_prompts_agree_more() -> None:
     reference = rng.standard_normal((200, 60))
     behaviour = rng.standard_normal((200, 60)) + signal
     few, many = resampled_circuits(apart(reference), apart(behaviour), t, 10, [10, 200], 60, 0)
-    assert mean_overlap(many, 10) > mean_overlap(few, 10)
+    assert overlaps(many, 10).mean() > overlaps(few, 10).mean()
 
 
 def test_copies_of_a_prompt_make_nothing_more_stable() -> None:
@@ -46,8 +46,8 @@ def test_copies_of_a_prompt_make_nothing_more_stable() -> None:
         apart(reference), apart(behaviour), mean_difference, 5, [12], 300, 0
     )
     (often,) = resampled_circuits(one, other, mean_difference, 5, [96], 300, 0)
-    assert abs(mean_overlap(once, 5) - mean_overlap(often, 5)) < 0.05
+    assert abs(overlaps(once, 5).mean() - overlaps(often, 5).mean()) < 0.05
 
 
 def test_an_empty_circuit_is_stable() -> None:
-    assert mean_overlap(np.empty((7, 0), dtype=int), 0) == 1.0
+    assert overlaps(np.empty((7, 0), dtype=int), 0).tolist() == [1.0] * 7

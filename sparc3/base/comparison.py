@@ -6,7 +6,7 @@ run of each stage that made the numbers, and what the runs table shows as column
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from sparc3.base.store import alone, answering, connect, tracking_uri
 if TYPE_CHECKING:
     from mlflow.entities import Run as Record
 
+COST = ("seconds", "peak_megabytes")  # metrics of every stage's run
 GROUP = "pipeline"  # the tag by which the runs table groups: the parent's name
 
 
@@ -49,6 +50,7 @@ def pipeline_run(
     whole: Entry,
     rows: Mapping[str, Entry],
     products: Mapping[str, str],
+    page: Callable[[Sequence[Sequence[str]]], tuple[str, str]] | None = None,
 ) -> str:
     """One run for a state of the pipeline and, nested in it, one per row; returns the parent's id.
 
@@ -62,6 +64,8 @@ def pipeline_run(
         params: nested or flat, of the whole pipeline; logged on the parent and on every row.
         whole: the parent; it is named by the DVC experiment, else by its name and when it began.
         rows: by what finds them again, `behaviour/method`; in the order of the table.
+        page: from what every stage run cost (name, commit, seconds, MB), the name and text of an
+            artifact of the parent.
         products: digest of what each stage wrote, by the stage run's name (`evaluate@toxicity`),
             as given to `set_product`. The latest finished run with that name and digest made it: it
             is linked by the tag `stage.NAME`, and nested under the parent unless it has one.
@@ -86,6 +90,8 @@ def pipeline_run(
         with closing(parent) if parent != main else nullcontext():
             parent.set_tags({"mlflow.runName": title})
             show(parent, "all", whole, made.values())
+            if page:
+                parent.log_text(*page([_cost(record) for record in made.values()]))
             for place, (key, entry) in enumerate(rows.items(), 1):
                 # The table has the latest on top.
                 run = _existing(report, state, key) or create(
@@ -98,6 +104,12 @@ def pipeline_run(
                 if "mlflow.parentRunId" not in record.data.tags:
                     client.set_tag(record.info.run_id, "mlflow.parentRunId", parent.id)
     return parent.id
+
+
+def _cost(record: "Record") -> list[str]:
+    tags, metrics = record.data.tags, record.data.metrics
+    used = (f"{metrics[key]:.0f}" if key in metrics else "-" for key in COST)
+    return [tags["sparc3.name"], tags.get("mlflow.source.git.commit", "-"), *used]
 
 
 def _show(run: Run, entry: Entry, parent: Run) -> None:

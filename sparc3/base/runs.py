@@ -143,14 +143,18 @@ class Run:
         _refuse_secrets(str(path), path.read_bytes())
         self.client.log_artifact(self.id, str(path))
 
+    def log_text(self, name: str, text: str) -> None:
+        """A file of this name; one of the same name is replaced. InputError: it holds a secret."""
+        _refuse_secrets(name, text.encode())
+        self.client.log_text(self.id, text, name)
+
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table that MLflow's UI lays out as one; one of the same name is replaced.
 
         Raises InputError if it holds a secret.
         """
         text = json.dumps({"columns": list(columns), "data": list(rows)}, ensure_ascii=False)
-        _refuse_secrets(name, text.encode())
-        self.client.log_text(self.id, text, name)
+        self.log_text(name, text)
         shown = json.dumps([{"path": name, "type": "table"}])
         self.client.set_tag(self.id, "mlflow.loggedArtifacts", shown)
 

@@ -53,6 +53,8 @@ def selection_frequency(chosen: Array, count: int) -> Array:
     return np.bincount(chosen.ravel(), minlength=count) / len(chosen)
 
 
-def mean_overlap(chosen: Array, k: int) -> float:
-    """Mean share of candidates 0 to k - 1 that a resample finds again; 1 for an empty circuit."""
-    return float((chosen < k).sum(axis=1).mean() / k) if k else 1.0
+def overlaps(chosen: Array, k: int) -> Array:
+    """Share of candidates 0 to k - 1 that each resample finds again, (resample,); all of an empty
+    circuit. By chance, among candidates, it is 1 / CANDIDATES.
+    """
+    return (chosen < k).sum(axis=1) / k if k else np.ones(len(chosen))

@@ -225,7 +225,8 @@ class Plan:
             drawn = (draws[method] for method in methods)
             return 1 + banned + sum(n if most is None else min(n, most) for n in drawn)
 
-        every, again = models(draws, None), models(evaluate.in_sample, evaluate.drawn)
+        every = models(draws, None)
+        again = models(evaluate.in_sample, evaluate.drawn) if evaluate.in_sample else 0
         completed = models({behaviour.method, *evaluate.completed}, evaluate.drawn)
         set_off = any(instrument.set_off for instrument in instruments_of(behaviour).values())
         first = every if set_off else models(draws, evaluate.drawn)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sparc3.base.artifacts import metrics_path
-from sparc3.base.comparison import latest_metrics
+from sparc3.base.comparison import COST, latest_metrics
 from sparc3.base.errors import InputError
 from sparc3.base.files import markdown, read_json, read_text, write_text
 from sparc3.base.params import Params
@@ -90,7 +90,7 @@ def run(params: Params) -> None:
     figure, record = read_text(FIGURE), metrics_path("confirm")
     table = cells(params)
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
-    costs = latest_metrics(("seconds", "peak_megabytes"))
+    costs = latest_metrics(COST)
     blocks = {name: read_text(path) for name, path in TABLES.items()} | {
         "answer": f"![{ALT}]({SHOWN})\n\n{answer_table(params, table)}",
         "confirm": confirm_table(params, read_json(record)) if record.is_file() else "",

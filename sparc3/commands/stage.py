@@ -126,7 +126,7 @@ def datasets(params: Params, axes: Mapping[str, str]) -> list[runs.Dataset]:
 
 def compare(params: Params, report: runs.Run) -> None:
     """Log the comparison: a parent run for this state of the pipeline, a row for every cell."""
-    from sparc3.reporting import entries  # here: no other stage needs it
+    from sparc3.reporting import entries, page  # here: no other stage needs them
     from sparc3.reporting.tables import cells
 
     table = cells(params)
@@ -146,4 +146,5 @@ def compare(params: Params, report: runs.Run) -> None:
     everything = dataclasses.asdict(params)
     state = digest_text(json.dumps([everything, products, LAYOUT], sort_keys=True))
     whole = entries.whole_entry(params, table, shown_files("report", None))
-    comparison.pipeline_run(report, state, everything, whole, rows, products)
+    costs = page.with_costs
+    comparison.pipeline_run(report, state, everything, whole, rows, products, costs)

@@ -23,6 +23,7 @@ from sparc3.measure.scorers import Scorer
 if TYPE_CHECKING:  # the names of instruments and of their values are needed without torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ERROR_RESAMPLES = 200  # of a standard error, which is then known to a twentieth
 Progress = Callable[[int], object]  # called with the number of prompts just finished
 Differences = dict[str, dict[str, float]]
 
@@ -218,6 +219,31 @@ def effect(value: Value, before: Measured, after: Measured) -> float | None:
     apart = float(before.reading.columns[value.column].mean()) - value.even
     gain = change.value if apart < 0 else -change.value
     return gain if gain <= abs(apart) else 2 * abs(apart) - gain
+
+
+def resampled(reading: Reading, rng: np.random.Generator) -> Reading:
+    """Units of as many groups as there are, drawn with replacement."""
+    count = len(next(iter(reading.columns.values())))
+    names = range(count) if reading.groups is None else reading.groups
+    codes = np.unique(np.asarray(names), return_inverse=True)[1]
+    drawn = rng.integers(0, codes.max() + 1, codes.max() + 1)
+    units = np.concatenate([np.flatnonzero(codes == code) for code in drawn])
+    return Reading({name: column[units] for name, column in reading.columns.items()})
+
+
+def objective_error(objective: Objective, before: Measured, after: Measured) -> float:
+    """Standard error of an objective: its spread over bootstraps of the groups, in which both
+    models read the same. Sample and general text are independent, and drawn apart.
+    """
+    drawn = []
+    for seed in range(ERROR_RESAMPLES):
+        both = [
+            Measured(*(resampled(part, rng) for part, rng in zip(each, streams, strict=True)))
+            for each in (before, after)
+            for streams in [[np.random.default_rng((seed, place)) for place in range(2)]]
+        ]
+        drawn.append(objective(both[0], both[1]))
+    return float(np.std(drawn, ddof=1))
 
 
 def mean_reading(readings: Sequence[Reading]) -> Reading:

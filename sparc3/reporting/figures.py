@@ -26,6 +26,7 @@ from matplotlib_venn import venn2, venn3
 
 from sparc3.base.files import replacing
 from sparc3.circuits.overlap import MARK, joined, subsets
+from sparc3.circuits.stability import CANDIDATES
 
 DESTROYED = 10.0  # percent of perplexity
 GREY, DRAWS, BAND, HARM, GOOD = "#767676", "#bbbbbb", "#dddddd", "#d55e00", "#0072b2"
@@ -240,13 +241,15 @@ def dose(
     budget: float,
     drawn: Mapping[str, Look],
 ) -> None:
-    """A sweep: perplexity with its standard error, upside down, and the objective, if it has one,
-    by the number of neurons. `chosen`: method -> (neurons, protected share) of its circuit.
+    """A sweep: perplexity, upside down, and the objective, if it has one, with their standard
+    errors, by the number of neurons. `chosen`: method -> (neurons, protected share) of its circuit.
     """
     none, *swept = points
     panels = {"ppl_delta": "perplexity change, % (± standard error)\n(up: cheaper)"}
     if objective:
-        panels = {"objective": f"{objective}\n(tune split; up: less of it)"} | panels
+        panels = {
+            "objective": f"{objective}\n(± standard error; tune split; up: less of it)"
+        } | panels
     shares = sorted({float(r["protect"]) for r in swept})
     curves: dict[tuple[str, float], list[Mapping[str, str]]] = {}
     for row in swept:
@@ -258,12 +261,11 @@ def dose(
             for (method, share), rows in curves.items():
                 look, line = drawn[method], LINES[shares.index(share) % len(LINES)]
                 kept = [r for r in rows if float(r["ppl_delta"]) <= DESTROYED]
-                x, y, error = (
-                    [float(r[k]) for r in kept] for k in ("num_neurons", key, "ppl_error")
-                )
+                spread = "ppl_error" if cost else "objective_error"
+                x, y, error = ([float(r[k]) for r in kept] for k in ("num_neurons", key, spread))
                 label = method if len(shares) == 1 else f"{method}, {share:.0%} protected"
                 style = {"color": look.colour, "marker": look.marker, "ls": line, "capsize": 3}
-                axis.errorbar(x, y, error if cost else None, label=label, lw=1.3, **style)
+                axis.errorbar(x, y, error, label=label, lw=1.3, **style)
                 for r in kept:
                     if chosen.get(method) == (int(r["num_neurons"]), share):
                         place = float(r["num_neurons"]), float(r[key])
@@ -416,21 +418,26 @@ def beside_chance(
 def stability(
     path: Path, curves: Mapping[str, Sequence[Mapping[str, str]]], drawn: Mapping[str, Look]
 ) -> None:
-    """Share of a circuit found again, by prompts: a panel per behaviour, a curve per method."""
+    """Share of a circuit found again, by prompts: a panel per behaviour, a curve per method, the
+    range of 95 % of the resamples, and what chance would find.
+    """
     size = 3.4 * len(curves) + 1.2, 3.0
     with drawing(path, columns=len(curves), size=size, sharey=True) as (figure, axes):
         for axis, (behaviour, rows) in zip(axes, curves.items(), strict=True):
             for name, look in drawn.items():
-                x, y = (
-                    [float(r[k]) for r in rows if r["method"] == name]
-                    for k in ("prompts", "overlap")
+                x, y, low, high = (
+                    np.array([float(r[k]) for r in rows if r["method"] == name])
+                    for k in ("prompts", "overlap", "low", "high")
                 )
-                if x:
+                if x.size:
                     style = {"color": look.colour, "marker": look.marker, "ls": look.line}
-                    axis.plot(x, y, ms=5, lw=1.2, label=name, **style)
+                    ends = np.abs([y - low, high - y])
+                    axis.errorbar(x, y, ends, ms=5, lw=1.2, elinewidth=0.7, label=name, **style)
+            axis.axhline(1 / CANDIDATES, color=GREY, lw=0.8, ls=":", label="by chance")
             axis.set(xlabel="prompts", ylim=(0, 1), title=behaviour)
-        axes[0].set_ylabel("share found again, mean of\nresamples of the prompts")
-        handles = {h.get_label(): h for axis in axes for h in axis.lines}
+        axes[0].set_ylabel("share found again: mean and range of\n95 % of resamples of the prompts")
+        found = [axis.get_legend_handles_labels() for axis in axes]
+        handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside right center")
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from sparc3.base.artifacts import (
     circuit_names,
@@ -19,16 +19,18 @@ from sparc3.base.artifacts import (
     prompts_path,
     sweep_path,
 )
-from sparc3.base.files import Array, digest, read_csv, read_json, read_jsonl
+from sparc3.base.files import Array, digest, read_csv, read_json, read_jsonl, read_text
 from sparc3.base.params import Params
 from sparc3.base.products import MODEL, manifest_path
 from sparc3.measure.instruments import instruments_of, primary_of
 from sparc3.reporting import tables
 from sparc3.reporting.published import claim_rows
-from sparc3.reporting.tables import first_split, interval, number
+from sparc3.reporting.tables import FOLDER, first_split, interval, number
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
+COSTS = "<p>What every stage cost, and its commit: in this page's copy with MLflow's runs.</p>"
 SIDE_BY_SIDE = 20  # prompts whose completions are shown
+RUNS = "http://127.0.0.1:5000/#/experiments/0/runs?searchFilter="  # `make ui` of this checkout
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -123,7 +125,7 @@ def latex(params: Params, table: list[dict[str, Any]]) -> str:
         if before and before[0] != row[0]:
             body.append(r"\midrule")
         body.append(line(row))
-    lines = [r"\begin{tabular}{llrrlrl}", r"\toprule", line(header), r"\midrule", *body]
+    lines = [r"\begin{tabular}{llrrlrp{6cm}}", r"\toprule", line(header), r"\midrule", *body]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
@@ -194,6 +196,21 @@ def behaviour_part(
     }
 
 
+def with_costs(costs: Sequence[Sequence[str]]) -> tuple[str, str]:
+    """Name and text of the page, with what each stage's run cost: name, commit, seconds, MB. Only
+    MLflow has it so, for equal results make equal files.
+    """
+    header = ["run", "commit", "seconds", "peak memory, MB"]
+    total = sum(float(row[2]) for row in costs if row[2] != "-")
+    rows = [*costs, ["all", "", f"{total:.0f}", ""]]
+    text, file = "", FOLDER / "report.html"
+    for tag, cells in (("th", header), *(("td", row) for row in rows)):
+        text += "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
+    before, found, after = read_text(file).partition(COSTS)
+    assert found
+    return file.name, f"{before}<table>{text}</table>{after}"
+
+
 def page(params: Params, table: list[dict[str, Any]], folder: Path) -> str:
     """The page, whole; `folder` has the figures. What texts hold is shown, never obeyed."""
 
@@ -228,4 +245,6 @@ def page(params: Params, table: list[dict[str, Any]], folder: Path) -> str:
         made_from=made_from(params),
         settings=yaml.safe_dump(settings, sort_keys=False),
         held_out=first_split(params) == "test",
+        costs=Markup(COSTS),  # text of ours
+        runs=RUNS,
     )

@@ -59,20 +59,20 @@ Rows = list[dict[str, Any]]
 def rows_of(params: Params, behaviour: str) -> dict[str, dict[str, Rows]]:
     """A behaviour's prompts by split and block.
 
-    Without a share for the test split nothing is held out, and only the prompts that the circuit
-    was chosen on are measured: the published protocol.
+    Prompts that the circuit was chosen on are read if `evaluate.in_sample` names a method, and
+    without a share for the test split: then nothing is held out, as in the published protocol.
     """
     spec, evaluate = params.behaviours[behaviour], params.evaluate
     if params.prompt_sets[spec.prompts].blocks is not None:
         held_out = artifacts.held_out(spec.prompts)
-        return {"test": held_out, "in_sample": {"": flat(held_out)}}
+        seen = {"in_sample": {"": flat(held_out)}} if evaluate.in_sample else {}
+        return {"test": held_out, **seen}
     paired = any(instrument.reads == "pair" for instrument in instruments_of(spec).values())
     most = evaluate.items if paired else evaluate.prompts
     splits = {"test": "test"} if params.prepare.splits["test"] > 0 else {}
-    return {
-        name: {"": read_prompts(spec.prompts, split)[:most]}
-        for name, split in {**splits, "in_sample": "attribute"}.items()
-    }
+    if evaluate.in_sample or not splits:
+        splits["in_sample"] = "attribute"
+    return {name: {"": read_prompts(spec.prompts, split)[:most]} for name, split in splits.items()}
 
 
 def flat(by_block: Mapping[str, Rows]) -> Rows:

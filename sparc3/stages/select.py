@@ -126,8 +126,8 @@ def measure_stability(
     """Write each chosen neuron's selection frequency; return the method's curve of agreement.
 
     `share`: of all neurons, that were protected. The curve has a row per share of the prompts: how
-    many of the behaviour's that is, and how much of the circuit a bootstrap resample of that size
-    finds again.
+    many of the behaviour's that is, and how much of the circuit bootstrap resamples of that size
+    find again: the mean, and where 95 % of them lie.
     """
     spec, method = params.behaviours[behaviour], params.methods[name]
     assert method.contrast is not None  # only methods that score are measured
@@ -150,9 +150,13 @@ def measure_stability(
         dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)
     ]
     write_csv(artifacts.stability_path(behaviour, name), rows, columns)
+    found = [stability.overlaps(drawn, ids.size) for drawn in chosen]
     return [
-        {"method": name, "prompts": size, "overlap": stability.mean_overlap(drawn, ids.size)}
-        for size, drawn in zip(sizes, chosen, strict=True)
+        {
+            **{"method": name, "prompts": size, "overlap": float(again.mean())},
+            **dict(zip(("low", "high"), np.quantile(again, (0.025, 0.975)).tolist(), strict=True)),
+        }
+        for size, again in zip(sizes, found, strict=True)
     ]
 
 
@@ -228,7 +232,8 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         if len(blocks) > 1:
             before = [every[block][name][1][0] for block in blocks[1:]]
             scalars[f"{name}.agreement"] = agreement(circuit, before)
-    write_csv(artifacts.stability_path(behaviour), curves, ("method", "prompts", "overlap"))
+    columns = ("method", "prompts", "overlap", "low", "high")
+    write_csv(artifacts.stability_path(behaviour), curves, columns)
     write_json(artifacts.metrics_path("select", behaviour), scalars)
     own, again = spec.method, scalars.get(f"{spec.method}.stability")
     found = "" if again is None else f"; a bootstrap over prompts finds {100 * again:.0f} % again"

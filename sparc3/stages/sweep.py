@@ -19,12 +19,20 @@ from sparc3.base.params import Method, Params
 from sparc3.circuits.choose import circuit_at, read_differential
 from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.circuits.methods import swept
-from sparc3.measure.instrument import How, Instrument, Measured, Reading
+from sparc3.measure.instrument import How, Instrument, Measured, Reading, objective_error
 from sparc3.measure.instruments import perplexity, swept_of
 from sparc3.model import loading
 
 log = logging.getLogger(__name__)
-COLUMNS = ("method", "protect", "num_neurons", "ppl_delta", "ppl_error", "objective")
+COLUMNS = (
+    "method",
+    "protect",
+    "num_neurons",
+    "ppl_delta",
+    "ppl_error",
+    "objective",
+    "objective_error",
+)
 
 
 def curves(
@@ -87,12 +95,13 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     for point, readings, text in zip(points, by_circuit, general, strict=True):
         point["ppl_delta"] = perplexity.percent(general[0], text)
         point["ppl_error"] = perplexity.percent_error(general[0], text, groups)
-        point["objective"] = point["num_neurons"]
+        point["objective"], point["objective_error"] = point["num_neurons"], 0.0
         for name, instrument in reversed(instruments.items()):  # the first has the last word
             before = Measured(by_circuit[0][name], general[0])
             after = Measured(readings[name], text)
             levels = instrument.levels(after.reading)
             point |= {**levels, "objective": instrument.objective(before, after)}
+            point["objective_error"] = objective_error(instrument.objective, before, after)
             columns += [level for level in levels if level not in columns]
     write_csv(sweep_path(behaviour), points, columns)
     best = {name: max(p["objective"] for p in points if p["method"] == name) for name in methods}
