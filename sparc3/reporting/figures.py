@@ -424,7 +424,7 @@ def stability(
     size = 3.4 * len(curves) + 1.2, 3.0
     with drawing(path, columns=len(curves), size=size, sharey=True) as (figure, axes):
         for axis, (behaviour, rows) in zip(axes, curves.items(), strict=True):
-            for name, look in drawn.items():
+            for place, (name, look) in enumerate(drawn.items()):
                 x, y, low, high = (
                     np.array([float(r[k]) for r in rows if r["method"] == name])
                     for k in ("prompts", "overlap", "low", "high")
@@ -432,6 +432,7 @@ def stability(
                 if x.size:
                     style = {"color": look.colour, "marker": look.marker, "ls": look.line}
                     ends = np.abs([y - low, high - y])
+                    x += (place - len(drawn) / 2) * 0.01 * x.max()  # side by side
                     axis.errorbar(x, y, ends, ms=5, lw=1.2, elinewidth=0.7, label=name, **style)
             axis.axhline(1 / CANDIDATES, color=GREY, lw=0.8, ls=":", label="by chance")
             axis.set(xlabel="prompts", ylim=(0, 1), title=behaviour)
