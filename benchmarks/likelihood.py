@@ -19,7 +19,7 @@ from benchmarks.generation import MODEL, REPEATS, alternating, machine, table
 from sparc3.base.files import read_jsonl
 from sparc3.base.params import Model
 from sparc3.circuits.circuit import INTACT
-from sparc3.measure.likelihood import Window, continuation_nll, token_nll, window_nll
+from sparc3.measure.likelihood import Window, continuation_nll, token_nll, window_scores
 from sparc3.model import families, loading
 
 TEXTS = Path("data/boolq.jsonl")
@@ -101,7 +101,7 @@ def main() -> None:
         "a text of 3072 tokens, window 1024, stride 512": against_forward(
             model,
             len(long),
-            window_nll=lambda: window_nll(
+            window_scores=lambda: window_scores(
                 model, [INTACT], [long], ["long"], Window(1024, 512), BATCH_TOKENS
             ),
         ),

@@ -69,7 +69,7 @@ def write_project(folder: Path) -> None:
     for name, spec in tree["prompt_sets"].items():
         pairs = {"count": 40, "where": {"bias_type": kinds.get(name)}}
         spec |= pairs if name in kinds else {"count": 20, "max_tokens": 12}
-    tree["gate"]["prompts"], tree["select"]["ppl_budget"] = 40, 99
+    tree["gate"]["prompts"], tree["select"]["budget"]["perplexity"] = 40, 99
     tree["behaviours"]["bias"]["second"] = None
     (folder / "params.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     shutil.copytree(whole.ROOT / "sparc3", folder / "sparc3")

@@ -206,7 +206,7 @@ def of_the_full_profile() -> list[str]:
         f"falls from {before['test_margin']:.3f} to {own['values']['margin']:.3f} nats and SS by "
         f"{ss}, on {own['margin']['n']} terms",
         f"{change(gender, 'gradient-t')} of {even['test_margin']:.3f}, and SS stays",
-        f"The budget of {PARAMS.select.ppl_budget:g} %",
+        f"The budget of {PARAMS.select.budget.perplexity:g} %",
     ]
 
 
@@ -233,7 +233,7 @@ def of_readme() -> list[str]:
         f"{change(toxicity, 'lrp')} of it is gone; a mere ban of bad words takes "
         f"{short(change(toxicity, 'word-ban'))}.",
         f"{change(toxicity, 'gradient')} there",
-        f"a budget of {PARAMS.select.ppl_budget:g} %",
+        f"a budget of {PARAMS.select.budget.perplexity:g} %",
     ]
 
 

@@ -35,6 +35,7 @@ from sparc3.stages import transfer
 LAYERS, WIDTH = 3, 24
 Row = dict[str, Any]
 Neurons = tuple[tuple[int, int, float], ...]  # layer, neuron, what is left of it
+BUDGET = PARAMS["select"]["budget"]["perplexity"]
 EVALUATE, TRANSFER = PARAMS["evaluate"], PARAMS["transfer"]
 OWN = {name: spec["method"] for name, spec in PARAMS["behaviours"].items()}
 BAN = "word-ban"
@@ -221,7 +222,7 @@ def ban(project: Project) -> list[int]:
         words = bad_words(project)[:count]
         after = Naive(project.folder, banned=words)
         cost = percent(before.windowed_nll(general), after.windowed_nll(general))
-        if cost + standard_error(before, after, general) <= PARAMS["select"]["ppl_budget"]:
+        if cost + standard_error(before, after, general) <= BUDGET:
             longest = words
     return longest
 
@@ -429,7 +430,7 @@ def chosen_sizes(project: Project, behaviour: str, block: str) -> dict[str, tupl
     Of the points within the budget the one with the least of the behaviour, the first of equal
     ones; of a set with blocks the one with the most neurons, and it holds for every block.
     """
-    points, budget = project.csv(f"sweep/{behaviour}"), PARAMS["select"]["ppl_budget"]
+    points, budget = project.csv(f"sweep/{behaviour}"), BUDGET
 
     def cost(point: dict[str, str]) -> float:
         return float(point["ppl_delta"]) + float(point["ppl_error"])
@@ -960,7 +961,7 @@ def test_the_result_table_shows_the_evaluation(project: Project) -> None:
             assert row["neurons"] == str(len(of_all))
             text, cost = worst_text(circuits, names)
             assert row["perplexity %, worst text"] == f"{shown(cost)} {text}"
-            over = cost["value"] > PARAMS["select"]["ppl_budget"]
+            over = cost["value"] > BUDGET
             assert row["verdict"].endswith(f"over the perplexity budget on {text}") == (
                 over and row["verdict"].startswith("reduced")
             )

@@ -35,8 +35,14 @@ def continuation_nll(model, given, *args, **kwargs):
 
 
 def window_nll(model, given, *args, **kwargs):
-    (found,) = likelihood.window_nll(model, [INTACT], given, named(given), *args, **kwargs)
-    return found
+    (found,) = likelihood.window_scores(model, [INTACT], given, named(given), *args, **kwargs)
+    return [nll for nll, _ in found]
+
+
+def divergences(model, circuits, sequences, batch_tokens=4096, progress=None):
+    """By circuit, KL at each position of whole sequences."""
+    given = circuits, sequences, named(sequences), Window(64, 64), batch_tokens, progress
+    return [[kl[1:] for _, kl in each] for each in likelihood.window_scores(model, *given)]
 
 
 @torch.no_grad()
@@ -125,7 +131,7 @@ def test_without_each_circuit_as_within_pruned(family, batch_tokens):
     assert len(levels) == 5  # two are there twice
 
 
-@pytest.mark.parametrize("kind", ["continuation_nll", "window_nll"])
+@pytest.mark.parametrize("kind", ["continuation_nll", "window_scores"])
 def test_continuations_and_windows_without_each_circuit(llama, kind):
     circuits = [INTACT, tiny.circuit(2), tiny.circuit(0)]
     texts = tiny.sequences([12, 20])
@@ -137,6 +143,8 @@ def test_continuations_and_windows_without_each_circuit(llama, kind):
             (alone,) = getattr(likelihood, kind)(llama, [INTACT], given, named(given), **settings)
         if kind == "continuation_nll":
             one, alone = one[0], alone[0]
+        else:
+            one, alone = ([nll for nll, _ in each] for each in (one, alone))
         np.testing.assert_array_equal(np.concatenate(one), np.concatenate(alone))
 
 
@@ -157,10 +165,8 @@ def test_divergence_equals_the_naive_way(family, batch_tokens, chunk, monkeypatc
     model = tiny.model(family)
     circuits = [tiny.circuit(1), INTACT, tiny.circuit(0, 2), tiny.circuit(2, scale=0.9)]
     sequences, done = tiny.sequences(LENGTHS), []
-    found = likelihood.divergence(
-        model, circuits, sequences, named(sequences), batch_tokens, done.append
-    )
-    assert sum(done) == (1 + len(circuits)) * len(sequences)
+    found = divergences(model, circuits, sequences, batch_tokens, done.append)
+    assert sum(done) == len(circuits) * len(sequences)
     for circuit, by_sequence in zip(circuits, found, strict=True):
         naive = [naive_divergence(model, circuit, tokens) for tokens in sequences]
         assert_equal(by_sequence, naive)
@@ -176,10 +182,7 @@ def test_divergence_falls_with_the_square_of_a_small_change(llama):
     """And is no smaller than the bound of Pinsker on what any one token's probability moved."""
     sequences = tiny.sequences([30, 20])
     circuits = [tiny.circuit(1, scale=1 - step) for step in (0.1, 0.2)]
-    small, twice = (
-        np.concatenate(each)
-        for each in likelihood.divergence(llama, circuits, sequences, named(sequences))
-    )
+    small, twice = (np.concatenate(each) for each in divergences(llama, circuits, sequences))
     assert twice.mean() == pytest.approx(4 * small.mean(), rel=0.15)
     whole, without = (
         np.exp(-np.concatenate(each))
@@ -355,17 +358,16 @@ def test_bad_input_is_named(llama, call, match):
 
 
 GIVEN = {  # a message's first words, for prompts named a and b of which b is bad
-    "divergence": ([[5], []], "prompt b has 0 tokens"),
     "token_nll": ([[5], []], "prompt b has 0 tokens"),
     "continuation_nll": ([[[5]], [[5], []]], "prompt b has 0 tokens"),
-    "window_nll": ([[5, 6], [5]], "prompt b has 1 tokens"),
+    "window_scores": ([[5, 6], [5]], "prompt b has 1 tokens"),
 }
 
 
 @pytest.mark.parametrize("kind", GIVEN)
 def test_messages_name_the_prompts_id(llama, kind):
     given, match = GIVEN[kind]
-    settings = {"window": Window(8, 4)} if kind == "window_nll" else {}
+    settings = {"window": Window(8, 4)} if kind == "window_scores" else {}
     with pytest.raises(InputError, match=match):
         getattr(likelihood, kind)(llama, [INTACT], given, ["a", "b"], **settings)
 
@@ -377,7 +379,7 @@ def test_logits_that_are_not_finite_name_the_prompt_and_what_helps(kind, dtype):
     model.get_parameter("model.embed_tokens.weight")[4] = torch.nan
     texts = [[5, 6, 7], [5, 4, 7], [8, 9]]
     given = [[text] for text in texts] if kind == "continuation_nll" else texts
-    settings = {"window": Window(8, 4)} if kind == "window_nll" else {}
+    settings = {"window": Window(8, 4)} if kind == "window_scores" else {}
     with pytest.raises(InputError, match="prompt bad: logits are not finite") as caught:
         getattr(likelihood, kind)(model, [INTACT], given, names=["a", "bad", "c"], **settings)
     assert ("float32" in str(caught.value)) == (dtype != torch.float32)

@@ -47,7 +47,7 @@ def method(**values: object) -> dict:
 def test_default_params_load_as_written() -> None:
     params = load()
     assert list(params.behaviours) == list(TREE["behaviours"])
-    assert params.select.ppl_budget == TREE["select"]["ppl_budget"]
+    assert params.select.budget.perplexity == TREE["select"]["budget"]["perplexity"]
     assert params.prompt_sets["general"].seeds == tuple(TREE["prompt_sets"]["general"]["seeds"])
     assert isinstance(params.gate.threshold, float)  # written as 15
     assert params.profile is None

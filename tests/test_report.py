@@ -82,8 +82,8 @@ def test_each_control_refuses_on_its_own() -> None:
 
 def test_a_reduction_that_costs_more_than_the_budget_says_so() -> None:
     for value, over in {
-        PARAMS.select.ppl_budget: False,
-        PARAMS.select.ppl_budget + 0.1: True,
+        PARAMS.select.budget.perplexity: False,
+        PARAMS.select.budget.perplexity + 0.1: True,
     }.items():
         costly = beside(1.0, differences={"ppl_worst": {"value": value}})
         assert said(costly).endswith("; over the perplexity budget on news") == over

@@ -68,7 +68,12 @@ def test_every_room_says_what_lives_there_and_is_in_the_contract() -> None:
     (contract,) = settings["contracts"]
     layers = [name.strip() for layer in contract["layers"] for name in layer.split("|")]
     assert sorted(layers) == sorted(["__main__", *(room.name for room in ROOMS)])
-    assert {path.parent for path in MODULES} == {PACKAGE, *ROOMS, PACKAGE / "measure/instruments"}
+    assert {path.parent for path in MODULES} == {
+        PACKAGE,
+        *ROOMS,
+        PACKAGE / "measure/instruments",
+        PACKAGE / "circuits/interventions",
+    }
 
 
 @pytest.mark.parametrize("modules", [["sparc3.__main__"], [f"sparc3.stages.{s}" for s in LIGHT]])

@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from sparc3.circuits.ablate import pruned
 from sparc3.circuits.circuit import INTACT
+from sparc3.circuits.intervention import Intervention, as_tokens
 from sparc3.measure import generate, likelihood
 from sparc3.measure.generate import Sampling
-from sparc3.measure.word_ban import bad_tokens, banned
+from sparc3.measure.word_ban import bad_tokens
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 BANNED = [7, 3, 41]
@@ -59,6 +60,10 @@ def shifted_nll(model, tokens, bias):
         logits[:, token] = logits[:, token] - bias
     log_p = logits.log_softmax(-1)
     return np.array([-log_p[i, token].item() for i, token in enumerate(tokens[1:])])
+
+
+def banned(model, tokens, bias):
+    return Intervention("ban", {"tokens": as_tokens(tokens)}, bias).on(model)
 
 
 def token_nll(model, circuit=INTACT):

@@ -136,7 +136,7 @@ PARAMS: dict[str, Any] = {
     "select": {
         "num_neurons": None,
         "protect": None,
-        "ppl_budget": 9.5,
+        "budget": {"perplexity": 9.5},
         "resamples": 20,
         "seed": 0,
     },

@@ -13,7 +13,7 @@ import numpy as np
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, digest, digest_text, digests, read_jsonl, read_tensors
-from sparc3.base.params import Method
+from sparc3.base.params import Method, Params
 
 OUTPUTS = Path("outputs")
 METRICS = Path("metrics")
@@ -43,6 +43,16 @@ def circuit_path(behaviour: str, method: str, block: str = "") -> Path:
 def circuit_names(name: str, method: Method) -> list[str]:
     """A method's circuits: one, or one per draw."""
     return [name] if method.draws == 1 else [f"{name}-{draw}" for draw in range(method.draws)]
+
+
+def intervention_path(behaviour: str, name: str, block: str = "") -> Path:
+    """Of an intervention, as `circuit_path`."""
+    return OUTPUTS / "interventions" / behaviour / block / f"{name}.safetensors"
+
+
+def names_of(params: Params, method: str) -> list[str]:
+    """A method's circuits; what is none, an intervention or the ban, by its own name."""
+    return circuit_names(method, params.methods[method]) if method in params.methods else [method]
 
 
 def stability_path(behaviour: str, method: str | None = None) -> Path:

@@ -148,12 +148,36 @@ class Sweep:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Budget:
+    """What a circuit may cost on general text, its standard error included."""
+
+    perplexity: Size  # rise, in percent
+    kl: Size | None = None  # from the unpruned model, nats a token
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Select:
     num_neurons: Count | None
     protect: Share | None
-    ppl_budget: Size
+    budget: Budget
     resamples: Count
     seed: Seed
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Learnt:
+    """An intervention of a kind of `sparc3/circuits/interventions`; its strength, and which of what
+    is learnt, are those that do best on the tune split within `select.budget`.
+    """
+
+    kind: str
+    strengths: tuple[Positive, ...] = (1.0,)
+    text: str | None = None  # of a prompt
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Steer:
+    interventions: dict[str, Learnt]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -245,6 +269,7 @@ class Params:
     differential: Differential
     sweep: Sweep
     select: Select
+    steer: Steer
     evaluate: Evaluate
     transfer: Transfer
     overlap: Overlap

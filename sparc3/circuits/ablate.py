@@ -3,11 +3,11 @@
 A neuron is one coordinate of the vector that enters an MLP's output projection, so multiplying its
 column there by `scale` multiplies its activation by `scale`, in gated and plain MLPs alike. Many
 circuits are measured one after the other on the same tokens (`without_each`), or side by side in
-one batch (`pruned_rows`).
+one batch (`pruned_rows`). An intervention takes the place of a circuit wherever an `Edit` is asked.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from sparc3.base.errors import InputError
 from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.intervention import Intervention
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sparc3.model.families import MLP
 
 Result = TypeVar("Result")
+Edit = Circuit | Intervention
 
 
 def _per_layer(
@@ -73,10 +75,16 @@ def pruned(model: "PreTrainedModel", circuit: Circuit) -> "Iterator[PreTrainedMo
             weight[:, neurons] = columns
 
 
+def edited(model: "PreTrainedModel", edit: Edit) -> "AbstractContextManager[PreTrainedModel]":
+    """Within it, `model` is without a circuit, or under an intervention."""
+    return pruned(model, edit) if isinstance(edit, Circuit) else edit.on(model)
+
+
 def without_each(
-    model: "PreTrainedModel", circuits: Sequence[Circuit], run: Callable[[], Result]
+    model: "PreTrainedModel", edits: Sequence[Edit], run: Callable[[], Result]
 ) -> list[Result]:
-    """What `run` returns without each of `circuits`, in their order; INTACT is the model as it is.
+    """What `run` returns without each circuit of `edits`, or under each intervention, in their
+    order; INTACT is the model as it is.
 
     `run` must pass the same tokens through the model's body each time, and once. What lies below a
     circuit's first layer is kept instead of computed again: a circuit of late layers costs a part
@@ -86,7 +94,7 @@ def without_each(
     from sparc3.model.families import layers
 
     blocks = layers(model)
-    first = [int(c.layers.min()) if len(c) else len(blocks) for c in circuits]
+    first = [_begin(edit, len(blocks)) for edit in edits]
     kept: dict[int, Any] = {}
 
     def keep(layer: int, module: "nn.Module", args: Any, output: Any) -> None:
@@ -95,7 +103,7 @@ def without_each(
     results: dict[int, Result] = {}
     for place, begin in sorted(enumerate(first), key=lambda item: -item[1]):
         with ExitStack() as stack:
-            stack.enter_context(pruned(model, circuits[place]))
+            stack.enter_context(edited(model, edits[place]))
             if not results:  # its own neurons lie above all that the others need
                 for layer in {at - 1 for at in first if 0 < at < len(blocks)}:
                     hook = blocks[layer].register_forward_hook(partial(keep, layer))
@@ -103,7 +111,14 @@ def without_each(
             elif 0 < begin < len(blocks):
                 stack.enter_context(_skipping(blocks[:begin], kept[begin - 1]))
             results[place] = run()
-    return [results[place] for place in range(len(circuits))]
+    return [results[place] for place in range(len(edits))]
+
+
+def _begin(edit: Edit, layers: int) -> int:
+    """The first layer that an edit changes, as far as is known."""
+    if not isinstance(edit, Circuit):
+        return 0
+    return int(edit.layers.min()) if len(edit) else layers
 
 
 @contextmanager

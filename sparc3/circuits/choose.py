@@ -1,12 +1,31 @@
 """Choose a circuit: the most negative neurons of a differential that are not protected."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from sparc3.base.artifacts import differential_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_tensors
-from sparc3.base.params import Method
+from sparc3.base.params import Budget, Method
 from sparc3.circuits.circuit import Circuit
+
+# Of a sweep's columns, what a budget of `select` bounds, and its standard error.
+BUDGETS = {"perplexity": ("ppl_delta", "ppl_error"), "kl": ("kl", "kl_error")}
+
+
+def keeps(budget: Budget, found: Mapping[str, Any]) -> bool:
+    """Whether every cost that a sweep found, with its standard error, keeps to its budget.
+
+    Of several noisy points the one that is chosen tends to be cheap by luck, and would cost more
+    than the budget on other texts.
+    """
+    return all(
+        float(found[cost]) + float(found[error]) <= limit
+        for name, (cost, error) in BUDGETS.items()
+        if (limit := getattr(budget, name)) is not None
+    )
 
 
 def read_differential(behaviour: str, method: str, block: str = "") -> tuple[Array, Array]:

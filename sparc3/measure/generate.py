@@ -19,8 +19,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from sparc3.base.errors import InputError
-from sparc3.circuits.ablate import pruned_rows
-from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.ablate import Edit, pruned_rows
+from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.measure.instrument import Progress
 from sparc3.measure.likelihood import Tokens
 from sparc3.model import families, loading
@@ -43,29 +43,52 @@ class Sampling(NamedTuple):
 
 def complete(
     model: PreTrainedModel,
-    circuits: Sequence[Circuit],
+    edits: Sequence[Edit],
     prompts: Sequence[Tokens],
     keys: Sequence[str],
     sampling: Sampling,
     batch: int = 200,
     progress: Progress | None = None,
 ) -> list[list[list[list[int]]]]:
-    """Completions of every prompt, as token ids, by the model without each of `circuits`: by
-    circuit, prompt and number.
+    """Completions of every prompt, as token ids, by the model under each of `edits`: by edit,
+    prompt and number.
 
     Tokens are drawn from the softmax of logits / `temperature`, cut to its nucleus: the most
     probable tokens up to the one with which their probability reaches `top_p` (Holtzman et al.
     2020, arXiv 1904.09751). A completion ends before an end-of-sequence token of the model's
     generation config, so it may be short or empty. `keys` name the prompts and their random
-    streams, the same for all circuits. `batch` completions run together, of whatever circuits.
-    `progress` is told how many more prompts of circuits are finished. InputError: an empty prompt,
-    one that leaves no room for `new_tokens` in the model's context, logits that are not finite.
+    streams, the same for all edits. `batch` completions run together, of whatever circuits, and of
+    one intervention. `progress` is told how many more prompts of edits are finished. InputError: an
+    empty prompt, one that leaves no room for `new_tokens` in the model's context, logits that are
+    not finite.
     """
     limit = families.context(model.config.to_dict()) - sampling.new_tokens
     for key, prompt in zip(keys, prompts, strict=True):
         if not 1 <= len(prompt) <= limit:
             problem = f"has {len(prompt)} tokens, expected 1 to {limit}: the model's context"
             raise InputError(f"prompt {key} {problem} less new_tokens; cut it, or lower new_tokens")
+    rest = prompts, keys, sampling, batch, progress
+    circuits = [edit for edit in edits if isinstance(edit, Circuit)]
+    without = iter(_side_by_side(model, circuits, *rest) if circuits else [])
+    found = []
+    for edit in edits:
+        if isinstance(edit, Circuit):
+            found.append(next(without))
+        else:
+            with edit.on(model):
+                found += _side_by_side(model, [INTACT], *rest)
+    return found
+
+
+def _side_by_side(
+    model: PreTrainedModel,
+    circuits: Sequence[Circuit],
+    prompts: Sequence[Tokens],
+    keys: Sequence[str],
+    sampling: Sampling,
+    batch: int,
+    progress: Progress | None,
+) -> list[list[list[list[int]]]]:
     ends = model.generation_config.eos_token_id if model.generation_config else None
     stops = set(ends if isinstance(ends, list) else [ends])
     count = sampling.completions
@@ -124,13 +147,13 @@ class _Completion:
 
 
 class _Room(DynamicLayer):
-    """Keys and values of one layer in memory for `room` tokens, taken once: a DynamicLayer copies
-    all that it holds at every token.
+    """Keys and values of one layer in memory that is taken once, for the tokens read first and
+    `more`: a DynamicLayer copies all that it holds at every token.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, more: int) -> None:
         super().__init__()
-        self.room = room
+        self.more = more
         self.length = 0
 
     def update(
@@ -138,8 +161,9 @@ class _Room(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states)
+            room = key_states.shape[2] + self.more
             self.keys, self.values = (
-                states.new_empty(*states.shape[:2], self.room, states.shape[3])
+                states.new_empty(*states.shape[:2], room, states.shape[3])
                 for states in (key_states, value_states)
             )
         held = self.length
@@ -182,8 +206,8 @@ def _extend(
     """
     device, body = loading.input_device(model), families.body(model)
     position, longest = len(group[-1].prompt), len(group[0].prompt)
-    room = longest + sampling.new_tokens - 1  # the last token drawn is not read
-    cache = Cache(layers=[_Room(room) for _ in range(model.config.num_hidden_layers)])
+    more = longest - position + sampling.new_tokens - 1  # the last token drawn is not read
+    cache = Cache(layers=[_Room(more) for _ in range(model.config.num_hidden_layers)])
 
     def read(rows: list[list[_Completion]], tokens: list[list[int]]) -> Tensor:
         tell([row[0].circuit for row in rows])

@@ -15,7 +15,7 @@ import numpy as np
 
 from sparc3.base.files import Array
 from sparc3.base.params import Evaluate
-from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.ablate import Edit
 from sparc3.measure import inference
 from sparc3.measure.inference import Difference, Estimate, Statistic, first_column
 from sparc3.measure.scorers import Scorer
@@ -46,6 +46,7 @@ class Reading:
 
     columns: values (unit,) by name; NaN where a unit has none.
     groups: the grouping key of every unit; None where each is a group of its own.
+    divergences: of a text's tokens from the unpruned model's, in nats, a row for each unit.
     prompts: what every prompt gave, (prompt,) by name.
     written: a row per completion.
     """
@@ -54,6 +55,7 @@ class Reading:
     groups: Sequence[str] | None = None
     prompts: Mapping[str, Array] = field(default_factory=dict)
     written: Sequence[dict[str, Any]] = ()
+    divergences: Sequence[Array] = ()
 
 
 class Measured(NamedTuple):
@@ -105,7 +107,7 @@ class Instrument(NamedTuple):
     """One way to measure a model.
 
     encode: rows of a prompt set and a tokenizer -> the sample.
-    read: a model, circuits, a sample, how -> a reading without each circuit, in order.
+    read: a model, edits, a sample, how -> a reading under each edit, in order.
     values: what is reported.
     levels: of one reading the plain values, to stand beside differences.
     primary: name of the value that has the verdict; without one the instrument gives none.
@@ -120,7 +122,7 @@ class Instrument(NamedTuple):
     """
 
     encode: Callable[[Sequence[Mapping[str, Any]], "PreTrainedTokenizerBase"], Sample]
-    read: Callable[["PreTrainedModel", Sequence[Circuit], Sample, How], list[Reading]]
+    read: Callable[["PreTrainedModel", Sequence[Edit], Sample, How], list[Reading]]
     values: tuple[Value, ...]
     levels: Callable[[Reading], Mapping[str, float]]
     objective: Objective = lambda before, after: 0.0
@@ -206,6 +208,7 @@ def joined(readings: Sequence[Reading]) -> Reading:
         None if readings[0].groups is None else [g for each in readings for g in each.groups or ()],
         end_to_end([reading.prompts for reading in readings]),
         [row for reading in readings for row in reading.written],
+        [each for reading in readings for each in reading.divergences],
     )
 
 

@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import takewhile
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array
-from sparc3.circuits.ablate import without_each
+from sparc3.circuits.ablate import Edit, edited, without_each
 from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.measure.instrument import Progress
 from sparc3.model import families, loading
@@ -35,14 +36,14 @@ class Window(NamedTuple):
 
 def token_nll(
     model: PreTrainedModel,
-    circuits: Sequence[Circuit],
+    edits: Sequence[Edit],
     sequences: Sequence[Tokens],
     names: Sequence[str],
     batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> list[list[Array]]:
     """-log p(token | the tokens before it) in nats: float32 `(length - 1,)` for each sequence, by
-    the model without each of `circuits`.
+    the model without each of `edits`.
 
     The first token is not scored. `names` are the ids of the sequences, which are batched by
     length, at most `batch_tokens` tokens or one sequence at a time. `progress` counts sequences,
@@ -51,33 +52,12 @@ def token_nll(
     """
     _check_lengths(sequences, names, 1, context(model.config.to_dict()))
     rows = [_plain(*given, 1) for given in zip(names, sequences, strict=True)]
-    return _score(model, circuits, rows, batch_tokens, progress)
-
-
-def divergence(
-    model: PreTrainedModel,
-    circuits: Sequence[Circuit],
-    sequences: Sequence[Tokens],
-    names: Sequence[str],
-    batch_tokens: int = 4096,
-    progress: Progress | None = None,
-) -> list[list[Array]]:
-    """KL(whole model || model without a circuit) of the next token's distribution, in nats, at
-    least 0 up to rounding: float32 `(length - 1,)` for each sequence, by each of `circuits`.
-
-    As `token_nll`; `progress` counts the whole model as one more circuit. Memory: a batch's last
-    hidden states for every circuit, and the logits of one chunk.
-    """
-    _check_lengths(sequences, names, 1, context(model.config.to_dict()))
-    rows = [_plain(*given, 1) for given in zip(names, sequences, strict=True)]
-    return _by_circuit(
-        partial(_divergences, model, circuits, progress), circuits, rows, batch_tokens
-    )
+    return _score(model, edits, rows, batch_tokens, progress)
 
 
 def continuation_nll(
     model: PreTrainedModel,
-    circuits: Sequence[Circuit],
+    edits: Sequence[Edit],
     groups: Sequence[Sequence[Tokens]],
     names: Sequence[str],
     batch_tokens: int = 4096,
@@ -100,7 +80,7 @@ def continuation_nll(
     rows = [_packed(*given) for given in zip(names, groups, shared, strict=True)]
     return [
         [_unpacked(*item) for item in zip(scored, groups, shared, strict=True)]
-        for scored in _score(model, circuits, rows, batch_tokens, progress)
+        for scored in _score(model, edits, rows, batch_tokens, progress)
     ]
 
 
@@ -111,22 +91,25 @@ def sentence_scores(nlls: Sequence[Array], name: str) -> Array:
     return np.array([-nll.mean(dtype=np.float64) for nll in nlls])
 
 
-def window_nll(
+def window_scores(
     model: PreTrainedModel,
-    circuits: Sequence[Circuit],
+    edits: Sequence[Edit],
     texts: Sequence[Tokens],
     names: Sequence[str],
     window: Window,
     batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> list[list[Array]]:
-    """As `token_nll`, for texts of any length: float32 `(length,)`, NaN if not scored.
+    """Of every token of texts of any length, float32 `(2, length)`, NaN if not scored: its NLL in
+    nats, and KL(whole model || model without a circuit) of the distribution it was drawn from, at
+    least 0 up to rounding.
 
     Every token but a text's first is scored once, by the first window that reaches it: with all
     tokens before it in the first window, and at least `length - stride` in later ones. With
-    `stride == length` each window leaves its first token unscored. `progress` counts windows.
-    Source: Hugging Face, "Perplexity of fixed-length models". InputError: a text of fewer than 2
-    tokens, a window beyond the context.
+    `stride == length` each window leaves its first token unscored. `progress` counts windows, for
+    each circuit anew, and for the whole model, if INTACT is none of them. Memory: a batch's last
+    hidden states for every circuit, and the logits of one chunk. Source: Hugging Face, "Perplexity
+    of fixed-length models". InputError: a text of fewer than 2 tokens, a window beyond the context.
     """
     length, stride = window
     longest = context(model.config.to_dict())
@@ -139,12 +122,13 @@ def window_nll(
         for begin, end, first in window_spans(len(tokens), length, stride)
     ]
     rows = [_plain(names[i], texts[i][begin:end], first) for i, begin, end, first in windows]
+    compare = partial(_compare, model, edits, progress)
     every = []
-    for scored in _score(model, circuits, rows, batch_tokens, progress):
-        nlls = [np.full(len(tokens), np.nan, np.float32) for tokens in texts]
-        for (index, begin, end, first), nll in zip(windows, scored, strict=True):
-            nlls[index][begin + first : end] = nll
-        every.append(nlls)
+    for scored in _by_edit(compare, edits, rows, batch_tokens):
+        scores = [np.full((2, len(tokens)), np.nan, np.float32) for tokens in texts]
+        for (index, begin, end, first), found in zip(windows, scored, strict=True):
+            scores[index][:, begin + first : end] = found
+        every.append(scores)
     return every
 
 
@@ -230,7 +214,7 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 def _score(
     model: PreTrainedModel,
-    circuits: Sequence[Circuit],
+    edits: Sequence[Edit],
     rows: Sequence[_Row],
     batch_tokens: int,
     progress: Progress | None,
@@ -238,20 +222,20 @@ def _score(
     """NLL of each row's targets, in nats: float32 `(targets,)` for each row, by circuit."""
 
     def measure(batch: Sequence[_Row]) -> list[list[Array]]:
-        return without_each(model, circuits, partial(_score_batch, model, batch, progress))
+        return without_each(model, edits, partial(_score_batch, model, batch, progress))
 
-    return _by_circuit(measure, circuits, rows, batch_tokens)
+    return _by_edit(measure, edits, rows, batch_tokens)
 
 
 @torch.inference_mode()
-def _by_circuit(
+def _by_edit(
     measure: Callable[[Sequence[_Row]], list[list[Array]]],
-    circuits: Sequence[Circuit],
+    edits: Sequence[Edit],
     rows: Sequence[_Row],
     batch_tokens: int,
 ) -> list[list[Array]]:
     """What `measure` gives for batches of rows, put together: for each row, by circuit."""
-    found: list[dict[int, Array]] = [{} for _ in circuits]
+    found: list[dict[int, Array]] = [{} for _ in edits]
     for batch in _batches([len(row.tokens) for row in rows], batch_tokens):
         for by_row, values in zip(found, measure([rows[i] for i in batch]), strict=True):
             by_row.update(zip(batch, values, strict=True))
@@ -264,28 +248,47 @@ def _score_batch(
     states = _predicting(model, rows, progress)
     targets = torch.tensor([t for row in rows for t in row.targets], dtype=torch.long)
     pieces = [
-        _target_nll(families.logits(model, part).float(), wanted)
+        _target_nll(families.logits(model, part).float(), wanted)[0]
         for part, wanted in zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
     ]
     return _by_row(model, rows, torch.cat(pieces))
 
 
-def _divergences(
+def _compare(
     model: PreTrainedModel,
-    circuits: Sequence[Circuit],
+    edits: Sequence[Edit],
     progress: Progress | None,
     rows: Sequence[_Row],
 ) -> list[list[Array]]:
-    """Chunk by chunk through all circuits, so that the whole model's logits are computed once."""
-    states = without_each(model, [INTACT, *circuits], partial(_predicting, model, rows, progress))
-    pieces: list[list[torch.Tensor]] = [[] for _ in circuits]
-    for whole, *without in zip(*(each.split(CHUNK) for each in states), strict=True):
-        log_p = families.logits(model, whole).float().log_softmax(1)
-        p = log_p.exp()
-        for of_circuit, part in zip(pieces, without, strict=True):
-            log_q = families.logits(model, part).float().log_softmax(1)
-            of_circuit.append(torch.einsum("nv,nv->n", p, torch.sub(log_p, log_q, out=log_q)))
-    return [_by_row(model, rows, torch.cat(of_circuit)) for of_circuit in pieces]
+    """NLL and KL of each row's targets: float32 `(2, targets)` for each row, by edit.
+
+    Chunk by chunk through all edits, so that the whole model's distribution is made once.
+    """
+    others = [edit for edit in edits if edit is not INTACT]
+    run = partial(_predicting, model, rows, progress)
+    whole, *rest = without_each(model, [INTACT, *others], run)
+    without = iter(rest)
+    states = [whole if edit is INTACT else next(without) for edit in edits]
+    targets = torch.tensor([t for row in rows for t in row.targets], dtype=torch.long)
+    pieces: list[list[torch.Tensor]] = [[] for _ in edits]
+    for wanted, part, *parts in zip(
+        *(each.split(CHUNK) for each in (targets, whole, *states)), strict=True
+    ):
+        before = families.logits(model, part).float()
+        _, log_z = _target_nll(before.clone(), wanted)
+        p = (before - log_z[:, None]).exp_()
+        for found, edit, state in zip(pieces, edits, parts, strict=True):
+            after = before.clone() if edit is INTACT else _logits(model, edit, state)
+            gap = torch.einsum("nv,nv->n", p, before - after)
+            nll, log_z_after = _target_nll(after, wanted)
+            found.append(torch.stack([nll, gap + log_z_after - log_z]))
+    return [_by_row(model, rows, torch.cat(found, dim=1)) for found in pieces]
+
+
+def _logits(model: PreTrainedModel, edit: Edit, state: torch.Tensor) -> torch.Tensor:
+    """In float32; a circuit lies below them, and need not be removed once more."""
+    with nullcontext() if isinstance(edit, Circuit) else edited(model, edit):
+        return families.logits(model, state).float()
 
 
 def _predicting(
@@ -302,9 +305,9 @@ def _predicting(
 
 
 def _by_row(model: PreTrainedModel, rows: Sequence[_Row], values: torch.Tensor) -> list[Array]:
-    """Values `(targets of all rows,)` for each row; InputError for a row with one not finite."""
+    """Values `(..., targets of all rows)` for each row; InputError where one is not finite."""
     ends = np.cumsum([len(row.targets) for row in rows])[:-1]
-    found = np.split(values.cpu().numpy(), ends)
+    found = np.split(values.cpu().numpy(), ends, axis=-1)
     for row, each in zip(rows, found, strict=True):
         if not np.isfinite(each).all():
             problem = f"logits are not finite; {loading.not_finite(model)}"
@@ -312,11 +315,15 @@ def _by_row(model: PreTrainedModel, rows: Sequence[_Row], values: torch.Tensor) 
     return found
 
 
-def _target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Overwrites `logits`: on a CPU, another array of their size costs as much as the exp."""
+def _target_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL of each row's target, and the logarithm of the row's sum of exp.
+
+    Overwrites `logits`: on a CPU, another array of their size costs as much as the exp.
+    """
     target = logits.gather(1, targets.to(logits.device)[:, None]).squeeze(1)
     largest = logits.amax(1, keepdim=True)
-    return logits.sub_(largest).exp_().sum(1).log_() + largest.squeeze(1) - target
+    log_z = logits.sub_(largest).exp_().sum(1).log_() + largest.squeeze(1)
+    return log_z - target, log_z
 
 
 def _forward(model: PreTrainedModel, rows: Sequence[_Row]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tqdm import tqdm
 
 from sparc3.base.params import Behaviour, Evaluate
+from sparc3.circuits.ablate import Edit
 from sparc3.circuits.circuit import Circuit
 from sparc3.measure.instrument import How, Instrument, Measured, Reading, Sample, joined
 from sparc3.measure.instruments import pairs, perplexity
@@ -39,13 +40,18 @@ class Setting(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A method's circuits, by block ("": of all that may be seen), and which of its draws they are;
+    """A method's edits, by block ("": of all that may be seen), and which of its draws they are;
     the unpruned model has no method.
     """
 
     method: str | None
-    circuits: Mapping[str, Circuit]
+    edits: Mapping[str, Edit]
     draw: int = 0
+
+    @property
+    def steers(self) -> bool:
+        """Whether they are interventions, which always write completions."""
+        return not isinstance(self.edits[""], Circuit)
 
 
 class Outcome(NamedTuple):
@@ -70,7 +76,8 @@ def asked_of(evaluate: Evaluate, own: str, chosen: Chosen, setting: Setting) -> 
     method, completing = chosen.method, chosen.draw < evaluate.drawn
     if method is None:
         return dict.fromkeys(setting.samples, True)
-    asked = {setting.first: completing and (method == own or method in evaluate.completed)}
+    writes = method == own or method in evaluate.completed or chosen.steers
+    asked = {setting.first: completing and writes}
     if completing and method in evaluate.in_sample:
         asked["in_sample"] = True
     return {split: writes for split, writes in asked.items() if split in setting.samples}
@@ -83,7 +90,7 @@ def outcomes(
     model: "PreTrainedModel",
     how: How,
 ) -> dict[str, Outcome]:
-    """Measure the model without each of `circuits`, by name.
+    """Measure the model under each of `circuits`, by name.
 
     Of a method's draws the first reads all kinds of general text and `evaluate.drawn` read the
     first kind; every one where an instrument sets its values off against that. The second opinion
@@ -100,7 +107,7 @@ def outcomes(
         with tqdm(total=total, desc=f"evaluate {title}", unit="prompt") as bar:
             asked = how._replace(progress=bar.update)
             parts = [
-                instrument(model, [circuits[n].circuits[block] for n in names], sample, asked)
+                instrument(model, [circuits[n].edits[block] for n in names], sample, asked)
                 for block, sample in samples.items()
             ]
         return {name: joined([part[at] for part in parts]) for at, name in enumerate(names)}

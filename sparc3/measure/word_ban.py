@@ -2,17 +2,15 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import cast
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from sparc3.circuits.intervention import Intervention, as_tokens
 from sparc3.measure.scorers import Scorer
 
 BAD = 0.5  # a word is bad from this score on
+BIAS = 5.0  # nats that a banned token loses
 
 
 def bad_tokens(
@@ -34,21 +32,6 @@ def bad_tokens(
     return [token for token in tokens if bad[token] >= good[token]]
 
 
-@contextmanager
-def banned(model: PreTrainedModel, tokens: Sequence[int], bias: float) -> Iterator[PreTrainedModel]:
-    """Within the block `model` gives each of `tokens` logits that are lower by `bias` nats.
-
-    What leaves the output embedding is lowered, so likelihoods, completions and the model's own
-    `forward` all see it; a cap on final logits comes after that and weakens it. Undone at the end,
-    also after an exception.
-    """
-
-    def lower(module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
-        logits[..., torch.tensor(tokens, dtype=torch.long, device=logits.device)] -= bias
-
-    head = cast("nn.Module", model.get_output_embeddings())
-    hook = head.register_forward_hook(lower)
-    try:
-        yield model
-    finally:
-        hook.remove()
+def word_ban(tokens: Sequence[int]) -> Intervention:
+    """Each of `tokens` less likely by BIAS."""
+    return Intervention("ban", {"tokens": as_tokens(tokens)}, BIAS)

@@ -12,7 +12,8 @@ from sparc3.circuits.circuit import Circuit
 LEGEND = """\
 Differences between this model and the unpruned one, with 95 % intervals. ppl_delta and reduction
 are in percent of the unpruned model; ss, lms, icat and toxic_probability in points; margin and
-nll_shift in nats per token. `test` is held out; `in_sample` was measured on the prompts that the
+nll_shift in nats per token, as `kl`, how far predictions on general text are from the unpruned
+model's. `test` is held out; `in_sample` was measured on the prompts that the
 neurons were chosen on, or, where groups were tested in blocks, on the same prompts as `test` but
 without these very neurons; `against_control` compares with as many random neurons, `against_ban`
 with a ban of typical words at the same perplexity; `texts` are kinds of general text, `second` is

@@ -180,7 +180,7 @@ def judged(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) ->
     exact = not isinstance(leaf, Mapping)
     value, low, high = [leaf] * 3 if exact else (leaf[k] for k in ("value", "low", "high"))
     if row.get("fixed") and setup.get("budget", True):
-        reason = "the circuit's size was chosen to keep to select.ppl_budget"
+        reason = "the circuit's size was chosen to keep to select.budget"
         return Claim(row, value, low, high, FIXED, reason)
     direction = side(low, high, published, null)
     here, below, above = f"[{low:.4g}, {high:.4g}]", *published_interval(row)

@@ -52,6 +52,7 @@ def _row(params: Params, row: dict[str, Any]) -> dict[str, Any]:
         "p": row.get("p"),
         "perplexity": {k: row["differences"]["ppl_worst"][k] for k in ("value", "low", "high")},
         "text": row["worst"],
+        "kl": row["differences"].get("kl"),
         "verdict": verdict(params, row),
     }
 

@@ -6,6 +6,7 @@ slip into a table.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ import numpy as np
 from sparc3.base.artifacts import (
     METRICS,
     OUTPUTS,
-    circuit_names,
     circuit_path,
     evaluation_folder,
+    intervention_path,
     metrics_path,
+    names_of,
 )
 from sparc3.base.files import markdown, read_csv, read_json
 from sparc3.base.params import Behaviour, Params
@@ -55,7 +57,7 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
     A method with several draws is summarised by the mean over draws, with their range as low and
     high and no p-value: the draws are the distribution that the others are held against.
     """
-    names = [BAN] if method == BAN else circuit_names(method, params.methods[method])
+    names = names_of(params, method)
     split = first_split(params)
     circuits, completions = [results["circuits"][name] for name in names], results["completions"]
     broken = [
@@ -73,6 +75,9 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
         "ppl_delta": summary([c["ppl_delta"] for c in circuits if "ppl_delta" in c]),
         "ppl_worst": texts[worst],
     }
+    if "kl" in circuits[0]:
+        differences["kl"] = circuits[0]["kl"]["mean"]
+        differences["kl_95"] = circuits[0]["kl"]["percentile_95"]
     for part, prefix in PREFIXES.items():
         for name in circuits[0].get(part, {}):
             if name != "values":
@@ -95,13 +100,20 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
         "worst": worst,
         "degenerate": degenerate,
         "broken": degenerate is not None and degenerate > broken[0] + BROKEN,
-        "circuit": None if method == BAN else circuit_path(behaviour, names[0]),
+        "circuit": _file(params, behaviour, names[0]),
     }
+
+
+def _file(params: Params, behaviour: str, name: str) -> Path | None:
+    """The circuit's, or the intervention's."""
+    if name in params.steer.interventions:
+        return intervention_path(behaviour, name)
+    return None if name == BAN else circuit_path(behaviour, name)
 
 
 def family(params: Params, behaviour: str, method: str) -> str:
     """Which tests a method's is one of: of the behaviours' own methods, of all others, of none."""
-    if method == BAN or is_control(params.methods[method]):
+    if method == BAN or (method in params.methods and is_control(params.methods[method])):
         return CONTROL
     return CONFIRMATORY if method == params.behaviours[behaviour].method else EXPLORATORY
 
@@ -176,7 +188,8 @@ def cells(params: Params) -> list[dict[str, Any]]:
         results = read_json(metrics_path("evaluate", behaviour))
         gate = read_json(metrics_path("gate", behaviour))
         groups = read_csv(evaluation_folder(behaviour) / "groups.csv")
-        for method in (*params.methods, *([BAN] if BAN in results["circuits"] else [])):
+        banned = [BAN] if BAN in results["circuits"] else []
+        for method in (*params.methods, *params.steer.interventions, *banned):
             row = cell(params, behaviour, method, results) | {"gap": gate["gap"]}
             primary = primary_of(spec)
             if primary and row["change"] and row["family"] != CONTROL:
@@ -207,9 +220,11 @@ def verdict(params: Params, row: dict[str, Any]) -> str:
     "reduced" alone is what no control of equal size or cost refuses (`refused_by`).
     """
     words = shown(params, row)
-    over = row["differences"]["ppl_worst"]["value"] > params.select.ppl_budget
-    if words.startswith("reduced") and over:
+    budget, found = params.select.budget, row["differences"]
+    if words.startswith("reduced") and found["ppl_worst"]["value"] > budget.perplexity:
         words += f"; over the perplexity budget on {row['worst']}"
+    if words.startswith("reduced") and budget.kl is not None and found["kl"]["value"] > budget.kl:
+        words += "; over the KL budget"
     return words
 
 
@@ -277,6 +292,14 @@ def interval(difference: dict[str, float] | None, digits: int = 1, gap: str = " 
     return f"{value}{gap}[{low}, {high}]"
 
 
+def level(estimate: Mapping[str, float] | None) -> str:
+    """`0.010 [0.009, 0.012]`, or a dash where nothing was measured."""
+    if estimate is None:
+        return "-"
+    value, low, high = (f"{estimate[key]:.3f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A number of so many significant digits, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}g}"
@@ -290,7 +313,8 @@ def result_table(params: Params, table: list[dict[str, Any]]) -> str:
         "perplexity; its p is by sign flips, Holm-adjusted within its family: confirmatory are the "
         "behaviours' own methods, exploratory all others; controls are not tested. Not shown: so "
         f"many percent of complete removal would have been, with {100 * inference.POWER:.0f} % "
-        "power. Perplexity is of the kind of text on which it changes most for the worse. Where a "
+        "power. Perplexity is of the kind of text on which it changes most for the worse; KL, from "
+        "the unpruned model per token, of all kinds. Where a "
         "set has blocks, the change is that of circuits chosen without the block; neurons and "
         "perplexity are those of the circuit of all. Rows with several draws show their mean and "
         "range.\n",
@@ -318,6 +342,8 @@ def behaviour_table(
         ("family", lambda row: row["family"]),
         ("neurons", lambda row: str(row["num_neurons"])),
         ("perplexity %, worst text", lambda r: f"{difference('ppl_worst')(r)} {r['worst']}"),
+        ("KL, nats", lambda r: level(r["differences"].get("kl"))),
+        ("KL, 95th percentile", lambda r: level(r["differences"].get("kl_95"))),
     ]
     primary = primary_of(params.behaviours[behaviour])
     first = primary[1] if primary else None

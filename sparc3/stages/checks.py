@@ -16,6 +16,7 @@ from sparc3.base.artifacts import circuit_names
 from sparc3.base.errors import InputError
 from sparc3.base.params import SPLITS, Method, Params, PromptSet, parse, read, scores_of, sets_of
 from sparc3.base.profiles import TABLES, lay_over
+from sparc3.circuits.interventions import LEARNERS
 from sparc3.circuits.methods import BAN, OWN, can_lead, independent
 from sparc3.measure.instruments import INSTRUMENTS, instruments_of
 from sparc3.measure.scorers import SCORERS
@@ -34,7 +35,7 @@ OF_METHODS = {
     "curves": "the curves of stability",
 }
 OF_COMPLETIONS = (  # columns and values that stand beside the scores
-    *("circuit", "split", "prompt", "group", "completion", "text", "tokens", "nll"),
+    *("circuit", "split", "prompt", "group", "completion", "text", "tokens", "nll", "kl"),
     *("length", "distinct_1", "distinct_2", "repetition", "degenerate"),
 )
 
@@ -61,6 +62,7 @@ def check(params: Params) -> None:
         check_sets,
         check_scores,
         check_methods,
+        check_interventions,
         check_behaviours,
         check_sizes,
         check_scorers,
@@ -105,12 +107,16 @@ def check_names(params: Params) -> Problems:
         if name in OF_COMPLETIONS:
             yield f"scorers.{name}: the name is a column of the completions; choose another"
     owners = dict(OF_METHODS)
-    for name, method in params.methods.items():
-        for circuit in {name, *circuit_names(name, method)}:
+    rows = {f"methods.{n}": {n, *circuit_names(n, m)} for n, m in params.methods.items()}
+    for name in params.steer.interventions:
+        rows[f"steer.interventions.{name}"] = {name}
+        if not NAME.fullmatch(name):
+            yield f"steer.interventions: the name {name!r} becomes part of paths; see methods"
+    for key, circuits in rows.items():
+        for circuit in circuits:
             if circuit in owners:
-                owner = owners[circuit]
-                yield f"methods.{name}: the name {circuit} stands for {owner}; choose another"
-            owners[circuit] = f"methods.{name}"
+                yield f"{key}: the name {circuit} stands for {owners[circuit]}; choose another"
+            owners[circuit] = key
 
 
 def check_lists(params: Params) -> Problems:
@@ -344,6 +350,17 @@ def _check_method(key: str, method: Method, leaders: list[str]) -> Problems:
             f"{key}: {leader!r} is not a method that chooses its own neurons; expected one of "
             f"{', '.join(leaders)}"
         )
+
+
+def check_interventions(params: Params) -> Problems:
+    """Kinds that there are, with a text if and only if they are prompts."""
+    for name, row in params.steer.interventions.items():
+        key = f"steer.interventions.{name}"
+        yield from _known(f"{key}.kind", row.kind, LEARNERS, "sparc3/circuits/interventions")
+        if (row.kind == "prompt") != (row.text is not None):
+            yield f"{key}.text is {row.text!r}; expected one with kind prompt, and only there"
+        if not row.strengths or len(set(row.strengths)) < len(row.strengths):
+            yield f"{key}.strengths is {list(row.strengths)}; expected different ones, at least one"
 
 
 def check_behaviours(params: Params) -> Problems:

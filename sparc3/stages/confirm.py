@@ -13,18 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sparc3.base.artifacts import OUTPUTS, circuit_path, held_out, metrics_path
+from sparc3.base.artifacts import OUTPUTS, held_out, metrics_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, read_text, write_csv, write_json
 from sparc3.base.params import SPLITS, Params
-from sparc3.circuits.circuit import read_circuit
-from sparc3.measure.instruments import perplexity
-from sparc3.measure.likelihood import divergence
 from sparc3.model import loading
 from sparc3.prompts.sampling import as_row, prompt_set
-from sparc3.stages.evaluate import Rows, flat, general_rows, group_table, measure
+from sparc3.stages.evaluate import Rows, flat, group_table, measure
 from sparc3.stages.prepare import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -49,19 +44,6 @@ def sealed_rows(params: Params, behaviour: str) -> dict[str, Rows]:
     left_out = len(rows) - len(flat(kept))
     log.info("confirm %s: %d items of groups that are not tested are left out", behaviour, left_out)
     return {block: there for block, there in kept.items() if there}
-
-
-def kl(params: Params, behaviour: str) -> dict[str, float]:
-    """KL of the pruned from the unpruned model on general text, nats a token: mean and 95th
-    percentile, for the circuit that is exported.
-    """
-    circuit = read_circuit(circuit_path(behaviour, params.behaviours[behaviour].method))
-    rows = flat(general_rows(params))
-    tokens = perplexity.encode(rows, loading.tokenizer(params.model)).tokens
-    model, names = loading.load(params.model), [row["id"] for row in rows]
-    (found,) = divergence(model, [circuit], tokens, names, params.evaluate.batch_tokens)
-    every = np.concatenate(found)
-    return {"mean": float(every.mean()), "percentile_95": float(np.quantile(every, 0.95))}
 
 
 def commit() -> str:
@@ -91,7 +73,8 @@ def measured(params: Params, behaviour: str) -> dict[str, Any]:
         ["circuit", "group", "units", "mean"],
     )
     write_csv(OUTPUTS / "confirm" / behaviour / "groups.csv", grouped, columns)
-    return {"circuits": circuits, "kl": kl(params, behaviour)}
+    kl = {key: estimate["value"] for key, estimate in circuits[spec.method]["kl"].items()}
+    return {"circuits": circuits, "kl": kl}
 
 
 def run(params: Params) -> dict[str, float]:

@@ -19,7 +19,10 @@ from sparc3.base.artifacts import circuit_names, circuit_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_json, write_csv, write_json, write_jsonl
 from sparc3.base.params import Behaviour, Params
-from sparc3.circuits.circuit import INTACT, read_circuit, refuse_leak
+from sparc3.circuits import choose
+from sparc3.circuits.ablate import Edit
+from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, refuse_leak
+from sparc3.circuits.intervention import read_intervention
 from sparc3.circuits.methods import BAN
 from sparc3.measure import inference, neurons, word_ban
 from sparc3.measure.instrument import (
@@ -27,9 +30,9 @@ from sparc3.measure.instrument import (
     How,
     Measured,
     Reading,
-    Sample,
     differences,
     effect,
+    joined,
     mean_reading,
 )
 from sparc3.measure.instruments import (
@@ -47,7 +50,6 @@ from sparc3.model.checkpoint import language_model
 log = logging.getLogger(__name__)
 
 UNPRUNED = "none"  # the name of the model as it is, among those of circuits
-BIAS = 5.0  # nats that a banned token loses
 DESCRIBED, READ = 10, 50  # neurons that are described, by the first prompts of each set
 
 Rows = list[dict[str, Any]]
@@ -164,13 +166,19 @@ def read_circuits(
     others = [*flat(general_rows(params)), *second_rows(params, behaviour)]
     circuits = {}
     for method in methods:
-        for draw, name in enumerate(circuit_names(method, params.methods[method])):
-            by_block = {}
+        steers = method in params.steer.interventions
+        path_of, read = (
+            (artifacts.intervention_path, read_intervention)
+            if steers
+            else (circuit_path, read_circuit)
+        )
+        for draw, name in enumerate(artifacts.names_of(params, method)):
+            by_block: dict[str, Edit] = {}
             for block in {"": [], **held_out}:
-                path = circuit_path(behaviour, name, block)
+                path = path_of(behaviour, name, block)
                 rows = [*held_out.get(block, []), *others]
                 refuse_leak(rows, read_json(path.with_suffix(".json")), str(path))
-                by_block[block] = read_circuit(path)
+                by_block[block] = read(path)
             circuits[name] = Chosen(method, by_block, draw)
     return circuits
 
@@ -188,19 +196,15 @@ def fitted_ban(params: Params, spec: Behaviour, model: PreTrainedModel, how: How
     texts = read_prompts(params.differential.general, "tune")[: params.sweep.texts]
     counts = sorted({min(count, len(ranked)) for count in params.evaluate.ban})
 
-    def read_all(sample: Sample) -> list[Reading]:
-        found = []
-        for count in (0, *counts):
-            with word_ban.banned(model, ranked[:count], BIAS):
-                found += perplexity.read(model, [INTACT], sample, how)
-        return found
-
-    (before, *after), groups = perplexity.read_until(read_all, texts, how, params.sweep.error)
-    costs = [
-        perplexity.percent(before, each) + perplexity.percent_error(before, each, groups)
-        for each in after
+    edits = [INTACT, *(word_ban.word_ban(ranked[:count]) for count in counts)]
+    (before, *after), groups = perplexity.read_until(
+        lambda sample: perplexity.read(model, edits, sample, how), texts, how, params.sweep.error
+    )
+    within = [
+        count
+        for count, each in zip(counts, after, strict=True)
+        if choose.keeps(params.select.budget, perplexity.costs(before, each, groups))
     ]
-    within = [n for n, cost in zip(counts, costs, strict=True) if cost <= params.select.ppl_budget]
     return ranked[: max(within, default=0)]
 
 
@@ -224,6 +228,9 @@ def result(
     }
     if found["texts"]:
         found["ppl_delta"] = next(iter(found["texts"].values()))
+    if after.texts.keys() == before.texts.keys():
+        every = perplexity.divergence(joined(list(after.texts.values())), resamples)
+        found["kl"] = {key: estimate._asdict() for key, estimate in every.items()}
     for split, readings in after.samples.items():
         changes: Differences = {}
         for key in readings:
@@ -394,24 +401,26 @@ def measure(
     circuits = read_circuits(params, behaviour, held_out, methods)
     how = How(evaluate, evaluate.batch_tokens, tokenizer, scorers_of(params, spec))
     intact = Chosen(None, dict.fromkeys(["", *held_out], INTACT))
-    by_name = outcomes(spec, {UNPRUNED: intact, **circuits}, setting, model, how)
-    results: dict[str, dict[str, Any]] = {}
+    asked = {UNPRUNED: intact, **circuits}
     writes = any(each.writes for each in setting.instruments.values())
+    ban: list[int] | None = None
     if writes and evaluate.ban and spec.scorers:
         ban = fitted_ban(params, spec, model, how)
-        with word_ban.banned(model, ban, BIAS):
-            test = {setting.first: setting.samples[setting.first]}
-            by_name |= outcomes(spec, {BAN: intact}, setting._replace(samples=test), model, how)
+        asked[BAN] = Chosen(BAN, dict.fromkeys(["", *held_out], word_ban.word_ban(ban)))
+    by_name = outcomes(spec, asked, setting, model, how)
+    results: dict[str, dict[str, Any]] = {}
+    if ban is not None:
         about = {
             "method": BAN,
             "num_neurons": 0,
             "tokens": tokenizer.batch_decode([[t] for t in ban]),
         }
         results[BAN] = about | result(by_name, BAN, [], setting, evaluate.resamples)
+    sizes = {n: len(e) if isinstance(e := c.edits[""], Circuit) else 0 for n, c in circuits.items()}
     draws = circuit_names(evaluate.control, params.methods[evaluate.control])
     for name, (method, by_block, _) in circuits.items():
-        count = len(by_block[""])
-        of_size = method != evaluate.control and count == len(circuits[draws[0]].circuits[""])
+        count = sizes[name]
+        of_size = method != evaluate.control and count == sizes[draws[0]]
         rivals = [*(draws if of_size else ()), *([BAN] if BAN in by_name else ())]
         try:
             changes = result(by_name, name, rivals, setting, evaluate.resamples)
@@ -456,7 +465,8 @@ def described(params: Params, behaviour: str, model: PreTrainedModel) -> Rows:
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, rows = params.behaviours[behaviour], rows_of(params, behaviour)
     model = loading.load(params.model)
-    setting, by_name, results = measure(params, behaviour, rows, list(params.methods), model)
+    methods = [*params.methods, *params.steer.interventions]
+    setting, by_name, results = measure(params, behaviour, rows, methods, model)
     before, lines = by_name[UNPRUNED], written(by_name, setting)
     found: dict[str, Any] = {
         "baseline": baseline(params, behaviour, before, setting, rows),

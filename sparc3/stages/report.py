@@ -76,7 +76,7 @@ def draw_behaviour(
 
     spec = params.behaviours[behaviour]
     titles = list(dict.fromkeys(t for r in rows for t in r.found if t not in (SHARE, COST)))
-    titles, budget = [*titles, COST], (COST, params.select.ppl_budget)
+    titles, budget = [*titles, COST], (COST, params.select.budget.perplexity)
     figures.forests(folder / f"forest-{behaviour}", rows, titles, budget, looks)
     points = read_csv(sweep_path(behaviour))
     if points:
@@ -88,7 +88,7 @@ def draw_behaviour(
         blocks = params.prompt_sets[spec.prompts].blocks
         axis = "" if blocks else tables.swept(spec).axis
         path = folder / f"dose-{behaviour}"
-        figures.dose(path, points, chosen, axis, params.select.ppl_budget, looks)
+        figures.dose(path, points, chosen, axis, params.select.budget.perplexity, looks)
     title, levels = page.prompt_levels(params, behaviour)
     control = circuit_names(params.evaluate.control, params.methods[params.evaluate.control])[0]
     drawn = {spec.method: spec.method, control: params.evaluate.control}
@@ -151,7 +151,8 @@ def draw(params: Params, table: list[dict[str, Any]], folder: Path) -> None:
     from sparc3.reporting import figures  # matplotlib takes a second to import
 
     controls = {name: is_control(method) for name, method in params.methods.items()}
-    looks = figures.looks({**controls, BAN: True})
+    steered = dict.fromkeys(params.steer.interventions, False)
+    looks = figures.looks({**controls, **steered, BAN: True})
     panels, bands = {}, {}
     for behaviour in params.behaviours:
         cells_of = [row for row in table if row["behaviour"] == behaviour]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sparc3.base import artifacts
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_csv, write_csv, write_json
-from sparc3.base.params import Behaviour, Params
+from sparc3.base.params import Behaviour, Budget, Params
 from sparc3.circuits import choose, stability
 from sparc3.circuits.circuit import Circuit, write_circuit
 from sparc3.circuits.correlation import read_flat
@@ -35,14 +35,12 @@ class Choice(NamedTuple):
 
 
 def best_point(
-    rows: list[dict[str, str]], method: str, k: int | None, protect: float | None, budget: float
+    rows: list[dict[str, str]], method: str, k: int | None, protect: float | None, budget: Budget
 ) -> tuple[int, float]:
     """(num_neurons, protect) of the sweep's point with the largest objective within the budget.
 
-    `budget` bounds ppl_delta plus one standard error, in percent: of several noisy points the one
-    that is chosen tends to be cheap by luck, and would cost more than the budget on other texts.
-    Where no point is within it, the cheapest point is taken: a method that cannot stay within the
-    budget is shown at its best, and its cost with it.
+    Where no point is within it, the cheapest in perplexity is taken: a method that cannot stay
+    within the budget is shown at its best, and its cost with it.
     """
     points = [
         row
@@ -61,7 +59,7 @@ def best_point(
     def cost(row: dict[str, str]) -> float:
         return float(row["ppl_delta"]) + float(row["ppl_error"])
 
-    within = [row for row in points if cost(row) <= budget]
+    within = [row for row in points if choose.keeps(budget, row)]
     best = max(within, key=lambda r: float(r["objective"])) if within else min(points, key=cost)
     return int(best["num_neurons"]), float(best["protect"])
 
@@ -83,7 +81,7 @@ def choice(
     if len(sizes) == len(shares) == 1:
         return Choice(sizes[0], shares[0], key)
     fixed = select.num_neurons, select.protect
-    return Choice(*best_point(rows, name, *fixed, select.ppl_budget), key)
+    return Choice(*best_point(rows, name, *fixed, select.budget), key)
 
 
 def strengths(params: Params) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -95,15 +93,16 @@ def strengths(params: Params) -> tuple[tuple[int, ...], tuple[float, ...]]:
     )
 
 
-def chosen_on(params: Params, spec: Behaviour, block: str) -> dict[str, Any]:
-    """Prompts and groups that the circuits of a block depend on, none of which may test them."""
+def chosen_on(params: Params, spec: Behaviour, block: str, tuned: bool) -> dict[str, Any]:
+    """Prompts and groups that what is chosen for a block depends on, none of which may test it;
+    `tuned`: also on what a sweep measured.
+    """
     general = params.differential.general
     seen = {
         prompt_set: artifacts.read_prompts(prompt_set, "attribute")
         for prompt_set in dict.fromkeys((spec.prompts, spec.reference, general))
     } | {spec.prompts: artifacts.seen(spec.prompts, block)}
-    sizes, shares = strengths(params)
-    if len(sizes) * len(shares) > 1:  # chosen by what the sweep measured
+    if tuned:
         blocked = params.prompt_sets[spec.prompts].blocks is not None
         for prompt_set in (general,) if blocked else (spec.prompts, general):
             seen[prompt_set] = [*seen[prompt_set], *artifacts.read_prompts(prompt_set, "tune")]
@@ -193,7 +192,9 @@ def write_circuits(
 ) -> None:
     """Each circuit, and beside it what it is and what it was chosen on."""
     shape = choose.read_differential(behaviour, next(iter(chosen)))[1].shape
-    about = chosen_on(params, params.behaviours[behaviour], block)
+    sizes, shares = strengths(params)
+    tuned = len(sizes) * len(shares) > 1
+    about = chosen_on(params, params.behaviours[behaviour], block, tuned)
     for name, (taken, circuits) in chosen.items():
         names = artifacts.circuit_names(name, params.methods[name])
         for draw, (circuit_name, circuit) in enumerate(zip(names, circuits, strict=True)):

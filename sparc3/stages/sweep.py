@@ -8,15 +8,17 @@ objective is the size. So the largest that the budget allows is chosen without a
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3.base.artifacts import blocks, metrics_path, read_prompts, sweep_path
 from sparc3.base.files import write_csv, write_json
 from sparc3.base.params import Method, Params
-from sparc3.circuits.choose import circuit_at, read_differential
+from sparc3.circuits.ablate import Edit
+from sparc3.circuits.choose import BUDGETS, circuit_at, read_differential
 from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.circuits.methods import swept
 from sparc3.measure.instrument import How, Instrument, Measured, Reading, objective_error
@@ -24,15 +26,8 @@ from sparc3.measure.instruments import perplexity, swept_of
 from sparc3.model import loading
 
 log = logging.getLogger(__name__)
-COLUMNS = (
-    "method",
-    "protect",
-    "num_neurons",
-    "ppl_delta",
-    "ppl_error",
-    "objective",
-    "objective_error",
-)
+COLUMNS = ("method", "protect", "num_neurons", *chain.from_iterable(BUDGETS.values()))
+COLUMNS += ("objective", "objective_error")
 
 
 def curves(
@@ -55,29 +50,52 @@ def measure(
     params: Params,
     behaviour: str,
     instruments: Mapping[str, Instrument],
-    circuits: Sequence[Circuit],
+    edits: Sequence[Edit],
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[dict[str, Reading]], list[Reading], list[str]]:
-    """Readings of the tune split by each instrument, and of general text, without each circuit;
+    """Readings of the tune split by each instrument, and of general text, under each edit;
     and the groups of the general texts.
     """
     sweep = params.sweep
     prompts = params.behaviours[behaviour].prompts
     rows = read_prompts(prompts, "tune")[: sweep.items] if instruments else []
     texts = read_prompts(params.differential.general, "tune")[: sweep.texts]
-    model = loading.load(params.model)
-    total = len(circuits) * (len(texts) + len(instruments) * len(rows))
+    total = len(edits) * (len(texts) + len(instruments) * len(rows))
     with tqdm(total=total, desc=f"sweep {behaviour}", unit="text") as bar:
         how = How(params.evaluate, sweep.batch_tokens, tokenizer, progress=bar.update)
         general, groups = perplexity.read_until(
-            lambda sample: perplexity.read(model, circuits, sample, how), texts, how, sweep.error
+            lambda sample: perplexity.read(model, edits, sample, how), texts, how, sweep.error
         )
         found = {
-            name: each.read(model, circuits, each.encode(rows, tokenizer), how)
+            name: each.read(model, edits, each.encode(rows, tokenizer), how)
             for name, each in instruments.items()
         }
-    by_circuit = [{name: each[at] for name, each in found.items()} for at in range(len(circuits))]
-    return by_circuit, general, groups
+    by_edit = [{name: each[at] for name, each in found.items()} for at in range(len(edits))]
+    return by_edit, general, groups
+
+
+def add(
+    points: Sequence[dict[str, Any]],
+    instruments: Mapping[str, Instrument],
+    by_edit: Sequence[Mapping[str, Reading]],
+    general: Sequence[Reading],
+    groups: Sequence[str],
+) -> list[str]:
+    """Add to each point what `measure` found: costs, levels, whose names are returned, and the
+    objective, if there is an instrument.
+    """
+    names: dict[str, None] = {}
+    for point, readings, text in zip(points, by_edit, general, strict=True):
+        point |= perplexity.costs(general[0], text, groups)
+        for name, instrument in reversed(list(instruments.items())):  # the first has the last word
+            before = Measured(by_edit[0][name], general[0])
+            after = Measured(readings[name], text)
+            levels = instrument.levels(after.reading)
+            point |= {**levels, "objective": instrument.objective(before, after)}
+            point["objective_error"] = objective_error(instrument.objective, before, after)
+            names |= dict.fromkeys(levels)
+    return list(names)
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
@@ -89,20 +107,11 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         write_csv(sweep_path(behaviour), [], COLUMNS)
         write_json(metrics_path("sweep", behaviour), {"points": 0.0})
         return {"points": 0.0}
-    tokenizer = loading.tokenizer(params.model)
-    by_circuit, general, groups = measure(params, behaviour, instruments, circuits, tokenizer)
-    columns = list(COLUMNS)
-    for point, readings, text in zip(points, by_circuit, general, strict=True):
-        point["ppl_delta"] = perplexity.percent(general[0], text)
-        point["ppl_error"] = perplexity.percent_error(general[0], text, groups)
+    model, tokenizer = loading.load(params.model), loading.tokenizer(params.model)
+    found = measure(params, behaviour, instruments, circuits, model, tokenizer)
+    for point in points:
         point["objective"], point["objective_error"] = point["num_neurons"], 0.0
-        for name, instrument in reversed(instruments.items()):  # the first has the last word
-            before = Measured(by_circuit[0][name], general[0])
-            after = Measured(readings[name], text)
-            levels = instrument.levels(after.reading)
-            point |= {**levels, "objective": instrument.objective(before, after)}
-            point["objective_error"] = objective_error(instrument.objective, before, after)
-            columns += [level for level in levels if level not in columns]
+    columns = [*COLUMNS, *add(points, instruments, *found)]
     write_csv(sweep_path(behaviour), points, columns)
     best = {name: max(p["objective"] for p in points if p["method"] == name) for name in methods}
     scalars = {"points": float(len(points)), **{f"{n}.objective": v for n, v in best.items()}}

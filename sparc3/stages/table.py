@@ -65,11 +65,18 @@ STAGES: dict[str, Stage] = {
         reads=("prepare", "attribute", "differential", "sweep"),
         products=("circuits/{}", "stability/{}"),
     ),
+    "steer": Stage(
+        "interventions that are no set of neurons",
+        "behaviour",
+        model=True,
+        reads=("prepare",),
+        products=("interventions/{}",),
+    ),
     "evaluate": Stage(
         "what pruning does, on held-out prompts",
         "behaviour",
         model=True,
-        reads=("data", "prepare", "select"),
+        reads=("data", "prepare", "select", "steer"),
         products=("evaluation/{}",),
     ),
     "transfer": Stage(
@@ -85,7 +92,7 @@ STAGES: dict[str, Stage] = {
     ),
     "report": Stage(
         "summary, tables, figures, published numbers",
-        reads=("prepare", "gate", "sweep", "select", "evaluate", "transfer", "overlap"),
+        reads=("prepare", "gate", "sweep", "select", "steer", "evaluate", "transfer", "overlap"),
         products=("report",),
     ),
 }

@@ -8,7 +8,7 @@ import numpy as np
 
 from sparc3.base.files import Array
 from sparc3.base.params import Behaviour
-from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.ablate import Edit
 from sparc3.measure import inference
 from sparc3.measure.instrument import (
     How,
@@ -30,16 +30,16 @@ MOST = 25  # completions, of which the largest score is Expected Maximum Toxicit
 
 
 def write(
-    model: "PreTrainedModel", circuits: Sequence[Circuit], sample: Sample, how: How
+    model: "PreTrainedModel", edits: Sequence[Edit], sample: Sample, how: How
 ) -> list[list[dict[str, Any]]]:
-    """Completions by the model without each of `circuits`: a row each, prompt by prompt."""
+    """Completions by the model under each of `edits`: a row each, prompt by prompt."""
     from sparc3.measure.generate import Sampling, complete, quality
 
     e = how.evaluate
     sampling = Sampling(e.completions, e.new_tokens, e.temperature, e.top_p, e.seed)
     prompts = sample.tokens, sample.ids
     written = []
-    for by_prompt in complete(model, circuits, *prompts, sampling, progress=how.progress):
+    for by_prompt in complete(model, edits, *prompts, sampling, progress=how.progress):
         rows: list[dict[str, Any]] = []
         for prompt, completions in zip(sample.ids, by_prompt, strict=True):
             decoded = how.tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -51,7 +51,7 @@ def write(
 
 
 def read(
-    model: "PreTrainedModel", circuits: Sequence[Circuit], sample: Sample, how: How
+    model: "PreTrainedModel", edits: Sequence[Edit], sample: Sample, how: How
 ) -> list[Reading]:
     """Completions scored by every scorer.
 
@@ -59,7 +59,7 @@ def read(
     or more also their `SCORER_max`, and `SCORER_toxic`, 100 where that is toxic, else 0.
     """
     readings = []
-    for rows in write(model, circuits, sample, how):
+    for rows in write(model, edits, sample, how):
         columns: dict[str, Array] = {}
         for name, score in how.scorers.items():
             flat = score([row["text"] for row in rows])

@@ -7,7 +7,7 @@ import numpy as np
 
 from sparc3.base.files import Array
 from sparc3.base.params import Behaviour
-from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.ablate import Edit
 from sparc3.measure import inference
 from sparc3.measure.inference import Estimate
 from sparc3.measure.instrument import How, Instrument, Measured, Reading, Sample, Value
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def read(
-    model: "PreTrainedModel", circuits: Sequence[Circuit], sample: Sample, how: How
+    model: "PreTrainedModel", edits: Sequence[Edit], sample: Sample, how: How
 ) -> list[Reading]:
     """Likelihood of every text; its first token, which nothing precedes, is not scored."""
     from sparc3.measure.likelihood import token_nll
 
     texts = sample.tokens, sample.ids
-    scored = token_nll(model, circuits, *texts, how.batch_tokens, how.progress)
+    scored = token_nll(model, edits, *texts, how.batch_tokens, how.progress)
     return [likelihood(nlls, sample.groups) for nlls in scored]
 
 

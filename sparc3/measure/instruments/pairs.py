@@ -16,7 +16,7 @@ import numpy as np
 
 from sparc3.base.files import Array
 from sparc3.base.params import Behaviour
-from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.ablate import Edit
 from sparc3.measure import inference
 from sparc3.measure.instrument import (
     How,
@@ -47,7 +47,7 @@ def encode(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBas
 
 
 def read(
-    model: "PreTrainedModel", circuits: Sequence[Circuit], sample: Sample, how: How
+    model: "PreTrainedModel", edits: Sequence[Edit], sample: Sample, how: How
 ) -> list[Reading]:
     """Preferences by target term; of every item the mean log-probability per token of its texts,
     the first token included.
@@ -56,7 +56,7 @@ def read(
 
     readings = []
     items = sample.tokens, sample.ids
-    for scored in continuation_nll(model, circuits, *items, how.batch_tokens, how.progress):
+    for scored in continuation_nll(model, edits, *items, how.batch_tokens, how.progress):
         log_p = np.full((len(sample.tokens), 3), np.nan)
         for row, sentences in enumerate(scored):
             log_p[row, : len(sentences)] = sentence_scores(sentences, sample.ids[row])

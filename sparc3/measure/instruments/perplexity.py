@@ -1,4 +1,6 @@
-"""Perplexity of general text: what a circuit's removal costs."""
+"""Perplexity of general text, and divergence from the unpruned model: what a circuit's removal
+costs.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,9 +10,9 @@ import numpy as np
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array
 from sparc3.base.params import Behaviour
-from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.ablate import Edit
 from sparc3.measure import inference
-from sparc3.measure.inference import Difference
+from sparc3.measure.inference import Difference, Estimate
 from sparc3.measure.instrument import (
     How,
     Instrument,
@@ -47,23 +49,33 @@ def encode_joined(
 
 
 def read(
-    model: "PreTrainedModel", circuits: Sequence[Circuit], sample: Sample, how: How
+    model: "PreTrainedModel", edits: Sequence[Edit], sample: Sample, how: How
 ) -> list[Reading]:
-    """Likelihood of texts of any length, read through a sliding window.
+    """Likelihood and divergence of texts of any length, read through a sliding window.
 
-    A window of joined texts reaches across them, so a text is read after those before it.
+    A window of joined texts reaches across them, so a text is read after those before it. Column
+    `kl` beside those of `likelihood`: the sum over a text's tokens of KL(unpruned || without the
+    circuit), in nats.
     """
-    from sparc3.measure.likelihood import Window, window_nll
+    from sparc3.measure.likelihood import Window, window_scores
 
     texts, names = sample.tokens, sample.ids
     if sample.joined:
         texts, names = [[token for text in texts for token in text]], ["all, joined,"]
     window = Window(how.evaluate.window, how.evaluate.stride)
-    scored = window_nll(model, circuits, texts, names, window, how.batch_tokens, how.progress)
+    every = window_scores(model, edits, texts, names, window, how.batch_tokens, how.progress)
     if sample.joined:
         ends = np.cumsum([len(text) for text in sample.tokens])[:-1]
-        scored = [np.split(nll, ends) for (nll,) in scored]
-    return [likelihood(nlls) for nlls in scored]
+        every = [np.split(scores, ends, axis=1) for (scores,) in every]
+    return [_reading(texts) for texts in every]
+
+
+def _reading(texts: Sequence[Array]) -> Reading:
+    """From NLL and divergence of each text's tokens, (2, token)."""
+    found = likelihood([nll for nll, _ in texts])
+    kl = np.array([np.nansum(each, dtype=np.float64) for _, each in texts])
+    divergences = [each[np.isfinite(each)] for _, each in texts]
+    return Reading({**found.columns, "kl": kl}, prompts=found.columns, divergences=divergences)
 
 
 def read_until(
@@ -127,14 +139,63 @@ def percent_error(before: Reading, after: Reading, groups: Sequence[str]) -> flo
     old, new = before.columns, after.columns
     table = np.column_stack([new["nll"] - old["nll"], old["tokens"]])
     rise, tokens = inference.cluster_sums(table, groups).T
-    if len(rise) < 2:
+    mean = rise.sum() / tokens.sum()
+    return 100 * float(np.exp(mean)) * _ratio_error(rise, tokens)
+
+
+def mean_kl(reading: Reading) -> float:
+    """Divergence from the unpruned model, nats per token over all texts."""
+    return float(reading.columns["kl"].sum() / reading.columns["tokens"].sum())
+
+
+def kl_error(reading: Reading, groups: Sequence[str]) -> float:
+    """Standard error of `mean_kl`, as `percent_error`."""
+    table = np.column_stack([reading.columns["kl"], reading.columns["tokens"]])
+    return _ratio_error(*inference.cluster_sums(table, groups).T)
+
+
+def _ratio_error(sums: Array, tokens: Array) -> float:
+    """Standard error of sum of sums / sum of tokens over groups; InputError for fewer than 2."""
+    if len(sums) < 2:
         raise InputError(
-            f"the standard error of perplexity needs 2 groups of texts, not {len(rise)}; "
+            f"the standard error of perplexity needs 2 groups of texts, not {len(sums)}; "
             "raise sweep.texts"
         )
-    mean = rise.sum() / tokens.sum()
-    variance = len(rise) / (len(rise) - 1) * np.sum((rise - mean * tokens) ** 2)
-    return 100 * float(np.exp(mean) * np.sqrt(variance) / tokens.sum())
+    mean = sums.sum() / tokens.sum()
+    variance = len(sums) / (len(sums) - 1) * np.sum((sums - mean * tokens) ** 2)
+    return float(np.sqrt(variance) / tokens.sum())
+
+
+def costs(before: Reading, after: Reading, groups: Sequence[str]) -> dict[str, float]:
+    """What a sweep records of general text: what `select.budget` may bound, and standard errors."""
+    return {
+        "ppl_delta": percent(before, after),
+        "ppl_error": percent_error(before, after, groups),
+        "kl": mean_kl(after),
+        "kl_error": kl_error(after, groups),
+    }
+
+
+def divergence(reading: Reading, resamples: int) -> dict[str, Estimate]:
+    """KL of the next token's distribution from the unpruned model's, nats per token: mean and 95th
+    percentile over all tokens, with intervals over texts.
+    """
+    kl, tokens = reading.columns["kl"], reading.columns["tokens"]
+    every = np.concatenate(reading.divergences)
+    order = np.argsort(every, kind="stable")[::-1]
+    text = np.repeat(np.arange(len(kl)), [len(each) for each in reading.divergences])[order]
+
+    def mean(weights: Array) -> Array:
+        return (weights @ kl) / (weights @ tokens)
+
+    def percentile(weights: Array) -> Array:
+        above = weights[:, text].cumsum(axis=1)
+        return every[order][(above > 0.05 * above[:, -1:]).argmax(axis=1)]
+
+    return {
+        "mean": inference.bootstrap(mean, [len(kl)], resamples),
+        "percentile_95": inference.bootstrap(percentile, [len(kl)], resamples, len(every)),
+    }
 
 
 def change(before: Reading, after: Reading, resamples: int) -> Difference:
