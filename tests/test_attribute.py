@@ -140,5 +140,5 @@ def test_without_lxt_only_lrp_is_missing(project: Path) -> None:
     assert done.returncode == 0, done.stderr
     done = run(["lrp"])
     assert done.returncode == 2
-    assert "lrp and lrp-abs need the package lxt, which is not installed; inst" in done.stderr
+    assert "lrp and lrp-abs need the package lxt, which is not installed; install it by: python -m pip inst" in done.stderr
     assert "Traceback" not in done.stderr

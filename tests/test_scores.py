@@ -89,10 +89,10 @@ class Naive:
         return mean[0] - mean[1] if name == "pair" else mean[0]
 
     @staticmethod
-    def weight_times_gradient(projection):
-        weight = projection.weight
+    def weight_times_gradient(rows):
+        weight = rows.module.weight
         product = (weight * weight.grad).detach()
-        return product.T if type(projection).__name__ == "Conv1D" else product
+        return (product.T if type(rows.module).__name__ == "Conv1D" else product)[rows.of]
 
     def score(self, name):
         """(layer, neuron)."""

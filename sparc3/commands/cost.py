@@ -53,7 +53,6 @@ class Shape:
 
 
 def shape(config: PretrainedConfig, dtype: str = "float32") -> Shape:
-    family = families.family(config.model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     first, mlp = families.layers(model)[0], families.mlps(model)[0]
@@ -61,7 +60,7 @@ def shape(config: PretrainedConfig, dtype: str = "float32") -> Shape:
     dimension = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = (getattr(config, "num_key_value_heads", None) or heads) * dimension
     read = {"q_norm": heads * dimension, "k_norm": keys}  # all others read the hidden state
-    products = _products(model.get_submodule(family.body))
+    products = _products(families.body(model))
     return Shape(
         size=DTYPES[dtype].itemsize,
         parameters=sum(p.numel() for p in model.parameters()),

@@ -30,7 +30,14 @@ from sparc3.model.checkpoint import (
     require_vocabulary,
     require_whole,
 )
-from sparc3.model.families import EVERY_WEIGHT, body, context, logits, require_weights
+from sparc3.model.families import (
+    EVERY_WEIGHT,
+    attention_kind,
+    body,
+    context,
+    logits,
+    require_weights,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -51,7 +58,8 @@ SHORT = 64  # tokens up to which a CPU's flash attention takes longer than the p
 
 
 def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
-    """Load a causal language model for inspection: eval mode, frozen parameters, sdpa attention.
+    """Load a causal language model for inspection: eval mode, frozen parameters, sdpa attention
+    (eager where `attention_kind` says so).
 
     `device`, a torch device or "auto" to spread the layers over all devices, goes before that of
     `spec`. Nothing is asked of the hub, and no code or pickle of the folder is run.
@@ -61,10 +69,10 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     """
     prefer_onednn()
     device = device or spec.device
-    language_model("model.path", here(spec.path))
+    config = language_model("model.path", here(spec.path))
     require_whole("model.path", spec.path)
     how: dict[str, Any] = {**EVERY_WEIGHT, "local_files_only": True, "dtype": DTYPES[spec.dtype]}
-    how["attn_implementation"] = "sdpa"
+    how["attn_implementation"] = attention_kind(config)
     make: Any = AutoModelForCausalLM.from_pretrained
     with reading("model.path", spec.path) as folder:
         _, found = make(folder, device_map="meta", **how)  # of the files only what they hold
@@ -92,18 +100,13 @@ def _require_finite(model: PreTrainedModel, path: str) -> None:
 @torch.inference_mode()
 def _require_attention(model: PreTrainedModel, path: str) -> None:
     """InputError unless a short text has the logits of eager attention, which knows all settings.
-
-    Longer than a small sliding window; 8 tokens without one.
     """
-    config = model.config
-    window = getattr(config, "sliding_window", None) or 0
-    length = int(min(window + 8, SHORT, context(config.to_dict())))
-    ids = (torch.arange(1, length + 1) * 7919 % config.vocab_size)[None].to(input_device(model))
+    config, ids, kind = model.config, short_text(model), model.config._attn_implementation
     with attention(ids):
         used = logits(model, body(model)(input_ids=ids, use_cache=False).last_hidden_state)
     model.set_attn_implementation("eager")
     eager = model(input_ids=ids, use_cache=False).logits
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(kind)
     if not (eager.isfinite().all() and used.isfinite().all()):
         raise InputError(
             f"model.path: {path} gives a short text logits that are not finite; "
@@ -122,6 +125,14 @@ def _require_attention(model: PreTrainedModel, path: str) -> None:
             f"its own (eager), by {', '.join(odd) or f'its model_type {config.model_type}'} in "
             "config.json, which sdpa does not know; take a model without"
         )
+
+
+def short_text(model: PreTrainedModel) -> Tensor:
+    """Token ids (1, token) to try a model with: longer than a small sliding window, or 8."""
+    config = model.config
+    window = getattr(config, "sliding_window", None) or 0
+    length = int(min(window + 8, SHORT, context(config.to_dict())))
+    return (torch.arange(1, length + 1) * 7919 % config.vocab_size)[None].to(input_device(model))
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
