@@ -10,7 +10,7 @@ import torch
 from sparc3.base.errors import InputError
 from sparc3.model import families
 from sparc3.relevance import attribution, scores
-from sparc3.relevance.attribution import Prompt, batches, score
+from sparc3.relevance.attribution import FirstToken, Prompt, batches, score
 from sparc3.relevance.lrp import attnlrp
 from sparc3.relevance.scores import SCORES
 
@@ -373,3 +373,53 @@ def test_bad_input_is_refused_before_anything_runs(given, options, message):
     families.body(model).register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(InputError, match=message):
         next(score(model, [[given]], ["lrp"], **options))
+
+
+@pytest.mark.parametrize("target", ["max-logit", "pair"])
+def test_the_first_token_is_told_and_may_be_left_out(target):
+    """Of |h dy/dh| of every text, by the naive way; without it, the sum over the other tokens."""
+    model, prompt = tiny.model("qwen3"), TARGETS[target]()[0]
+    for name, rules in (("lrp", attnlrp(model)), ("gradient", nullcontext())):
+        naive = Naive(model, prompt, target, rules)
+        each = [  # by layer and sequence, (token, neuron)
+            [h * dh for h, dh in zip(*pair, strict=True)]
+            for pair in zip(naive.h, naive.dh, strict=True)
+        ]
+        there = sum(r[0].abs().sum().item() for layer in each for r in layer)
+        everywhere = sum(r.abs().sum().item() for layer in each for r in layer)
+        for kept in (True, False):
+            first = FirstToken(kept)
+            (found,) = score(model, [[prompt]], [name], target=target, first=first)
+            assert first.sizes[name] == pytest.approx((there, everywhere), rel=1e-4)
+            expected = [sum(r[0 if kept else 1 :].sum(0) for r in layer) for layer in each]
+            torch.testing.assert_close(
+                torch.from_numpy(found[name][0]), torch.stack(expected), rtol=1e-3, atol=1e-5
+            )
+
+
+def test_weights_leave_out_the_first_token_too_and_values_never():
+    """|w dy/dw| of a text whose first token's gradient is nothing; activations are no relevance."""
+    model, prompt = tiny.model("llama"), texts()[0]
+    names = ["lrp-abs", "activation", "max-activation", "wanda"]
+    whole, without = (
+        next(score(model, [[prompt]], names, target="likelihood", first=FirstToken(kept)))
+        for kept in (True, False)
+    )
+    for name in names[1:]:
+        np.testing.assert_array_equal(without[name], whole[name])
+    up = families.mlps(model)[0].up
+    seen = {}
+    hook = up.module.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
+    with attnlrp(model):
+        hidden = families.body(model)(
+            inputs_embeds=model.get_input_embeddings()(torch.tensor(prompt.sequences))
+            .detach()
+            .requires_grad_()
+        ).last_hidden_state
+        y = Naive.target("likelihood", prompt, families.logits(model, hidden))
+    hook.remove()
+    (gradient,) = torch.autograd.grad(y, seen["out"])
+    by_weight = gradient[0, 1:].T @ seen["x"][0, 1:] * families.incoming(up)
+    expected = by_weight.abs().sum(1).detach().numpy()
+    np.testing.assert_allclose(without["lrp-abs"][0, 0], expected, rtol=1e-3, atol=1e-6)
+    assert not np.allclose(without["lrp-abs"], whole["lrp-abs"], rtol=0.01)

@@ -54,7 +54,12 @@ EVERY_WEIGHT: dict[str, Any] = {  # no code, no pickle, no made-up weight withou
     "output_loading_info": True,
     "ignore_mismatched_sizes": True,
 }
-for noise in ("modeling_utils", "integrations.tensor_parallel"):  # `require_weights` tells
+for noise in (  # `require_weights` tells
+    "modeling_utils",
+    "integrations.tensor_parallel",
+    "distributed.tensor_parallel",  # of transformers 5
+    "utils.loading_report",
+):
     logging.getLogger(f"transformers.{noise}").setLevel(logging.ERROR)
 
 

@@ -1,5 +1,7 @@
 """Load a language model and its tokenizer; texts as tokens, begun as the model was trained."""
 
+import math
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from sparc3.base import params
 from sparc3.base.errors import InputError
@@ -39,6 +42,7 @@ from sparc3.model.families import (
     require_weights,
 )
 
+logging.disable_progress_bar()  # transformers 5 shows one for every model, however small
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 KEPT = (  # of a tokenizer's settings, those that its tokenizer.json leaves out
@@ -65,7 +69,8 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     `spec`. Nothing is asked of the hub, and no code or pickle of the folder is run.
 
     InputError: unknown family, nothing that transformers can load at `spec.path`, weights that are
-    not those of the configuration, or one whose attention is not what is computed here.
+    not those of the configuration, more than the memory holds, or attention that is not what is
+    computed here.
     """
     prefer_onednn()
     device = device or spec.device
@@ -75,9 +80,10 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     how["attn_implementation"] = attention_kind(config)
     make: Any = AutoModelForCausalLM.from_pretrained
     with reading("model.path", spec.path) as folder:
-        _, found = make(folder, device_map="meta", **how)  # of the files only what they hold
+        model: PreTrainedModel
+        model, found = make(folder, device_map="meta", **how)  # of the files only what they hold
     require_weights(f"model.path: {spec.path}", found)
-    model: PreTrainedModel
+    _require_room(model, spec.path, device)
     model, _ = make(folder, device_map="auto" if device == "auto" else None, **how)
     if device != "auto":
         nn.Module.to(model, torch.device(device))
@@ -85,6 +91,37 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     _require_finite(model, spec.path)
     _require_attention(model, spec.path)
     return model
+
+
+def memory(device: str) -> float:
+    """Bytes that a model may take: what is free on a card, or on all of them for "auto"; without
+    cards all of the machine's.
+    """
+    if device == "auto" and torch.cuda.is_available():
+        return sum(torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count()))
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _require_room(model: PreTrainedModel, path: str, device: str) -> None:
+    """InputError, with what would fit, for a model whose weights alone are larger than memory."""
+    parameters, room = sum(p.numel() for p in model.parameters()), memory(device)
+    size = model.dtype.itemsize
+    if parameters * size <= room:
+        return
+    fitting = [
+        f"model.dtype bfloat16, {2 * parameters / 1e9:.3g} GB" if 2 * parameters <= room else "",
+        f"model.device auto over {math.ceil(parameters * size / room)} of these or more"
+        if device.startswith("cuda")
+        else "",
+        f"a model of up to {room / size / 1e9:.2g} billion parameters",
+    ]
+    raise InputError(
+        f"model.path: {path} takes {parameters * size / 1e9:.3g} GB in {model.dtype}, and "
+        f"model.device {device} has {room / 1e9:.3g}; what would fit: "
+        f"{', or '.join(filter(None, fitting))}"
+    )
 
 
 def _require_finite(model: PreTrainedModel, path: str) -> None:
