@@ -6,8 +6,8 @@
 The weights are random, made on the card: only shapes matter. Each way runs once unmeasured, then
 for some seconds, of which the median is told; the share is that of the card's own matrix products,
 measured first, for the operations that `sparc3 plan` counts. The naive way keeps a score for every
-weight, one prompt at a time: measured on one layer's, and extrapolated to all. A part that would begin after six minutes is left
-out, so that the command ends in time.
+weight, one prompt at a time: measured on one layer's, and extrapolated to all. A part that would
+begin after six minutes is left out, so that the command ends in time.
 """
 
 import argparse
@@ -222,7 +222,9 @@ def measure(size: Size, device: str, deadline: float) -> tuple[list[Row], str]:
     seconds, memory = timed(way, device, size.seconds / 5)
     rows = [Row("matrix products", "operations", done / seconds, done / seconds, memory)]
     every = ways(model, size)
-    for (name, (way, unit, count)), done in zip(every.items(), operations(shape, size), strict=True):
+    for (name, (way, unit, count)), done in zip(
+        every.items(), operations(shape, size), strict=True
+    ):
         if time.monotonic() < deadline:
             seconds, memory = timed(way, device, size.seconds)
             rows.append(Row(name, unit, count / seconds, done / seconds, memory))

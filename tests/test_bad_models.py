@@ -271,10 +271,20 @@ def test_logits_that_overflow_are_refused_with_another_dtype(good, tmp_path):
 @pytest.mark.parametrize(
     ("device", "dtype", "room", "message"),
     [
-        ("cpu", "float32", 3.9, r"model\.dtype bfloat16, .* GB, or a model of up to .* parameters$"),
+        (
+            "cpu",
+            "float32",
+            3.9,
+            r"model\.dtype bfloat16, .* GB, or a model of up to .* param",
+        ),
         ("cpu", "float32", 1.9, r"has \S+; what would fit: a model of up to .* parameters$"),
         ("cpu", "bfloat16", 1.9, r"in torch\.bfloat16, .*fit: a model of up to .* parameters$"),
-        ("cuda:0", "float32", 1.1, r"what would fit: model\.device auto over 4 of these or more, or"),
+        (
+            "cuda:0",
+            "float32",
+            1.1,
+            r"would fit: model\.device auto over 4 of these or more, or",
+        ),
     ],
 )
 def test_a_model_larger_than_memory_is_refused_with_what_would_fit(

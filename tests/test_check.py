@@ -82,7 +82,9 @@ def test_what_is_wrong_is_said_and_what_can_be_trusted_all_the_same(tmp_path, mo
     monkeypatch.setattr(loading, "load", with_squares)
     assert main(["check", str(tmp_path)]) == 2
     said = capsys.readouterr()
-    assert "WRONG rules of relevance: lrp: no rule for a layer of type Squared (layers.0" in said.out
+    assert (
+        "WRONG rules of relevance: lrp: no rule for a layer of type Squared (layers.0" in said.out
+    )
     assert "OK    pruning" in said.out
     assert said.err.endswith("cannot be trusted; all that does without lrp and lrp-abs can\n")
 

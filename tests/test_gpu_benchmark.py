@@ -32,8 +32,8 @@ def test_every_way_has_a_row_of_sane_numbers(printed: str) -> None:
     ]
     for row in table[1:-1]:
         assert int(re.sub(r"\D", "", row[1])) > 0
-        assert 0 < float(row[2])
-        assert 0 < float(row[3].rstrip("%"))
+        assert float(row[2]) > 0
+        assert float(row[3].rstrip("%")) > 0
     assert re.search(r"attribution: \d+\.\d times naive", printed)
     assert re.search(r"completions: \d+\.\d times transformers\.generate", printed)
     assert "toy shape" in printed
@@ -58,9 +58,7 @@ def test_the_naive_way_scores_the_weights_of_so_many_layers() -> None:
     asked: list[int] = []
     own = torch.autograd.grad
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.autograd, "grad", lambda y, xs: asked.append(len(xs) - 1) or own(y, xs)
-        )
+        patch.setattr(torch.autograd, "grad", lambda y, xs: asked.append(len(xs) - 1) or own(y, xs))
         for layers in (0, 1, 3):
             gpu.weights_scored(model, prompt, layers)()
     assert asked == [0, 7, 21]  # q, k, v, o, gate, up, down

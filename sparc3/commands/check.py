@@ -60,7 +60,7 @@ def structure(model: PreTrainedModel) -> str:
 
 @torch.inference_mode()
 def rules(model: PreTrainedModel) -> str:
-    """The patches of AttnLRP change no logits. InputError: they do, a layer has no rule, or no lxt."""
+    """AttnLRP changes no logits. InputError: it does, a layer has no rule, or no lxt."""
     from sparc3.relevance.attribution import attnlrp  # here: only now is lxt needed
 
     ids = loading.short_text(model)

@@ -124,7 +124,7 @@ def attention_kind(config: Mapping[str, Any]) -> str:
     """transformers' name of the attention that is used: eager for Gemma 2, whose attention scores
     are capped, which sdpa does not know.
     """
-    return "eager" if config.get("attn_logit_softcapping") else "sdpa"
+    return "eager" if config.get("model_type") == "gemma2" else "sdpa"
 
 
 def body(model: PreTrainedModel) -> nn.Module:

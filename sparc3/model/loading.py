@@ -136,8 +136,7 @@ def _require_finite(model: PreTrainedModel, path: str) -> None:
 
 @torch.inference_mode()
 def _require_attention(model: PreTrainedModel, path: str) -> None:
-    """InputError unless a short text has the logits of eager attention, which knows all settings.
-    """
+    """InputError unless a short text has the logits of eager attention, which knows all."""
     config, ids, kind = model.config, short_text(model), model.config._attn_implementation
     with attention(ids):
         used = logits(model, body(model)(input_ids=ids, use_cache=False).last_hidden_state)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,7 +90,7 @@ def partial_folder(
             attribute.first_token,
             [params.model.dtype, params.model.device, model_digest(Path(params.model.path))],
             [digest(path) for path in CODE],
-            [version(package) for package in ("torch", "transformers", "lxt")],
+            [version(name) for name in ("torch", "transformers", "lxt") if find_spec(name)],
         ]
     )
     return OUTPUTS / "partial" / prompt_set / digest_text(identity)[:16]
@@ -182,7 +183,9 @@ def run(params: Params, prompt_set: str) -> dict[str, float]:
         said = "attribute %s: %s of every neuron for %d prompts, %d tokens"
         log.info(said, prompt_set, ", ".join(names), len(rows), sum(tokens))
         for name, share in shares.items():
-            log.info("attribute %s: %.0f %% of %s is on the first token", prompt_set, 100 * share, name)
+            log.info(
+                "attribute %s: %.0f %% of %s is on the first token", prompt_set, 100 * share, name
+            )
     return metrics
 
 
@@ -220,7 +223,7 @@ def write_shards(
             if score_name in firsts[target].sizes
         }
         write_json(folder / FIRST / f"{number:05}.json", sizes)
-        for scores, by_name in zip(computed, targets.values(), strict=True):
+        for values, by_name in zip(computed, targets.values(), strict=True):
             for name, score_name in by_name.items():
                 path = folder / name / f"{number:05}.safetensors"
-                write_tensors(path, {"scores": scores[score_name]}, {"ids": ids})
+                write_tensors(path, {"scores": values[score_name]}, {"ids": ids})
