@@ -78,6 +78,10 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }  # fmt: skip
 
+# One of each kind, for what depends on no more than that: a window, a cap and eager attention, one
+# module for two projections, scaled logits, plain MLPs with and without biases.
+KINDS = ("llama", "mistral", "gemma2", "gemma3_text", "phi3", "granite", "opt", "gpt2", "gpt_neox")
+
 
 def model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A model with weights, biases and norms all random, so that no term is zero by accident."""

@@ -172,15 +172,18 @@ def short_text(model: PreTrainedModel) -> Tensor:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer as tokenizer.json has it, with its special tokens.
+    """Write a tokenizer as tokenizer.json has it, with its special tokens."""
+    _of_file(tokenizer, tokenizer.backend_tokenizer).save_pretrained(folder)
+
+
+def _of_file(like: Any, backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """`backend` with the special tokens and settings of another tokenizer.
 
     Under the name of another class, such as LlamaTokenizer, transformers 5 builds a tokenizer of
     its own from the vocabulary, which need not be this one: SmolLM2's lost every space.
     """
-    kept = {name: getattr(tokenizer, name) for name in KEPT if getattr(tokenizer, name) is not None}
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **kept
-    ).save_pretrained(folder)
+    kept = {name: getattr(like, name) for name in KEPT if getattr(like, name) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **like.special_tokens_map, **kept)
 
 
 def tokenizer(spec: params.Model) -> PreTrainedTokenizerBase:
@@ -190,6 +193,9 @@ def tokenizer(spec: params.Model) -> PreTrainedTokenizerBase:
     config = language_model("model.path", here(spec.path))
     with reading("model.path", spec.path) as folder:
         loaded = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        file = folder / "tokenizer.json"
+        if file.is_file() and type(loaded) is not PreTrainedTokenizerFast:
+            loaded = _of_file(loaded, Tokenizer.from_file(str(file)))
         if isinstance(backend := getattr(loaded, "backend_tokenizer", None), Tokenizer):
             require_vocabulary("model.path", spec.path, backend, config)
         return loaded
