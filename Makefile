@@ -1,5 +1,6 @@
 # make repro    environment, model and data, the whole pipeline, what it found
 # make test     environment, tests
+# make test-next  the tests of models, again with the transformers of requirements-next.txt
 # make lint     ruff, pyright and the rooms' contract
 # make ui       the runs in MLflow's UI on 127.0.0.1 (PORT=5000)
 # make bench    the project's own timings
@@ -37,7 +38,7 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-.PHONY: env repro test lint ui bench faults readme lock clean
+.PHONY: env repro test test-next lint ui bench faults readme lock clean
 
 ifeq ($(origin VENV),file)
 # The list that was installed is the stamp: equal contents install nothing, whatever the dates.
@@ -65,6 +66,18 @@ repro: env
 test: env
 	OMP_NUM_THREADS=1 $(IN_ENV) python -m pytest --numprocesses 2 --dist loadfile
 
+# An environment upon the other one: what it installs comes before what is there.
+NEXT_TESTS := models lrp prune generate likelihood export bad_models check
+test-next: env
+	@cmp -s requirements-next.txt .next/installed.txt \
+	|| { $(VENV)/bin/python -m venv --clear --without-pip .next \
+	&& $(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(.next/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth \
+	&& .next/bin/python -m pip install --quiet --no-input --no-deps -r requirements-next.txt \
+	&& cp requirements-next.txt .next/installed.txt; }
+	OMP_NUM_THREADS=1 .next/bin/python -m pytest --numprocesses 2 --dist loadfile \
+	  $(NEXT_TESTS:%=tests/test_%.py)
+
 lint: env
 	$(IN_ENV) ruff check .
 	$(IN_ENV) ruff format --check .
@@ -91,7 +104,7 @@ lock:
 	@$(find_python); \
 	$$python -m venv --clear .lock \
 	&& .lock/bin/python -m pip install --quiet $(UV) \
-	&& .lock/bin/uv pip compile --quiet --universal --python-version 3.11 --group dev --no-annotate \
+	&& .lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra lrp --group dev --no-annotate \
 	  --generate-hashes --custom-compile-command "make lock" pyproject.toml -o requirements-hashed.txt \
 	&& sed -E '/^ +--hash=/d; s/ \\$$//' requirements-hashed.txt > requirements.txt \
 	&& digest=$$($$python -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())') \
@@ -99,5 +112,5 @@ lock:
 	&& rm -rf conda.yaml.bak .lock
 
 clean:
-	rm -rf .venv .lock .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .next .lock .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -110,7 +110,10 @@ def test_what_would_stop_the_evaluation_stops_attribution(
 
 def test_without_lxt_only_lrp_is_missing(project: Path) -> None:
     code = (
-        "import sys; sys.modules['lxt'] = None; from sparc3.__main__ import main; "
+        "import sys; sys.modules['lxt'] = None\n"
+        "import importlib.metadata as installed; own = installed.version\n"
+        "installed.version = lambda name: own(name if name != 'lxt' else 'no-such-package')\n"
+        "from sparc3.__main__ import main\n"
         "sys.exit(main(['attribute', '--prompt-set', 'general']))"
     )
     root = Path(attribute.__file__).parents[2]
@@ -140,5 +143,8 @@ def test_without_lxt_only_lrp_is_missing(project: Path) -> None:
     assert done.returncode == 0, done.stderr
     done = run(["lrp"])
     assert done.returncode == 2
-    assert "lrp and lrp-abs need the package lxt, which is not installed; inst" in done.stderr
+    assert (
+        "lrp-abs need the package lxt, which is not installed; install it by: python -m pip inst"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr

@@ -138,6 +138,12 @@ BOTH: list[tuple[str, Damage, str]] = [  # whoever reads the folder says so: als
         r"is of 'gemma3' around a language model, 'gemma3_text'\); name .* alone",
     ),
     ("wrapper, LLaVA", config(model_type="llava", text_config={}), r"'llava' around a language"),
+    (
+        "experts, Mixtral",
+        config(model_type="mixtral", num_local_experts=8),
+        r"mixture of experts: config\.json has num_local_experts: 8\); name a dense model",
+    ),
+    ("experts, OLMoE", config(model_type="olmoe", num_experts=64), r"has num_experts: 64\); name"),
     ("another family", config(model_type="mamba"), r"config\.json: family 'mamba' is not known"),
     ("no family", config(model_type=None), r"config\.json: family None is not known; choose one"),
     ("no context", config(max_position_embeddings=None), r"no number max_position_embeddings\); a"),
@@ -175,7 +181,11 @@ OF_WEIGHTS: list[tuple[str, Damage, str]] = [
     ),
     ("another shape", stored(UP, lambda w: w[:3].clone()), rf"{UP} is of another shape; get both"),
     ("one missing", weights(lambda held: held.pop(UP)), rf"{UP} is missing; get both"),
-    ("heads do not divide", config(num_attention_heads=3), r"different models: model\.layers\.0.*"),
+    (
+        "heads do not divide",
+        config(num_attention_heads=3),
+        r"different models: model\.layers\.0|Validation.*; name",
+    ),
     ("a size of text", config(hidden_size="16"), r"cannot load .*Error: .*name a folder"),
     ("no layers", config(num_hidden_layers=-1), r"not the model's; get both"),
     ("an activation", config(hidden_act="of my own"), r"cannot load .*KeyError: .*name a folder"),
@@ -260,6 +270,37 @@ def test_logits_that_overflow_are_refused_with_another_dtype(good, tmp_path):
     loading.load(spec)
     with pytest.raises(InputError, match=r"use model\.dtype float32 or bfloat16, or name another"):
         loading.load(replace(spec, dtype="float16"))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "room", "message"),
+    [
+        (
+            "cpu",
+            "float32",
+            3.9,
+            r"model\.dtype bfloat16, .* GB, or a model of up to .* param",
+        ),
+        ("cpu", "float32", 1.9, r"has \S+; what would fit: a model of up to .* parameters$"),
+        ("cpu", "bfloat16", 1.9, r"in torch\.bfloat16, .*fit: a model of up to .* parameters$"),
+        (
+            "cuda:0",
+            "float32",
+            1.1,
+            r"would fit: model\.device auto over 4 of these or more, or",
+        ),
+    ],
+)
+def test_a_model_larger_than_memory_is_refused_with_what_would_fit(
+    good, monkeypatch, device, dtype, room, message
+):
+    """`room` is in bytes for each of its parameters."""
+    spec: Any = Model(path=str(good), dtype=dtype)
+    parameters = sum(p.numel() for p in loading.load(spec).parameters())
+    monkeypatch.setattr(loading, "memory", lambda device: room * parameters)
+    monkeypatch.setattr(loading, "_require_finite", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(InputError, match=message):
+        loading.load(spec, device)
 
 
 def test_code_beside_a_known_model_is_not_run_and_nothing_is_asked(good, tmp_path, monkeypatch):

@@ -17,15 +17,6 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 # The rows of a family like LLaMA: table, file, row, and what the row needs imported.
 FAMILY = {
     "FAMILIES": ("sparc3/model/families.py", '"smollm3": _LLAMA,', ""),
-    "RULES": (
-        "sparc3/relevance/lrp.py",
-        """"smollm3": {
-            modeling_smollm3.SmolLM3MLP: _gated_mlp,
-            modeling_smollm3.SmolLM3RMSNorm: partial(patch_method, rms_norm_forward),
-            modeling_smollm3: patch_attention,
-        },""",
-        "from transformers.models.smollm3 import modeling_smollm3",
-    ),
     "CONFIGS": (
         "tests/tiny.py",
         '"smollm3": lambda: SmolLM3Config(**_GATED, pad_token_id=0, no_rope_layer_interval=2),',

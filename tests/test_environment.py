@@ -16,11 +16,13 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import parse
 
 ROOT = Path(__file__).parent.parent
 FROM_MAKE = {"VENV", "PYTHON", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"}  # what `make test` hands down
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-RUNTIME = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
+OPTIONAL = PROJECT["project"]["optional-dependencies"]
+RUNTIME = [Requirement(line) for line in [*PROJECT["project"]["dependencies"], *OPTIONAL["lrp"]]]
 DEVELOPMENT = [Requirement(line) for line in PROJECT["dependency-groups"]["dev"]]
 LOCK_TEXT = (ROOT / "requirements.txt").read_text()
 LOCK = [Requirement(line) for line in LOCK_TEXT.splitlines() if not line.startswith("#")]
@@ -235,6 +237,22 @@ def test_only_tracking_imports_mlflow_and_only_lrp_imports_lxt():
 
 def test_ci_runs_what_make_does():
     script = (ROOT / ".ci" / "run").read_text()
-    assert re.findall(r"^make .*", script, re.MULTILINE) == ["make lint", "make test"]
+    assert re.findall(r"^make .*", script, re.MULTILINE) == [
+        "make lint",
+        "make test",
+        "make test-next",
+    ]
     assert "set -euo pipefail" in script
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_the_next_environment_is_newer_and_tests_what_there_is():
+    """`make test-next`: every line exact, none older than the lock, and every named test there."""
+    lines = [line for line in (ROOT / "requirements-next.txt").read_text().splitlines()]
+    newer = {r.name: pinned(r) for r in map(Requirement, lines[1:])}
+    locked = {canonicalize_name(r.name): pinned(r) for r in LOCK}
+    assert parse(newer["transformers"]) >= parse("5") > parse(locked["transformers"])
+    for name, version in newer.items():
+        assert parse(version) > parse(locked.get(canonicalize_name(name), "0"))
+    (names,) = re.findall(r"^NEXT_TESTS := (.*)", (ROOT / "Makefile").read_text(), re.M)
+    assert all((ROOT / f"tests/test_{name}.py").is_file() for name in names.split())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -198,8 +199,9 @@ def test_a_generation_config_that_transformers_will_not_save_is_copied(project):
     invalid = '{"do_sample": false,  "temperature": 0.5}'
     Path("models/tiny/generation_config.json").write_text(invalid)
     model = AutoModelForCausalLM.from_pretrained("models/tiny")
-    with pytest.raises(ValueError, match="temperature"):
-        model.save_pretrained("refused")
+    if transformers.__version__ < "5":
+        with pytest.raises(ValueError, match="temperature"):
+            model.save_pretrained("refused")
     export.run(params, "toxicity", "lrp", Path("out"))
     assert Path("out/generation_config.json").read_text() == invalid
     assert GenerationConfig.from_pretrained("out").temperature == 0.5
@@ -213,7 +215,10 @@ def test_a_tokenizer_of_a_class_that_builds_its_own_is_exported_as_it_reads(proj
         json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "LlamaTokenizer"})
     )
     used = loading.tokenizer(params.model)
-    assert type(used).__name__ == "LlamaTokenizerFast"
+    assert (
+        used("a good day").input_ids
+        == Tokenizer.from_file("models/tiny/tokenizer.json").encode("a good day").ids
+    )
     export.run(params, "toxicity", "lrp", Path("out"))
     written = json.loads(Path("out/tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"

@@ -19,7 +19,7 @@ from sparc3.measure import generate
 from sparc3.measure.generate import Sampling, draw, quality
 from sparc3.model import families
 
-FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
+FAMILIES = pytest.mark.parametrize("family", tiny.KINDS)
 SETTINGS = {"new_tokens": 8, "temperature": 0.8, "top_p": 0.9, "seed": 0}
 
 

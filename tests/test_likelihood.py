@@ -15,7 +15,7 @@ from sparc3.measure import likelihood
 from sparc3.measure.likelihood import Window, sentence_scores
 from sparc3.model import families, loading
 
-FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
+FAMILIES = pytest.mark.parametrize("family", tiny.KINDS)
 LENGTHS = [9, 1, 2, 33, 7, 8, 8, 3, 20, 12, 11]
 
 

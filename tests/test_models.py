@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +11,36 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
-from transformers import BertConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sparc3.base.errors import InputError
 from sparc3.base.params import Model
 from sparc3.model import families, loading
 
 ROOT = Path(__file__).parent.parent
+PLAIN = ("opt", "gpt2", "gpt_neox", "starcoder2")
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
 
 
 def test_tiny_models_cover_the_table():
     assert set(tiny.CONFIGS) == set(families.FAMILIES)
+
+
+def test_the_page_of_models_has_every_family():
+    page = (ROOT / "docs/models.md").read_text()
+    assert set(re.findall(r"^\| [^|]+ \| `(\w+)` \|", page, re.M)) == {
+        "model_type",  # the column's title
+        *families.FAMILIES,
+    }
 
 
 @FAMILIES
@@ -35,7 +51,7 @@ def test_shapes(family):
     for mlp in families.mlps(model):
         assert families.incoming(mlp.up).shape == (tiny.WIDTH, tiny.HIDDEN)
         assert families.outgoing(mlp.down).shape == (tiny.HIDDEN, tiny.WIDTH)
-        assert (mlp.gate is None) == (family in ("opt", "gpt2"))
+        assert (mlp.gate is None) == (family in PLAIN)
         if mlp.gate is not None:
             assert families.incoming(mlp.gate).shape == (tiny.WIDTH, tiny.HIDDEN)
 
@@ -44,8 +60,10 @@ def test_shapes(family):
 def test_weight_views_are_what_the_modules_compute(family):
     for mlp in families.mlps(tiny.model(family)):
         x, h = torch.randn(5, tiny.HIDDEN), torch.randn(5, tiny.WIDTH)
-        zero = mlp.up(torch.zeros_like(x))  # the bias, where there is one
-        torch.testing.assert_close(mlp.up(x) - zero, x @ families.incoming(mlp.up).T)
+        for part in (mlp.up, mlp.gate or mlp.up):
+            zero = families.bias(part)
+            found = part.module(x)[:, part.of] - (0 if zero is None else zero)
+            torch.testing.assert_close(found, x @ families.incoming(part).T)
         zero = mlp.down(torch.zeros_like(h))
         torch.testing.assert_close(mlp.down(h) - zero, h @ families.outgoing(mlp.down).T)
 
@@ -70,10 +88,10 @@ def test_removing_neurons_is_zeroing_their_coordinates(family):
     for model in (column, everything):
         families.outgoing(families.mlps(model)[layer].down)[:, neurons] = 0
     mlp = families.mlps(everything)[layer]
-    for projection in (mlp.up, mlp.gate):
-        if projection is not None:
-            families.incoming(projection)[neurons] = 0
-            bias = dict(projection.named_parameters()).get("bias")
+    for part in (mlp.up, mlp.gate):
+        if part is not None:
+            families.incoming(part)[neurons] = 0
+            bias = families.bias(part)
             if bias is not None:
                 bias[neurons] = 0
 
@@ -111,7 +129,7 @@ def test_load_from_a_folder(family, tmp_path):
     model = loading.load(Model(path=str(tmp_path)))
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == ("eager" if family == "gemma2" else "sdpa")
     torch.testing.assert_close(model(ids).logits, saved(ids).logits)
 
     half = loading.load(Model(path=str(tmp_path), dtype="bfloat16"))
@@ -190,9 +208,19 @@ def change_config(folder: Path, **changes: Any) -> None:
     [("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False)],
 )
 def test_a_switch_that_sdpa_does_not_know_is_refused_by_name(switch, value, dtype, tmp_path):
+    """transformers 4's does not, that of 5 does: there the logits are the same, and it is taken."""
     tiny.model("gpt2").save_pretrained(tmp_path)
     loading.load(Model(path=str(tmp_path), dtype=dtype))
     change_config(tmp_path, **{switch: value})
+    ids = torch.tensor(tiny.sequences([9]))
+    eager, sdpa = (
+        GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation=kind)(ids).logits
+        for kind in ("eager", "sdpa")
+    )
+    if torch.allclose(eager, sdpa, atol=1e-4):
+        assert int(transformers.__version__[0]) >= 5
+        loading.load(Model(path=str(tmp_path), dtype=dtype))
+        return
     with pytest.raises(InputError, match=rf"\(eager\), by {switch}: {value} in config"):
         loading.load(Model(path=str(tmp_path), dtype=dtype))
 
@@ -237,7 +265,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
 
 def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path):
     BertConfig().save_pretrained(tmp_path)
-    known = "gemma3_text, gpt2, llama, mistral"
+    known = "gpt_neox, granite, llama, mistral"
     with pytest.raises(InputError, match=rf"/config\.json: family 'bert' is not known.*{known}"):
         loading.load(Model(path=str(tmp_path)))
 

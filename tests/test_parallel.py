@@ -20,6 +20,7 @@ from sparc3.base import parallel
 from sparc3.base import params as parameters
 from sparc3.base.artifacts import read_prompts, scores_folder
 from sparc3.base.errors import InputError
+from sparc3.base.files import write_json
 from sparc3.base.parallel import Place
 from sparc3.model import loading
 from sparc3.stages import attribute, checks
@@ -64,6 +65,7 @@ PEER = """
 import sys, time
 from sparc3.base import parallel
 from sparc3.base.errors import InputError
+from sparc3.base.files import write_json
 here = parallel.place()
 with parallel.joined(here):
     parallel.agree(here, "same")
@@ -317,6 +319,8 @@ def write_parts(folder: Path, names: tuple[str, ...], shards: int) -> None:
         (folder / name).mkdir(parents=True)
         for number in range(shards):
             (folder / name / f"{number:05}.safetensors").write_text(f"{name} {number}")
+    for number in range(shards):
+        write_json(folder / attribute.FIRST / f"{number:05}.json", {"lrp": [1.0 + number, 6.0]})
 
 
 def test_publish_replaces_the_scores_and_forgets_the_parts(tmp_path: Path) -> None:
@@ -327,12 +331,12 @@ def test_publish_replaces_the_scores_and_forgets_the_parts(tmp_path: Path) -> No
         write_parts(part, names, 2)
     (ours / "lrp" / ".00001.safetensors.x1y2z3").write_text("half a write")
     write_parts(folder, ("wanda",), 3)
-    attribute.publish(ours, folder, names, 2)
+    assert attribute.publish(ours, folder, names, 2) == {"lrp": (1.0 + 2.0) / (6.0 + 6.0)}
     assert small.files(folder) == {
         f"{name}/{n:05}.safetensors": f"{name} {n}".encode() for name in names for n in range(2)
     }
     assert not (tmp_path / "partial/general").exists()
-    assert len(small.files(other)) == 4
+    assert len(small.files(other)) == 6
 
 
 def test_publish_never_moves_part_of_the_scores(tmp_path: Path) -> None:
@@ -341,8 +345,8 @@ def test_publish_never_moves_part_of_the_scores(tmp_path: Path) -> None:
     write_parts(folder, ("lrp",), 1)
     with pytest.raises(InputError, match=r"00002\.safetensors: file not found"):
         attribute.publish(ours, folder, ("lrp",), 3, visible=0)
-    assert len(small.files(folder)) == 1
-    assert len(small.files(ours)) == 2
+    assert len(small.files(folder)) == 2
+    assert len(small.files(ours)) == 4
 
 
 def test_parts_belong_to_all_that_decides_their_numbers(project: Path) -> None:

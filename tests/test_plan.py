@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import small
+import test_models
 import tiny
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +29,7 @@ from sparc3.relevance.lrp import attnlrp
 from sparc3.relevance.scores import Target
 from sparc3.stages import attribute, checks
 
-FAMILIES = list(tiny.CONFIGS)
+FAMILIES = list(tiny.KINDS)
 LLAMA_3_8B: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -175,7 +176,7 @@ def kept_by_autograd(model: PreTrainedModel, rows: int, length: int) -> int:
     real = torch.ones(rows, length, 1, dtype=torch.bool)
     with (
         attnlrp(model),
-        attribution._watching(model, rows, real, found),
+        attribution._watching(model, rows, real, found, True, {}),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         hidden = families.body(model)(input_ids=ids, use_cache=False).last_hidden_state
@@ -188,14 +189,15 @@ def kept_by_autograd(model: PreTrainedModel, rows: int, length: int) -> int:
 def test_memory_that_attribution_keeps(family: str, dtype: str) -> None:
     """What is kept, but for statistics of rows and heads, which are nothing in a model of size.
 
-    LayerNorm keeps its input as it is, and OPT makes no mask: they keep less.
+    LayerNorm keeps its input as it is, OPT makes no mask, eager attention does not read its output
+    again: they keep less.
     """
     rows, length = 2, 40
     model = tiny.model(family, loading.DTYPES[dtype])
     found = kept_by_autograd(model, rows, length)
     expected = cost.saved(cost.shape(model.config, dtype), rows * length, length, set())
     statistics = rows * length * tiny.LAYERS * 128
-    spared = 1.0 if family not in ("opt", "gpt2") else 0.6
+    spared = 0.6 if family in test_models.PLAIN else 0.9 if family == "gemma2" else 1.0
     assert spared * expected <= found <= expected + statistics
 
 

@@ -170,20 +170,26 @@ def test_only_the_circuit_is_touched_and_embeddings_are_not(family):
     before = bits(model)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     owners = {id(m): name for name, m in model.named_modules()}
+    transposed = family == "gpt2"
     for layer, mlp in enumerate(families.mlps(model)):
         for at, neuron, *_ in PRUNE.rows():
             if at == layer:
                 down = expected[f"{owners[id(mlp.down)]}.weight"]
-                (down if family == "gpt2" else down.T)[neuron] = 0
+                (down if transposed else down.T)[neuron] = 0
                 for part in (mlp.up, mlp.gate) if mlp.gate is not None else (mlp.up,):
-                    up = expected[f"{owners[id(part)]}.weight"]
-                    (up.T if family == "gpt2" else up)[neuron] = 0
-                    if part.bias is not None:
-                        expected[f"{owners[id(part)]}.bias"][neuron] = 0
+                    row = neuron + (part.of.start or 0)
+                    up = expected[f"{owners[id(part.module)]}.weight"]
+                    (up.T if transposed else up)[row] = 0
+                    if part.module.bias is not None:
+                        expected[f"{owners[id(part.module)]}.bias"][row] = 0
     prune_weights(model, PRUNE)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
-    projections = {owners[id(p)] for mlp in families.mlps(model) for p in mlp if p is not None}
+    projections = {
+        owners[id(module)]
+        for mlp in families.mlps(model)
+        for module in (mlp.up.module, (mlp.gate or mlp.up).module, mlp.down)
+    }
     assert {name.rpartition(".")[0] for name in changed(before, bits(model))} <= projections
     if model.config.tie_word_embeddings:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

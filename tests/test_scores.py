@@ -10,12 +10,13 @@ import torch
 from sparc3.base.errors import InputError
 from sparc3.model import families
 from sparc3.relevance import attribution, scores
-from sparc3.relevance.attribution import Prompt, batches, score
+from sparc3.relevance.attribution import FirstToken, Prompt, batches, score
 from sparc3.relevance.lrp import attnlrp
 from sparc3.relevance.scores import SCORES
 
 FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
-GATED = [name for name, row in families.FAMILIES.items() if row.gate is not None]
+KINDS = pytest.mark.parametrize("family", tiny.KINDS)
+GATED = [name for name in tiny.KINDS if families.FAMILIES[name].gate is not None]
 LENGTHS = [7, 9, 8, 1, 12]
 
 
@@ -89,10 +90,10 @@ class Naive:
         return mean[0] - mean[1] if name == "pair" else mean[0]
 
     @staticmethod
-    def weight_times_gradient(projection):
-        weight = projection.weight
+    def weight_times_gradient(rows):
+        weight = rows.module.weight
         product = (weight * weight.grad).detach()
-        return product.T if type(projection).__name__ == "Conv1D" else product
+        return (product.T if type(rows.module).__name__ == "Conv1D" else product)[rows.of]
 
     def score(self, name):
         """(layer, neuron)."""
@@ -127,7 +128,7 @@ def test_agrees_with_the_naive_way(family, name):
         np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
 
 
-@FAMILIES
+@KINDS
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize(("target", "some"), [("pair", pairs), ("likelihood", texts)])
 def test_agrees_with_the_naive_way_for_log_p(family, name, target, some, monkeypatch):
@@ -160,7 +161,7 @@ def test_signed_row_sums_of_up_and_of_gate_are_each_half_of_lrp(family, target):
             np.testing.assert_allclose(half, values / 2, rtol=1e-3, atol=1e-5)
 
 
-@FAMILIES
+@KINDS
 def test_lrp_abs_bounds_the_signed_sum_of_the_same_weights(family):
     """|sum_j w dy/dw| <= sum_j |w dy/dw|, and a single token of one sign would make them equal."""
     model = tiny.model(family)
@@ -188,7 +189,7 @@ def test_a_pair_of_equal_sentences_has_no_score():
         np.testing.assert_allclose(values, 0, atol=1e-6)
 
 
-@FAMILIES
+@KINDS
 @pytest.mark.parametrize("target", TARGETS)
 def test_batches_and_padding_do_not_matter(family, target, monkeypatch):
     model = tiny.model(family)
@@ -201,7 +202,7 @@ def test_batches_and_padding_do_not_matter(family, target, monkeypatch):
         np.testing.assert_allclose(together[name], alone[name], rtol=1e-3, atol=1e-5)
 
 
-@FAMILIES
+@KINDS
 def test_passes_shared_by_several_scores_change_none_of_them(family):
     model = tiny.model(family)
     runs = []
@@ -229,7 +230,7 @@ def test_random_weights_elsewhere_get_no_gradient_and_no_hooks_stay():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@FAMILIES
+@KINDS
 def test_bfloat16_is_close_to_float32(family):
     exact = scored(tiny.model(family), prompts(), list(SCORES))
     rough = scored(tiny.model(family, torch.bfloat16), prompts(), list(SCORES))
@@ -373,3 +374,53 @@ def test_bad_input_is_refused_before_anything_runs(given, options, message):
     families.body(model).register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(InputError, match=message):
         next(score(model, [[given]], ["lrp"], **options))
+
+
+@pytest.mark.parametrize("target", ["max-logit", "pair"])
+def test_the_first_token_is_told_and_may_be_left_out(target):
+    """Of |h dy/dh| of every text, by the naive way; without it, the sum over the other tokens."""
+    model, prompt = tiny.model("qwen3"), TARGETS[target]()[0]
+    for name, rules in (("lrp", attnlrp(model)), ("gradient", nullcontext())):
+        naive = Naive(model, prompt, target, rules)
+        each = [  # by layer and sequence, (token, neuron)
+            [h * dh for h, dh in zip(*pair, strict=True)]
+            for pair in zip(naive.h, naive.dh, strict=True)
+        ]
+        there = sum(r[0].abs().sum().item() for layer in each for r in layer)
+        everywhere = sum(r.abs().sum().item() for layer in each for r in layer)
+        for kept in (True, False):
+            first = FirstToken(kept)
+            (found,) = score(model, [[prompt]], [name], target=target, first=first)
+            assert first.sizes[name] == pytest.approx((there, everywhere), rel=1e-4)
+            expected = [sum(r[0 if kept else 1 :].sum(0) for r in layer) for layer in each]
+            torch.testing.assert_close(
+                torch.from_numpy(found[name][0]), torch.stack(expected), rtol=1e-3, atol=1e-5
+            )
+
+
+def test_weights_leave_out_the_first_token_too_and_values_never():
+    """|w dy/dw| of a text whose first token's gradient is nothing; activations are no relevance."""
+    model, prompt = tiny.model("llama"), texts()[0]
+    names = ["lrp-abs", "activation", "max-activation", "wanda"]
+    whole, without = (
+        next(score(model, [[prompt]], names, target="likelihood", first=FirstToken(kept)))
+        for kept in (True, False)
+    )
+    for name in names[1:]:
+        np.testing.assert_array_equal(without[name], whole[name])
+    up = families.mlps(model)[0].up
+    seen = {}
+    hook = up.module.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
+    with attnlrp(model):
+        hidden = families.body(model)(
+            inputs_embeds=model.get_input_embeddings()(torch.tensor(prompt.sequences))
+            .detach()
+            .requires_grad_()
+        ).last_hidden_state
+        y = Naive.target("likelihood", prompt, families.logits(model, hidden))
+    hook.remove()
+    (gradient,) = torch.autograd.grad(y, seen["out"])
+    by_weight = gradient[0, 1:].T @ seen["x"][0, 1:] * families.incoming(up)
+    expected = by_weight.abs().sum(1).detach().numpy()
+    np.testing.assert_allclose(without["lrp-abs"][0, 0], expected, rtol=1e-3, atol=1e-6)
+    assert not np.allclose(without["lrp-abs"], whole["lrp-abs"], rtol=0.01)

@@ -14,7 +14,7 @@ from sparc3.measure import generate, likelihood
 from sparc3.measure.generate import Sampling
 from sparc3.measure.word_ban import bad_tokens
 
-FAMILIES = pytest.mark.parametrize("family", tiny.CONFIGS)
+FAMILIES = pytest.mark.parametrize("family", tiny.KINDS)
 BANNED = [7, 3, 41]
 GIVEN = tiny.sequences([9, 2, 17, 5])
 NAMES = ["a", "b", "c", "d"]

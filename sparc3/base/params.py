@@ -122,6 +122,7 @@ class Attribute:
     scores: tuple[str, ...]
     batch_tokens: Count
     shard_prompts: Count
+    first_token: bool = True  # false: scores with a gradient leave out the first of every text
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -184,14 +184,13 @@ def prune_weights(model: "PreTrainedModel", circuit: Circuit) -> None:
     too: their rows, and biases, of the up and gate projections. Dampening twice dampens twice.
     Raises InputError as `pruned` does, before anything is changed.
     """
-    from sparc3.model.families import incoming
+    from sparc3.model.families import bias, incoming
 
     for mlp, weight, neurons, scales in _per_layer(model, circuit):
         weight[:, neurons] = (weight[:, neurons] * scales).to(weight.dtype)
         removed = neurons[scales == 0]
-        for projection in (mlp.up, mlp.gate):
-            if projection is not None:
-                bias = dict(projection.named_parameters()).get("bias")
-                for rows in (incoming(projection), bias):
+        for part in (mlp.up, mlp.gate):
+            if part is not None:
+                for rows in (incoming(part), bias(part)):
                     if rows is not None:
                         rows.detach()[removed.to(rows.device)] = 0

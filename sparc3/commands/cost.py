@@ -41,6 +41,7 @@ class Shape:
     head: int  # weights of the language-modelling head
     factors: int  # of a neuron's value: 2 in a gated MLP, 1 in a plain one
     normalised: int  # width of all that one layer's norms read
+    written: int = 0  # heads whose attention scores are written out: by eager attention
 
     @property
     def weights(self) -> int:
@@ -53,7 +54,6 @@ class Shape:
 
 
 def shape(config: PretrainedConfig, dtype: str = "float32") -> Shape:
-    family = families.family(config.model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     first, mlp = families.layers(model)[0], families.mlps(model)[0]
@@ -61,7 +61,7 @@ def shape(config: PretrainedConfig, dtype: str = "float32") -> Shape:
     dimension = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = (getattr(config, "num_key_value_heads", None) or heads) * dimension
     read = {"q_norm": heads * dimension, "k_norm": keys}  # all others read the hidden state
-    products = _products(model.get_submodule(family.body))
+    products = _products(families.body(model))
     return Shape(
         size=DTYPES[dtype].itemsize,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -80,6 +80,7 @@ def shape(config: PretrainedConfig, dtype: str = "float32") -> Shape:
             for name, module in first.named_modules()
             if "Norm" in type(module).__name__
         ),
+        written=heads if families.attention_kind(config.to_dict()) == "eager" else 0,
     )
 
 
@@ -162,12 +163,15 @@ def saved(model: Shape, tokens: int, length: int, at: set[str]) -> float:
     """Bytes kept between forward and backward for `tokens` in sequences of `length` tokens.
 
     Per token and layer (but the first) autograd keeps what the norms read, in float32; query, key,
-    value and output of attention and the row of its mask; and the two factors of a gated MLP or
-    the input of a plain one. Scores `at` "neurons" keep h, those at "weights" the input of `up`.
+    value and output of attention and the row of its mask, with eager attention its scores; and the
+    two factors of a gated MLP or the input of a plain one. Scores `at` "neurons" keep h, those at
+    "weights" the input of `up`.
     """
     graph = 4 * model.attention + length + model.factors * model.width
+    per_score = 4 + (2 if model.size < 4 else 1) * model.size  # softmax, cap, and in 16 bits again
+    attended = model.written * length * per_score
     scored = model.width * ("neurons" in at) + model.hidden * ("weights" in at)
-    per_token = (model.layers - 1) * (4 * model.normalised + model.size * graph)
+    per_token = (model.layers - 1) * (4 * model.normalised + model.size * graph + attended)
     return tokens * (per_token + model.layers * model.size * scored)
 
 

@@ -157,10 +157,10 @@ class _Room(DynamicLayer):
         self.length = 0
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, cache_kwargs: dict[str, Any] | None = None
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
-            self.lazy_initialization(key_states)
+            self.is_initialized = True
             room = key_states.shape[2] + self.more
             self.keys, self.values = (
                 states.new_empty(*states.shape[:2], room, states.shape[3])

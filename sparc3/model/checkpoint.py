@@ -82,8 +82,8 @@ def require_whole(key: str, path: str) -> dict[str, Any]:
 def language_model(key: str, path: str) -> dict[str, Any]:
     """config.json of a known family's language model, for inspection.
 
-    InputError, naming the file and its key: of another family, within a model of more than texts,
-    without its context, quantised.
+    InputError, naming the file and its key: of another family, a mixture of experts, within a model
+    of more than texts, without its context, quantised.
     """
     with reading(key, path) as folder:
         config = _config(key, folder)
@@ -92,6 +92,11 @@ def language_model(key: str, path: str) -> dict[str, Any]:
         kind = f"{config.get('model_type')!r} around a language model, {inner.get('model_type')!r}"
         remedy = "name a folder of the language model alone"
         raise refusal(key, path, f"config.json is of {kind}", remedy)
+    for name, value in config.items():
+        if "experts" in name and isinstance(value, int) and value > 1:
+            reason = f"it is a mixture of experts: config.json has {name}: {value}"
+            remedy = "name a dense model: neurons that only some texts pass are not handled yet"
+            raise refusal(key, path, reason, remedy)
     family(config.get("model_type"), f"{key}: {path}/config.json")
     longest = context(config)
     if not isinstance(longest, int) or longest < 2:

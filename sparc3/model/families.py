@@ -1,8 +1,8 @@
 """Where each family of models keeps its MLP neurons.
 
 A **neuron** is one coordinate of the vector that enters an MLP's output projection, in gated
-(LLaMA) and plain (GPT-2) MLPs alike. A new family is one row of FAMILIES and, for relevance, one
-row of `sparc3.relevance.lrp.RULES`. Importing this takes neither torch nor transformers.
+(LLaMA) and plain (GPT-2) MLPs alike. A new family is one row of FAMILIES: the rest of a model is
+found by its structure. Importing this takes neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -20,24 +20,31 @@ if TYPE_CHECKING:
 
 
 class Family(NamedTuple):
-    """Attribute paths of one model family: within the model, and within one layer."""
+    """Paths, within one layer, of a family's projections. With `gate` the same as `up` one module
+    computes both, the gate's neurons first.
+    """
 
-    body: str  # the transformer without the language-modelling head
-    layers: str
     up: str
     gate: str | None  # None: plain MLP
     down: str
 
 
-_LLAMA = Family("model", "model.layers", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
+_LLAMA = Family("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
 FAMILIES: dict[str, Family] = {  # by config.model_type
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
-    "opt": Family("model", "model.decoder.layers", "fc1", None, "fc2"),
-    "gpt2": Family("transformer", "transformer.h", "mlp.c_fc", None, "mlp.c_proj"),
+    "olmo2": _LLAMA,
+    "granite": _LLAMA,
+    "cohere": _LLAMA,
+    "phi3": Family("mlp.gate_up_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    "opt": Family("fc1", None, "fc2"),
+    "gpt2": Family("mlp.c_fc", None, "mlp.c_proj"),
+    "starcoder2": Family("mlp.c_fc", None, "mlp.c_proj"),
+    "gpt_neox": Family("mlp.dense_h_to_4h", None, "mlp.dense_4h_to_h"),  # Pythia
 }
 
 
@@ -47,15 +54,29 @@ EVERY_WEIGHT: dict[str, Any] = {  # no code, no pickle, no made-up weight withou
     "output_loading_info": True,
     "ignore_mismatched_sizes": True,
 }
-for noise in ("modeling_utils", "integrations.tensor_parallel"):  # `require_weights` tells
+for noise in (  # `require_weights` tells
+    "modeling_utils",
+    "integrations.tensor_parallel",
+    "distributed.tensor_parallel",  # of transformers 5
+    "utils.loading_report",
+):
     logging.getLogger(f"transformers.{noise}").setLevel(logging.ERROR)
+
+
+class Rows(NamedTuple):
+    """The rows of a projection's weight, and of its output, that belong to `up` or to `gate`: all
+    of them, or half of a module that computes both.
+    """
+
+    module: nn.Module
+    of: slice
 
 
 class MLP(NamedTuple):
     """The projections of one layer's MLP; `down` is the output projection."""
 
-    up: nn.Module
-    gate: nn.Module | None
+    up: Rows
+    gate: Rows | None
     down: nn.Module
 
 
@@ -74,7 +95,10 @@ def require_weights(where: str, found: Mapping[str, Any]) -> None:
     """
     kinds = {
         "missing": sorted(found["missing_keys"]),
-        "of another shape": sorted(found["mismatched_keys"]),
+        # of transformers 5 with both shapes
+        "of another shape": sorted(
+            key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]
+        ),
         "not the model's": sorted(found["unexpected_keys"]),
     }
     odd = [
@@ -96,46 +120,77 @@ def context(config: Mapping[str, Any]) -> float:
     return config.get("max_position_embeddings") or config.get("n_positions") or math.inf
 
 
+def attention_kind(config: Mapping[str, Any]) -> str:
+    """transformers' name of the attention that is used: eager for Gemma 2, whose attention scores
+    are capped, which sdpa does not know.
+    """
+    return "eager" if config.get("model_type") == "gemma2" else "sdpa"
+
+
 def body(model: PreTrainedModel) -> nn.Module:
     """The transformer: ids or embeddings to the last hidden state."""
-    return model.get_submodule(family(model.config.model_type).body)
+    return next(model.children())  # the head comes after it
 
 
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (..., vocabulary) of the body's last hidden state (..., hidden), any positions."""
+    config = model.config
     values = cast("nn.Module", model.get_output_embeddings())(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
+    if scale != 1:
+        values = values * scale
+    cap = getattr(config, "final_logit_softcapping", None)
     return values if cap is None else (values / cap).tanh() * cap
+
+
+def _blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The body's list of blocks, which is the first that it has, and the module that holds it."""
+    from torch import nn
+
+    for above in body(model).modules():
+        for each in above.children():
+            if isinstance(each, nn.ModuleList):
+                return each, above
+    raise InputError(f"model: {type(model).__name__} has no list of layers")
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer's blocks, in order."""
-    return list(model.get_submodule(family(model.config.model_type).layers).children())
+    return list(_blocks(model)[0].children())
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
     """What the last layer's output passes on its way to the logits, if there is one."""
-    above = model.get_submodule(family(model.config.model_type).layers.rpartition(".")[0])
-    norms = [each for each in above.children() if "Norm" in type(each).__name__]
+    norms = [each for each in _blocks(model)[1].children() if "Norm" in type(each).__name__]
     return norms[-1] if norms else None
 
 
 def mlps(model: PreTrainedModel) -> list[MLP]:
     """The MLP projections of every layer, in order."""
     names = family(model.config.model_type)
-    return [
-        MLP(
-            up=layer.get_submodule(names.up),
-            gate=None if names.gate is None else layer.get_submodule(names.gate),
-            down=layer.get_submodule(names.down),
-        )
-        for layer in layers(model)
-    ]
+
+    def of(layer: nn.Module) -> MLP:
+        up, down = layer.get_submodule(names.up), layer.get_submodule(names.down)
+        if names.gate is None:
+            return MLP(Rows(up, slice(None)), None, down)
+        if names.gate != names.up:
+            gate = layer.get_submodule(names.gate)
+            return MLP(Rows(up, slice(None)), Rows(gate, slice(None)), down)
+        neurons = outgoing(down).shape[1]
+        return MLP(Rows(up, slice(neurons, None)), Rows(up, slice(neurons)), down)
+
+    return [of(layer) for layer in layers(model)]
 
 
-def incoming(projection: nn.Module) -> Tensor:
+def incoming(rows: Rows) -> Tensor:
     """Weight of `up` or `gate` as a (neuron, input) view, whichever way the module stores it."""
-    return _out_in(projection)
+    return _out_in(rows.module)[rows.of]
+
+
+def bias(rows: Rows) -> Tensor | None:
+    """Bias of `up` or `gate`, a (neuron,) view, where it has one."""
+    whole = dict(rows.module.named_parameters()).get("bias")
+    return None if whole is None else whole[rows.of]
 
 
 def outgoing(projection: nn.Module) -> Tensor:

@@ -1,5 +1,7 @@
 """Load a language model and its tokenizer; texts as tokens, begun as the model was trained."""
 
+import math
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from sparc3.base import params
 from sparc3.base.errors import InputError
@@ -30,8 +33,16 @@ from sparc3.model.checkpoint import (
     require_vocabulary,
     require_whole,
 )
-from sparc3.model.families import EVERY_WEIGHT, body, context, logits, require_weights
+from sparc3.model.families import (
+    EVERY_WEIGHT,
+    attention_kind,
+    body,
+    context,
+    logits,
+    require_weights,
+)
 
+logging.disable_progress_bar()  # transformers 5 shows one for every model, however small
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 KEPT = (  # of a tokenizer's settings, those that its tokenizer.json leaves out
@@ -51,25 +62,28 @@ SHORT = 64  # tokens up to which a CPU's flash attention takes longer than the p
 
 
 def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
-    """Load a causal language model for inspection: eval mode, frozen parameters, sdpa attention.
+    """Load a causal language model for inspection: eval mode, frozen parameters, sdpa attention
+    (eager where `attention_kind` says so).
 
     `device`, a torch device or "auto" to spread the layers over all devices, goes before that of
     `spec`. Nothing is asked of the hub, and no code or pickle of the folder is run.
 
     InputError: unknown family, nothing that transformers can load at `spec.path`, weights that are
-    not those of the configuration, or one whose attention is not what is computed here.
+    not those of the configuration, more than the memory holds, or attention that is not what is
+    computed here.
     """
     prefer_onednn()
     device = device or spec.device
-    language_model("model.path", here(spec.path))
+    config = language_model("model.path", here(spec.path))
     require_whole("model.path", spec.path)
     how: dict[str, Any] = {**EVERY_WEIGHT, "local_files_only": True, "dtype": DTYPES[spec.dtype]}
-    how["attn_implementation"] = "sdpa"
+    how["attn_implementation"] = attention_kind(config)
     make: Any = AutoModelForCausalLM.from_pretrained
     with reading("model.path", spec.path) as folder:
-        _, found = make(folder, device_map="meta", **how)  # of the files only what they hold
+        model: PreTrainedModel
+        model, found = make(folder, device_map="meta", **how)  # of the files only what they hold
     require_weights(f"model.path: {spec.path}", found)
-    model: PreTrainedModel
+    _require_room(model, spec.path, device)
     model, _ = make(folder, device_map="auto" if device == "auto" else None, **how)
     if device != "auto":
         nn.Module.to(model, torch.device(device))
@@ -77,6 +91,37 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     _require_finite(model, spec.path)
     _require_attention(model, spec.path)
     return model
+
+
+def memory(device: str) -> float:
+    """Bytes that a model may take: what is free on a card, or on all of them for "auto"; without
+    cards all of the machine's.
+    """
+    if device == "auto" and torch.cuda.is_available():
+        return sum(torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count()))
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _require_room(model: PreTrainedModel, path: str, device: str) -> None:
+    """InputError, with what would fit, for a model whose weights alone are larger than memory."""
+    parameters, room = sum(p.numel() for p in model.parameters()), memory(device)
+    size = model.dtype.itemsize
+    if parameters * size <= room:
+        return
+    fitting = [
+        f"model.dtype bfloat16, {2 * parameters / 1e9:.3g} GB" if 2 * parameters <= room else "",
+        f"model.device auto over {math.ceil(parameters * size / room)} of these or more"
+        if device.startswith("cuda")
+        else "",
+        f"a model of up to {room / size / 1e9:.2g} billion parameters",
+    ]
+    raise InputError(
+        f"model.path: {path} takes {parameters * size / 1e9:.3g} GB in {model.dtype}, and "
+        f"model.device {device} has {room / 1e9:.3g}; what would fit: "
+        f"{', or '.join(filter(None, fitting))}"
+    )
 
 
 def _require_finite(model: PreTrainedModel, path: str) -> None:
@@ -91,19 +136,13 @@ def _require_finite(model: PreTrainedModel, path: str) -> None:
 
 @torch.inference_mode()
 def _require_attention(model: PreTrainedModel, path: str) -> None:
-    """InputError unless a short text has the logits of eager attention, which knows all settings.
-
-    Longer than a small sliding window; 8 tokens without one.
-    """
-    config = model.config
-    window = getattr(config, "sliding_window", None) or 0
-    length = int(min(window + 8, SHORT, context(config.to_dict())))
-    ids = (torch.arange(1, length + 1) * 7919 % config.vocab_size)[None].to(input_device(model))
+    """InputError unless a short text has the logits of eager attention, which knows all."""
+    config, ids, kind = model.config, short_text(model), model.config._attn_implementation
     with attention(ids):
         used = logits(model, body(model)(input_ids=ids, use_cache=False).last_hidden_state)
     model.set_attn_implementation("eager")
     eager = model(input_ids=ids, use_cache=False).logits
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(kind)
     if not (eager.isfinite().all() and used.isfinite().all()):
         raise InputError(
             f"model.path: {path} gives a short text logits that are not finite; "
@@ -124,16 +163,27 @@ def _require_attention(model: PreTrainedModel, path: str) -> None:
         )
 
 
+def short_text(model: PreTrainedModel) -> Tensor:
+    """Token ids (1, token) to try a model with: longer than a small sliding window, or 8."""
+    config = model.config
+    window = getattr(config, "sliding_window", None) or 0
+    length = int(min(window + 8, SHORT, context(config.to_dict())))
+    return (torch.arange(1, length + 1) * 7919 % config.vocab_size)[None].to(input_device(model))
+
+
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer as tokenizer.json has it, with its special tokens.
+    """Write a tokenizer as tokenizer.json has it, with its special tokens."""
+    _of_file(tokenizer, tokenizer.backend_tokenizer).save_pretrained(folder)
+
+
+def _of_file(like: Any, backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """`backend` with the special tokens and settings of another tokenizer.
 
     Under the name of another class, such as LlamaTokenizer, transformers 5 builds a tokenizer of
     its own from the vocabulary, which need not be this one: SmolLM2's lost every space.
     """
-    kept = {name: getattr(tokenizer, name) for name in KEPT if getattr(tokenizer, name) is not None}
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **kept
-    ).save_pretrained(folder)
+    kept = {name: getattr(like, name) for name in KEPT if getattr(like, name) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **like.special_tokens_map, **kept)
 
 
 def tokenizer(spec: params.Model) -> PreTrainedTokenizerBase:
@@ -143,6 +193,9 @@ def tokenizer(spec: params.Model) -> PreTrainedTokenizerBase:
     config = language_model("model.path", here(spec.path))
     with reading("model.path", spec.path) as folder:
         loaded = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        file = folder / "tokenizer.json"
+        if file.is_file() and type(loaded) is not PreTrainedTokenizerFast:
+            loaded = _of_file(loaded, Tokenizer.from_file(str(file)))
         if isinstance(backend := getattr(loaded, "backend_tokenizer", None), Tokenizer):
             require_vocabulary("model.path", spec.path, backend, config)
         return loaded

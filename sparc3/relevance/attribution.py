@@ -6,6 +6,7 @@ No weight gradient is ever asked of autograd: what is kept per prompt is one num
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -33,6 +34,22 @@ class Prompt(NamedTuple):
     sequences: tuple[Sequence[int], ...]
 
 
+@dataclass
+class FirstToken:
+    """What becomes of relevance at the first position of every text, which attention may flood.
+
+    Unless it is `kept`, scores with a gradient are made without it. `sizes` counts, for those that
+    sum over tokens, sum |h dy/dh| over neurons and prompts: at that position, and at all.
+    """
+
+    kept: bool = True
+    sizes: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, name: str, there: float, everywhere: float) -> None:
+        before = self.sizes.get(name, (0.0, 0.0))
+        self.sizes[name] = before[0] + there, before[1] + everywhere
+
+
 def score(
     model: PreTrainedModel,
     shards: Sequence[Sequence[Prompt]],
@@ -41,6 +58,7 @@ def score(
     target: Target = "max-logit",
     batch_tokens: int = 1024,
     progress: Progress | None = None,
+    first: FirstToken | None = None,
 ) -> Iterator[dict[str, Array]]:
     """Yield {score name: float32 (prompt, layer, neuron)} of each shard, prompts in given order.
 
@@ -54,17 +72,26 @@ def score(
       tokens of both sequences together; one without is that of the preferred sequence minus that of
       the other, so that swapping the two turns its sign.
 
+    `first` says whether relevance at the first position counts, and is told how much there is.
+
     Padding stands on the right, where a causal model does not see it. Out of memory batches the
     rest of the shard anew, with half of the tokens that were too many: the same up to rounding.
 
     InputError, which names the prompt: one that the target or the model cannot take (before
     anything runs), a score that is not finite, out of memory with a single prompt.
     """
+    first = first or FirstToken()
     _check(model, [prompt for shard in shards for prompt in shard], target)
     passes = _passes(names)
     smallest = batch_tokens
+
+    def of_batch(batch: Sequence[Prompt]) -> dict[str, Array]:
+        return _score_batch(model, batch, passes, target, first)
+
     for prompts in shards:
-        scores, fitted = _score_shard(model, prompts, passes, target, batch_tokens, progress)
+        shape = (len(prompts), families.num_layers(model), families.width(model))
+        scores = {name: np.full(shape, np.nan, np.float32) for name in names}
+        fitted = _score_shard(of_batch, prompts, scores, batch_tokens, progress)
         if fitted < smallest:
             smallest = fitted
             log.warning("out of memory: of %d tokens in a batch, %d fit", batch_tokens, fitted)
@@ -72,23 +99,21 @@ def score(
 
 
 def _score_shard(
-    model: PreTrainedModel,
+    of_batch: Callable[[Sequence[Prompt]], dict[str, Array]],
     prompts: Sequence[Prompt],
-    passes: dict[str, list[str]],
-    target: Target,
+    scores: dict[str, Array],
     batch_tokens: int,
     progress: Progress | None,
-) -> tuple[dict[str, Array], int]:
-    """{name: (prompt, layer, neuron)}, and the tokens of a batch that the memory was enough for."""
-    shape = (len(prompts), families.num_layers(model), families.width(model))
-    names = (name for of_pass in passes.values() for name in of_pass)
-    scores = {name: np.full(shape, np.nan, np.float32) for name in names}
+) -> int:
+    """Fill {name: (prompt, layer, neuron)}, batch by batch; returns the tokens of a batch that the
+    memory was enough for.
+    """
     lengths = [[len(s) for s in prompt.sequences] for prompt in prompts]
     waiting = batches(lengths, batch_tokens)
     while waiting:
         batch = waiting[0]
         try:
-            values = _score_batch(model, [prompts[i] for i in batch], passes, target)
+            values = of_batch([prompts[i] for i in batch])
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise InputError(
@@ -105,7 +130,7 @@ def _score_shard(
             scores[name][batch] = value
         if progress is not None:
             progress(len(batch))
-    return scores, batch_tokens
+    return batch_tokens
 
 
 def batches(
@@ -156,7 +181,11 @@ def _passes(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _score_batch(
-    model: PreTrainedModel, prompts: Sequence[Prompt], passes: dict[str, list[str]], target: Target
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    passes: dict[str, list[str]],
+    target: Target,
+    first: FirstToken,
 ) -> dict[str, Array]:
     """{name: (prompt, layer, neuron)} of prompts that are run as one batch."""
     sequences = [torch.tensor(s) for prompt in prompts for s in prompt.sequences]
@@ -167,14 +196,16 @@ def _score_batch(
     shape = (families.num_layers(model), len(prompts), families.width(model))
 
     scores: dict[str, Array] = {}
+    sizes: dict[str, list[Tensor]] = {}
     gradient: Tensor | None = None  # dy/dhidden: the passes differ in gradients, not in values
     for kind, names in passes.items():
         filled = {name: torch.empty(shape, device=device) for name in names}
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(kind != "forward"))
-            stack.enter_context(_attnlrp(model) if kind == "attnlrp" else nullcontext())
+            stack.enter_context(attnlrp(model) if kind == "attnlrp" else nullcontext())
             stack.enter_context(loading.attention(ids))
-            stack.enter_context(_watching(model, len(prompts), real[:, :, None], filled))
+            watching = _watching(model, len(prompts), real[:, :, None], filled, first.kept, sizes)
+            stack.enter_context(watching)
             # Padding is not masked, for it is never seen. Without any mask transformers would write
             # out the causal one; with ones it leaves causality to sdpa, which is faster.
             states = families.body(model)(
@@ -188,36 +219,54 @@ def _score_batch(
         for name, value in filled.items():
             scores[name] = value.transpose(0, 1).cpu().numpy()
             _check_finite(model, name, scores[name], prompts)
+    for name, layers in sizes.items():
+        first.add(name, *torch.stack([each.cpu() for each in layers]).sum(0).tolist())
     return scores
 
 
-def _attnlrp(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Only now is lxt imported: other scores do without. InputError: it is not there."""
+def attnlrp(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """`lrp.attnlrp`. Only now is lxt imported: other scores do without. InputError: no lxt."""
     try:
-        from sparc3.relevance.lrp import attnlrp
+        from sparc3.relevance import lrp
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         problem = f"lrp and lrp-abs need the package {package}, which is not installed"
-        raise InputError(f"params: scores: {problem}; install it, or take gradient") from None
-    return attnlrp(model)
+        remedy = f"install it by: python -m pip install {package}, or take gradient"
+        raise InputError(f"params: scores: {problem}; {remedy}") from None
+    return lrp.attnlrp(model)
 
 
 @contextmanager
 def _watching(
-    model: PreTrainedModel, prompts: int, real: Tensor, into: dict[str, Tensor]
+    model: PreTrainedModel,
+    prompts: int,
+    real: Tensor,
+    into: dict[str, Tensor],
+    first_kept: bool,
+    sizes: dict[str, list[Tensor]],
 ) -> Iterator[None]:
-    """Fill into[name] (layer, prompt, neuron) while the model runs, and then runs backward. `real`
-    (sequence, token, 1): no padding; the sequences of a prompt are next to each other.
+    """Fill into[name] (layer, prompt, neuron) while the model runs, and then runs backward, and
+    `sizes` as FirstToken says, layer by layer. `real` (sequence, token, 1): no padding; the
+    sequences of a prompt are next to each other.
     """
+    firsts = slice(None, None, real.shape[1])
 
-    def observe(names: list[str], layer: int, mlp: MLP, values: Tensor, at: Tensor) -> None:
+    def observe(
+        names: list[str], layer: int, mlp: MLP, values: Tensor, at: Tensor, of: slice
+    ) -> None:
         # Gradients go no further than the first tensor asked for: that of the first layer.
         if not at.requires_grad:
             at.requires_grad_()
         values = values.detach().view(prompts, -1, values.shape[-1])
 
         def reduce(gradient: Tensor) -> None:
-            gradient = gradient.view(prompts, -1, gradient.shape[-1])
+            gradient = gradient.view(prompts, -1, gradient.shape[-1])[..., of]
+            for name in names if SCORES[names[0]].at == "neurons" else []:
+                size = (values.float() * gradient.float()).abs().sum((0, 2), dtype=torch.float64)
+                sizes.setdefault(name, []).append(torch.stack([size[firsts].sum(), size.sum()]))
+            if not first_kept:
+                gradient = gradient.clone()  # autograd goes on with its own
+                gradient[:, firsts] = 0
             for name in names:
                 into[name][layer] = SCORES[name].of(mlp, values, gradient)
 
@@ -236,14 +285,14 @@ def _watching(
                 preferred, *other = per_sequence.view(prompts, -1, h.shape[-1]).unbind(1)
                 into[name][layer] = preferred - other[0] if other else preferred
             if neurons:
-                observe(neurons, layer, mlp, h, h)
+                observe(neurons, layer, mlp, h, h, slice(None))
 
         def after_up(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            observe(weights, layer, mlp, args[0], output)
+            observe(weights, layer, mlp, args[0], output, mlp.up.of)
 
         stack.callback(mlp.down.register_forward_pre_hook(before_down).remove)
         if weights:
-            stack.callback(mlp.up.register_forward_hook(after_up).remove)
+            stack.callback(mlp.up.module.register_forward_hook(after_up).remove)
 
     with ExitStack() as stack:
         for layer, mlp in enumerate(families.mlps(model)):

@@ -1,32 +1,50 @@
 """AttnLRP relevance as a modified gradient (Achtibat et al. 2024, through lxt's `efficient`).
 
 Within `attnlrp(model)` what autograd computes is no longer dy/dx, but such that x * gradient is
-the relevance of x for y. The values of the forward pass do not change.
+the relevance of x for y. The values of the forward pass do not change. The rules, by structure:
 
-Only this file imports lxt, whose patches replace functions of transformers and torch for the
-whole process: here they are undone on exit.
+- attention: the uniform rule for both products, the gradient through the softmax;
+- an MLP: the identity rule for its activation, the uniform rule for the product of a gated one;
+- a norm: the identity rule, by which its denominator counts as a constant.
+
+Only this file imports lxt. Its patches, and those here, replace functions of transformers and torch
+for the whole process: they are undone on exit.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import lxt
 import torch
-from lxt.efficient.models import gemma3, gpt2, llama, qwen2, qwen3
-from lxt.efficient.patches import (
-    layer_norm_forward,
-    patch_attention,
-    patch_method,
-    rms_norm_forward,
-)
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.mistral import modeling_mistral
-from transformers.models.opt import modeling_opt
+from transformers import PreTrainedModel, activations
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
-from sparc3.model.families import family
+from sparc3.base.errors import InputError
+from sparc3.model.families import body, family, layers
 
+
+def _lxt_patches() -> ModuleType:
+    """lxt.efficient.patches without the models that lxt imports beside it: those need torchvision,
+    and functions that transformers 5 no longer has.
+    """
+    package = ModuleType("lxt.efficient")
+    package.__path__ = [str(Path(str(lxt.__file__)).parent / "efficient")]
+    whole = sys.modules.setdefault("lxt.efficient", package)
+    try:
+        return import_module("lxt.efficient.patches")
+    finally:
+        if whole is package:
+            del sys.modules["lxt.efficient"]
+
+
+_patches = _lxt_patches()
 EPSILON = 1e-10  # lxt's, in f(x) / (x + epsilon)
 
 
@@ -75,35 +93,64 @@ def _gated_mlp_forward(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(_Gate.apply(self.act_fn, self.gate_proj(x), self.up_proj(x)))
 
 
-def _gpt2_mlp_forward(self: Any, x: Tensor) -> Tensor:
-    return self.c_proj(_Activation.apply(self.act, self.c_fc(x)))
+def _fused_mlp_forward(self: Any, x: Tensor) -> Tensor:
+    gate, up = self.gate_up_proj(x).chunk(2, -1)
+    return self.down_proj(_Gate.apply(self.activation_fn, gate, up))
 
 
-def _activation_forward(self: Any, z: Tensor) -> Tensor:
-    return _Activation.apply(self.original_forward, z)
+def _identity_rule(activation: type[nn.Module]) -> Callable[[Any, Tensor], Tensor]:
+    original: Any = activation.forward
+    return lambda self, z: _Activation.apply(lambda x: original(self, x), z)
 
 
-_gated_mlp = partial(patch_method, _gated_mlp_forward)
+def _layer_norm_forward(self: Any, x: Tensor) -> Tensor:
+    return _patches.layer_norm_forward(self, x.float()).to(x.dtype)  # as PyTorch's own does
 
 
-# What to patch, by config.model_type: class or module -> lxt patch. lxt has no map for Mistral and
-# OPT; in its maps only the MLP is replaced, by the same rules in half the memory.
-RULES: dict[str, Mapping[Any, Callable[[Any], bool]]] = {
-    "llama": {**llama.attnLRP, llama.LlamaMLP: _gated_mlp},
-    "qwen2": {**qwen2.attnLRP, qwen2.Qwen2MLP: _gated_mlp},
-    "qwen3": {**qwen3.attnLRP, qwen3.Qwen3MLP: _gated_mlp},
-    "gemma3_text": {**gemma3.attnLRP, gemma3.Gemma3MLP: _gated_mlp},
-    "mistral": {
-        modeling_mistral.MistralMLP: _gated_mlp,
-        modeling_mistral.MistralRMSNorm: partial(patch_method, rms_norm_forward),
-        modeling_mistral: patch_attention,
-    },
-    "gpt2": {**gpt2.attnLRP, gpt2.GPT2MLP: partial(patch_method, _gpt2_mlp_forward)},
-    "opt": {
-        nn.LayerNorm: partial(patch_method, layer_norm_forward),
-        modeling_opt: patch_attention,
-    },
-}
+def _constant(rsqrt: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Every RMS norm of transformers takes its denominator from torch.rsqrt, whatever else it does
+    with weights and types.
+    """
+    return lambda *args, **kwargs: rsqrt(*args, **kwargs).detach()
+
+
+# Layers that need no rule: linear in their input, or, in evaluation, not there.
+LINEAR = (nn.Linear, Conv1D, nn.Embedding, nn.Dropout, nn.Identity)
+
+
+def rules(model: PreTrainedModel) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """(class or module, name, what it is within `attnlrp`). InputError: unknown family, or a type
+    of layer for which there is no rule, by name.
+    """
+    found: dict[tuple[Any, str], Callable[..., Any]] = {}
+    names, plain = family(model.config.model_type), []
+    for name, module in body(model).named_modules():
+        kind = type(module)
+        if list(module.children()) or isinstance(module, LINEAR) or "Rotary" in kind.__name__:
+            continue
+        if isinstance(module, nn.LayerNorm):
+            found[nn.LayerNorm, "forward"] = _layer_norm_forward
+        elif kind.__name__.endswith("Norm") and kind.__module__.startswith("transformers."):
+            found[torch, "rsqrt"] = _constant(torch.rsqrt)
+        elif kind.__module__ in (activations.__name__, nn.modules.activation.__name__):
+            plain.append(kind)
+        else:
+            raise InputError(
+                f"lrp: no rule for a layer of type {kind.__name__} ({name}) in a model of family "
+                f"{model.config.model_type}; take gradient, or a model without"
+            )
+    if names.gate is None:
+        found |= {(kind, "forward"): _identity_rule(kind) for kind in plain}
+    else:
+        mlp = type(layers(model)[0].get_submodule(names.down.rpartition(".")[0]))
+        fused = names.gate == names.up
+        found[mlp, "forward"] = _fused_mlp_forward if fused else _gated_mlp_forward
+    attention = sys.modules[type(model).__module__]
+    eager = attention.eager_attention_forward
+    found[attention, "eager_attention_forward"] = _patches.wrap_attention_forward(eager)
+    return [(target, name, new) for (target, name), new in found.items()]
+
+
 _patched = False
 
 
@@ -116,34 +163,30 @@ def attnlrp(model: PreTrainedModel) -> Iterator[None]:
     RuntimeError: already inside, or something else has left lxt's patches behind.
     """
     global _patched
-    family(model.config.model_type)
+    replacing = rules(model)
     if _patched:
         raise RuntimeError("attnlrp: already active in this process")
-    rules = dict(RULES[model.config.model_type])
-    if model.config.model_type == "opt":  # its MLP is inlined in the layer: patch the activation
-        activation = type(model.get_submodule("model.decoder.layers.0").activation_fn)
-        rules[activation] = partial(patch_method, _activation_forward, keep_original=True)
-    before = {target: dict(vars(target)) for target in rules}
+    before = [(target, name, getattr(target, name)) for target, name, _ in replacing]
+    for module in {type(module) for module in model.modules()}:
+        if module.forward.__module__.startswith("lxt."):
+            raise RuntimeError(f"attnlrp: {module.__name__} was patched outside of it")
+    kind = model.config._attn_implementation
+    attention = ALL_ATTENTION_FUNCTIONS.get(kind)
     _patched = True
     try:
-        for target, patch in rules.items():
-            if not patch(target):
-                raise RuntimeError(f"attnlrp: {target} was patched outside of it")
+        for target, name, new in replacing:
+            setattr(target, name, new)
+        if attention is not None:  # eager attention is the module's own
+            ALL_ATTENTION_FUNCTIONS[kind] = _patches.wrap_attention_forward(attention)
         _rebind(model)
         yield
     finally:
-        for target, attributes in before.items():
-            _restore(target, attributes)
+        for target, name, old in before:
+            setattr(target, name, old)
+        if attention is not None:
+            ALL_ATTENTION_FUNCTIONS[kind] = attention
         _rebind(model)
         _patched = False
-
-
-def _restore(target: Any, before: Mapping[str, Any]) -> None:
-    for name in [name for name in vars(target) if name not in before]:
-        delattr(target, name)
-    for name, value in before.items():
-        if vars(target).get(name) is not value:
-            setattr(target, name, value)
 
 
 def _rebind(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,11 +32,11 @@ from sparc3.base.artifacts import (
     scores_folder,
 )
 from sparc3.base.errors import InputError
-from sparc3.base.files import digest, digest_text, write_json, write_tensors
-from sparc3.base.params import Params, scores_of
+from sparc3.base.files import digest, digest_text, read_json, write_json, write_tensors
+from sparc3.base.params import Attribute, Params, scores_of
 from sparc3.model import checkpoint, families, loading
 from sparc3.relevance import attribution, scores
-from sparc3.relevance.attribution import Progress, Prompt, score
+from sparc3.relevance.attribution import FirstToken, Progress, Prompt, score
 from sparc3.relevance.scores import Target
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ CODE = [
     Path(__file__).parents[1] / "relevance/lrp.py",  # not imported: lxt need not be there
     *(Path(str(code.__file__)) for code in (checkpoint, families, loading)),
 ]
+FIRST = "first-token"  # where, beside the scores, each shard's sizes of it wait
 VISIBLE = 120.0  # seconds until a network file system shows what another machine has written
 
 
@@ -85,9 +87,10 @@ def partial_folder(
         [
             [(p.id, p.sequences) for p in prompts],
             [names, spec.target, attribute.batch_tokens, attribute.shard_prompts],
+            attribute.first_token,
             [params.model.dtype, params.model.device, model_digest(Path(params.model.path))],
             [digest(path) for path in CODE],
-            [version(package) for package in ("torch", "transformers", "lxt")],
+            [version(name) for name in ("torch", "transformers", "lxt") if find_spec(name)],
         ]
     )
     return OUTPUTS / "partial" / prompt_set / digest_text(identity)[:16]
@@ -95,12 +98,15 @@ def partial_folder(
 
 def publish(
     partial: Path, folder: Path, names: Sequence[str], shards: int, visible: float = VISIBLE
-) -> None:
+) -> dict[str, float]:
     """Move all shards to `folder`, in place of what is there; other parts of the set are removed.
 
+    Returns the share of relevance at the first token, for each name that is summed over tokens.
     InputError if a shard is not there, not even after `visible` seconds.
     """
+    sizes = [partial / FIRST / f"{n:05}.json" for n in range(shards)]
     wanted = [partial / name / f"{n:05}.safetensors" for n in range(shards) for name in names]
+    wanted += sizes
     deadline = time.monotonic() + visible
     while missing := [path for path in wanted if not path.exists()]:
         if time.monotonic() > deadline:
@@ -109,6 +115,12 @@ def publish(
                 "processes in one folder, on a file system that every machine sees"
             )
         time.sleep(1)
+    found: dict[str, list[float]] = {}
+    for path in sizes:
+        for name, (there, everywhere) in read_json(path).items():
+            before = found.get(name, [0.0, 0.0])
+            found[name] = [before[0] + there, before[1] + everywhere]
+    shutil.rmtree(partial / FIRST)
     for leftover in partial.glob("*/.*"):  # of a write that was killed
         leftover.unlink()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +128,7 @@ def publish(
         folder.replace(tempfile.mkdtemp(dir=partial.parent))
     partial.replace(folder)
     shutil.rmtree(partial.parent)
+    return {name: there / everywhere for name, (there, everywhere) in found.items() if everywhere}
 
 
 def run(params: Params, prompt_set: str) -> dict[str, float]:
@@ -153,8 +166,7 @@ def run(params: Params, prompt_set: str) -> dict[str, float]:
             total = sum(len(part) for by_number in parts.values() for part in by_number.values())
             label = f"attribute {prompt_set}"
             with tqdm(total=total, desc=label, unit="prompt", disable=here.rank > 0) as bar:
-                tokens_at_once = params.attribute.batch_tokens
-                write_shards(model, partial, parts, targets, tokens_at_once, bar.update)
+                write_shards(model, partial, parts, targets, params.attribute, bar.update)
         parallel.wait(here)
 
     tokens = [sum(map(len, prompt.sequences)) for prompt in every]
@@ -164,11 +176,16 @@ def run(params: Params, prompt_set: str) -> dict[str, float]:
         "mean_tokens": float(np.mean(tokens)),
     }
     if here.rank == 0:
-        publish(partial, scores_folder(prompt_set), names, len(shards))
+        shares = publish(partial, scores_folder(prompt_set), names, len(shards))
+        metrics |= {f"first_token.{name}": share for name, share in shares.items()}
         checked = {**metrics, "sha256": scores_digest(prompt_set)}
         write_json(metrics_path("attribute", prompt_set), checked)
         said = "attribute %s: %s of every neuron for %d prompts, %d tokens"
         log.info(said, prompt_set, ", ".join(names), len(rows), sum(tokens))
+        for name, share in shares.items():
+            log.info(
+                "attribute %s: %.0f %% of %s is on the first token", prompt_set, 100 * share, name
+            )
     return metrics
 
 
@@ -177,27 +194,36 @@ def write_shards(
     folder: Path,
     parts: Mapping[Target, Mapping[int, Sequence[Prompt]]],
     targets: Mapping[Target, Mapping[str, str]],
-    batch_tokens: int,
+    how: Attribute,
     progress: Progress,
 ) -> None:
     """Write folder/NAME/NUMBER.safetensors for the prompts `parts[target][number]`, shard by shard,
     and in each the names of `targets` (`by_target`) in their order.
     """
+    firsts = {target: FirstToken(how.first_token) for target in targets}
     streams = [
         score(
             model,
             list(parts[target].values()),
             list(by_name.values()),
             target=target,
-            batch_tokens=batch_tokens,
+            batch_tokens=how.batch_tokens,
             progress=progress,
+            first=firsts[target],
         )
         for target, by_name in targets.items()
     ]
     for number, prompts in next(iter(parts.values())).items():
         ids = json.dumps([prompt.id for prompt in prompts])
-        for stream, by_name in zip(streams, targets.values(), strict=True):
-            computed = next(stream)
+        computed = [next(stream) for stream in streams]
+        sizes = {
+            name: firsts[target].sizes.pop(score_name)
+            for target, by_name in targets.items()
+            for name, score_name in by_name.items()
+            if score_name in firsts[target].sizes
+        }
+        write_json(folder / FIRST / f"{number:05}.json", sizes)
+        for values, by_name in zip(computed, targets.values(), strict=True):
             for name, score_name in by_name.items():
                 path = folder / name / f"{number:05}.safetensors"
-                write_tensors(path, {"scores": computed[score_name]}, {"ids": ids})
+                write_tensors(path, {"scores": values[score_name]}, {"ids": ids})
