@@ -70,7 +70,8 @@ def asked_of(evaluate: Evaluate, own: str, chosen: Chosen, setting: Setting) -> 
     method, completing = chosen.method, chosen.draw < evaluate.drawn
     if method is None:
         return dict.fromkeys(setting.samples, True)
-    asked = {setting.first: completing and (method == own or method in evaluate.completed)}
+    completed = (own, *(evaluate.completed or ()))
+    asked = {setting.first: completing and method in completed}
     if completing and method in evaluate.in_sample:
         asked["in_sample"] = True
     return {split: writes for split, writes in asked.items() if split in setting.samples}

@@ -96,6 +96,13 @@ def context(config: Mapping[str, Any]) -> float:
     return config.get("max_position_embeddings") or config.get("n_positions") or math.inf
 
 
+def neurons(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Layers and neurons of each, of a model's config.json."""
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    width = config.get("intermediate_size") or config.get("ffn_dim") or config.get("n_inner")
+    return layers, width or 4 * (config.get("hidden_size") or config["n_embd"])
+
+
 def body(model: PreTrainedModel) -> nn.Module:
     """The transformer: ids or embeddings to the last hidden state."""
     return model.get_submodule(family(model.config.model_type).body)

@@ -49,16 +49,19 @@ def encode_joined(
 def read(
     model: "PreTrainedModel", circuits: Sequence[Circuit], sample: Sample, how: How
 ) -> list[Reading]:
-    """Likelihood of texts of any length, read through a sliding window.
+    """Likelihood of texts of any length, read through a sliding window, by default the context.
 
     A window of joined texts reaches across them, so a text is read after those before it.
     """
     from sparc3.measure.likelihood import Window, window_nll
+    from sparc3.model.families import context
 
     texts, names = sample.tokens, sample.ids
     if sample.joined:
         texts, names = [[token for text in texts for token in text]], ["all, joined,"]
-    window = Window(how.evaluate.window, how.evaluate.stride)
+    whole = min(context(model.config.to_dict()), max(2, *map(len, texts)))
+    length = how.evaluate.window or int(whole)
+    window = Window(length, min(how.evaluate.stride, length))
     scored = window_nll(model, circuits, texts, names, window, how.batch_tokens, how.progress)
     if sample.joined:
         ends = np.cumsum([len(text) for text in sample.tokens])[:-1]
