@@ -95,8 +95,8 @@ def prompts_of(
     rows = own.rows(PromptSet(str(file), None, columns=named))
     inside = any(file.resolve().is_relative_to(place.resolve()) for place in own.PLACES)
     place = file if inside else own.HOME / name / f"{role}{file.suffix}"
-    row = {"source": str(place), "columns": columns, "count": len(rows), "target": "likelihood"}
-    return {**row, **({"private": True} if private else {})}
+    found = {"source": str(place), "columns": {**columns}, "count": len(rows)}
+    return {**found, "target": "likelihood", **({"private": True} if private else {})}
 
 
 def copy(file: Path, target: Path) -> None:
@@ -178,7 +178,7 @@ def fitting(params: Params, config: Mapping[str, Any]) -> tuple[str, dict[str, i
     device, planned = plan.here(params), plan.plan(params)
     given = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     first = "float32" if device.name == "CPU" or given not in DTYPES else given
-    sections = {name: getattr(params, name) for name in plan.BATCHED}
+    sections = {name: getattr(planned.params, name) for name in plan.BATCHED}
     batches: dict[str, int] = {}
     for dtype in dict.fromkeys((first, "bfloat16")):
         for most in BATCHES:

@@ -18,9 +18,9 @@ FORMATS = (".jsonl", ".csv", ".parquet")
 
 
 def rows(spec: PromptSet) -> list[Row]:
-    """The rows of the file that is the set's source. A group is what its column says, else a text
-    of its own; of a private set it is a digest. InputError: a file that cannot be read, a column
-    that is not there, or a value that is empty, no text, there twice, or no split.
+    """The rows of the file that is the set's source. A group is what its column says, in whatever
+    file, else the text; of a private set it is a digest. InputError: a file that cannot be read, a
+    column that is not there, a value that is empty, no text or no split, a text that is there twice.
     """
     path, columns = Path(spec.source), spec.columns or Columns(text="text")
     made: list[Row] = []
@@ -70,7 +70,7 @@ def _row(place: str, spec: PromptSet, columns: Columns, item: Mapping[str, Any])
         group = digest_text(group or "\n".join(pair or (text,)))[:16]
     return Row(
         source=spec.source,
-        group=f"{spec.source}/{group}",
+        group=f"own/{group}",
         stratum="",
         text=text,
         pair=pair,

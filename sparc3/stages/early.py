@@ -2,8 +2,6 @@
 that costs anything: each problem is one that a later stage would stop at, hours after.
 """
 
-from pathlib import Path
-
 from tokenizers import Tokenizer
 
 from sparc3.base.artifacts import read_prompts
@@ -141,24 +139,16 @@ def check_lengths(params: Params, tokenizer: Tokenizer, longest: float) -> Probl
 
 
 def check_common(params: Params) -> Problems:
-    """Groups, or texts, that two files of one's own share and that lie in different splits: what a
-    circuit is chosen on would be what it is tested on.
+    """Groups, or texts, that own files share and that lie in different splits: what a circuit is
+    chosen on would be what it is tested on.
     """
-    for name, spec in params.behaviours.items():
-        prompts, reference = (params.prompt_sets[n] for n in (spec.prompts, spec.reference))
-        if prompts.source == reference.source or {prompts.source, reference.source} & {*SOURCES}:
-            continue
-        one, other = _homes(spec.prompts), _homes(spec.reference)
-        apart = [group for group in one.keys() & other.keys() if one[group] != other[group]]
-        if apart:
-            yield (
-                f"behaviours.{name}: {Path(prompts.source)} and {Path(reference.source)} have "
-                f"{len(apart)} groups, or texts, in common that lie in different splits; put both "
-                "into one file, with a column for label"
-            )
-
-
-def _homes(prompt_set: str) -> dict[str, str]:
-    """Group, without its file's name, -> split."""
-    rows = read_prompts(prompt_set, None)
-    return {row["group"].removeprefix(f"{row['source']}/"): row["split"] for row in rows}
+    homes: dict[str, tuple[str, str]] = {}
+    for name, (key, spec) in sets_of(params).items():
+        for row in read_prompts(name, None) if spec.source not in SOURCES else ():
+            other, split = homes.setdefault(row["group"], (key, row["split"]))
+            if split != row["split"]:
+                yield (
+                    f"{other} and {key} have a group, or a text, in common that is of {split} in "
+                    f"one and of {row['split']} in the other; give both files the same groups, or "
+                    "both a column for split"
+                )
