@@ -20,7 +20,7 @@ FORMATS = (".jsonl", ".csv", ".parquet")
 def rows(spec: PromptSet) -> list[Row]:
     """The rows of the file that is the set's source. A group is what its column says, in whatever
     file, else the text; of a private set it is a digest. InputError: a file that cannot be read, a
-    column that is not there, a value that is empty, no text or no split, a text that is there twice.
+    column that is not there, a value that is empty, no text or no split, the text of another row.
     """
     path, columns = Path(spec.source), spec.columns or Columns(text="text")
     made: list[Row] = []
@@ -97,9 +97,8 @@ def _items(path: Path) -> list[dict[str, Any]]:
 
             loaded = load_from_disk(path)
             if not isinstance(loaded, Dataset):
-                raise InputError(
-                    f"{path} holds the parts {', '.join(map(str, loaded))}; name one's folder"
-                )
+                parts = ", ".join(map(str, loaded))
+                raise InputError(f"{path} holds the parts {parts}; name the folder of one")
             return loaded.to_list()
         from pyarrow.parquet import read_table
 
