@@ -98,7 +98,7 @@ def test_a_bad_row_is_named_and_not_shown(
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    DatasetDict(train=Dataset.from_list(ITEMS)).save_to_disk(tmp_path / "parts")
+    DatasetDict({"train": Dataset.from_list(ITEMS)}).save_to_disk(tmp_path / "parts")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     (tmp_path / "empty.csv").write_text("said\n")
     (tmp_path / "plain").mkdir()
