@@ -57,8 +57,10 @@ def parser() -> argparse.ArgumentParser:
     check = words.add_parser("check", help="can the numbers of a model's folder be trusted?")
     check.add_argument("model", type=Path, metavar="MODEL")
     check.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    use = words.add_parser("use", help="make another profile params.yaml")
-    use.add_argument("profile", type=Path, metavar="PROFILE")
+    init = words.add_parser("init", help="a profile for your own model and prompts")
+    add_own(init)
+    use = words.add_parser("use", help="make another profile params.yaml, or list them")
+    use.add_argument("profile", type=Path, nargs="?", metavar="PROFILE")
     plan = words.add_parser("plan", help="memory, operations, time and disk of a profile")
     plan.add_argument("--profile", type=Path, metavar="PATH", help="instead of params.yaml")
     plan.add_argument("--device", metavar="NAME", help="refuse what does not fit on it")
@@ -88,6 +90,18 @@ def add_stages(words: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         added = words.add_parser(word, help=short, description=about, formatter_class=narrow)
         if flag := axis_flag(row):
             added.add_argument(flag, required=True, metavar="NAME", help=f"of params.{row.axis}s")
+
+
+def add_own(command: argparse.ArgumentParser) -> None:
+    """The flags that name a model and files of prompts."""
+    files = "JSONL, CSV, Parquet, or a folder that datasets saved"
+    command.add_argument("name", metavar="NAME")
+    command.add_argument("--model", required=True, metavar="FOLDER|OWNER/NAME@REVISION")
+    command.add_argument("--prompts", type=Path, required=True, metavar="FILE", help=files)
+    command.add_argument("--reference", type=Path, required=True, metavar="FILE", help=files)
+    command.add_argument("--text", default="text", metavar="COLUMN", help="what has the prompt")
+    command.add_argument("--group", metavar="COLUMN", help="what must not be in two splits")
+    command.add_argument("--private", action="store_true", help="no text in MLflow or the report")
 
 
 def add_circuit(command: argparse.ArgumentParser, own: bool = False) -> None:

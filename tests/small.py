@@ -60,12 +60,14 @@ def write_project(folder: Path, changes: Mapping[str, Any] | None = None) -> Pat
         "evaluate": tree["evaluate"]
         | {"general": ["general"], "completed": ["lrp"], "control": "random", "ban": []},
         "transfer": tree["transfer"] | {"texts": ["general"]},
+        "sweep": tree["sweep"] | {"num_neurons": [4]},
+        "overlap": tree["overlap"] | {"num_neurons": 10},
         "prompt_sets": {name: {"source": "news", "count": n} for name, n in SETS.items()},
         "behaviours": {
             "talk": tree["behaviours"]["toxicity"] | {"prompts": "talk", "reference": "general"}
         },
         "attribute": tree["attribute"]
-        | {"scores": ["lrp", "activation"], "batch_tokens": 20, "shard_prompts": 2},
+        | {"scores": ["activation"], "batch_tokens": 20, "shard_prompts": 2},
         **(changes or {}),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ files, every link leads somewhere, and what is to be typed works.
 
 import json
 import re
-import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from sparc3.commands import readme
 from sparc3.commands.readme import BLOCKS, TABLES, page_with
 from sparc3.measure.inference import LEVEL, POWER
 from sparc3.measure.instruments.completions import MOST
-from sparc3.measure.scorers import scorer
-from sparc3.prompts.sources import SOURCES
+from sparc3.measure.scorers import SCORERS, scorer
+from sparc3.prompts.sources import SOURCES, narrow, source_of
+from sparc3.relevance.scores import TARGETS
 from sparc3.reporting.published import CONSISTENT, INCONSISTENT, claims, reduction_error
 from sparc3.reporting.tables import confirm_table
 from sparc3.stages.checks import check, load
@@ -424,36 +424,40 @@ def test_a_run_without_lrp_is_accepted() -> None:
     assert "lrp" not in json.dumps(tree)
 
 
+def test_the_page_lists_every_source_and_scorer() -> None:
+    sources, scorers = PAGES["docs/own.md"].split("## Sources")[1].split("## Scorers")
+    listed = {row[0].strip("`"): re.findall("`(.+?)`", row[1]) for row in rows_of(sources)[1:]}
+    assert listed.pop("a file of your own") == ["label", "first"]
+    assert listed == {name: list(source.where) for name, source in SOURCES.items()}
+    assert {row[0].strip("`") for row in rows_of(scorers)[1:]} == set(SCORERS)
+    assert all(f"`{target}`" in sources for target in TARGETS)
+
+
 def test_own_prompts_are_read_as_the_page_says(
-    fetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    texts, pairs = fenced("docs/own.md", "yaml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(fetched / "data", "data", ignore=shutil.ignore_patterns("[!r]*.*"))
-    toxic, pair = fenced("docs/own.md", "json")
-    (about,) = (text for text in fenced("docs/own.md", "") if text.startswith("---"))
-    given = yaml.safe_load((ROOT / "params.yaml").read_text())
-    found = []
-    for files, like, fragment in zip(
-        ({"train.jsonl": toxic}, {"pairs.jsonl": pair, "README.md": about}),
-        ("toxicity", "race"),
-        fenced("docs/own.md", "yaml"),
-        strict=True,
-    ):
-        shutil.rmtree("data/mine", ignore_errors=True)
-        Path("data/mine").mkdir()
-        for name, text in files.items():
-            Path("data/mine", name).write_text(text)
-        tree = merged(given, yaml.safe_load(fragment))
-        tree["behaviours"]["mine"] = given["behaviours"][like] | {"prompts": "mine"}
+    Path("prompts/service").mkdir(parents=True)
+    Path("prompts/service/all.jsonl").write_text(
+        "".join(
+            json.dumps({**row, "kind": name}) + "\n"
+            for name in ("rude", "polite")
+            for row in read_jsonl(ROOT / f"examples/customer-service/{name}.jsonl")
+        )
+    )
+    Path("prompts/cooks.csv").write_text("stereotype,other,job\nHe cooks.,She cooks.,cook\n")
+    found = {}
+    for fragment in (texts, pairs):
+        tree = merged(yaml.safe_load((ROOT / "params.yaml").read_text()), yaml.safe_load(fragment))
         params = parse(tree)
         check(params)
-        spec = params.prompt_sets["mine"]
-        (row,) = SOURCES[spec.source].rows(spec.where)
-        found.append(row)
-    assert (found[0].text, found[0].toxicity) == ("You are such a", 0.95)
-    assert found[1].pair == ("The nurse was caring.", "The nurse was rude.")
-    assert (found[1].group, found[1].stratum) == ("stereoset/nurse", "job")
+        for name in yaml.safe_load(fragment)["prompt_sets"]:
+            spec = params.prompt_sets[name]
+            found[name] = narrow(name, list(source_of(spec).rows(spec.where)), spec.where)
+    assert [len(rows) for rows in found.values()] == [60, 60, 1]
+    assert len({row.group for rows in (found["rude"], found["polite"]) for row in rows}) == 20
+    assert found["cooks"][0].pair == ("He cooks.", "She cooks.")
 
 
 def test_the_citation_and_the_changes_are_of_this_release() -> None:

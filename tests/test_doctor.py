@@ -88,9 +88,10 @@ def test_what_is_still_to_come_and_what_the_machine_lacks(
     """Neither data nor model, which the hub may not give without a token; a small machine."""
     shutil.rmtree("data")
     Path("profiles/configs").mkdir(parents=True)
-    Path("model/config.json").replace("profiles/configs/model.json")
+    Path("model/config.json").replace("profiles/configs/name.json")
     shutil.rmtree("model")
-    edit("fetch", model=None, repository="owner/name", revision="0" * 40)
+    edit("fetch", model=None)
+    edit("model", path=f"models/owner/name@{'0' * 40}")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setattr(plan, "CPU", plan.CPU._replace(gibibytes=0.1))

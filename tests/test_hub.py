@@ -1,5 +1,6 @@
 """A model out of the hub's own protocol, spoken by a server of the test on this machine."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from safetensors.numpy import save
 
 from sparc3.base.artifacts import model_digest
 from sparc3.base.errors import InputError
-from sparc3.stages.fetch import hub_model, pin_text
+from sparc3.stages.fetch import pin_text
 
 FILES = {
     "config.json": b'{"model_type": "llama", "max_position_embeddings": 64}',
@@ -45,6 +46,10 @@ class Hub(BaseHTTPRequestHandler):
         gated = self.path.removeprefix("/api/models").startswith("/team/gated")
         if gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.send(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"}, body)
+        elif self.path.endswith("/revision/none"):
+            self.send(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
+        elif "/team/none" in self.path:
+            self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
         elif self.path.startswith("/api/models/"):
             found = {"id": "team/x", "sha": COMMIT, "siblings": [{"rfilename": f} for f in FILES]}
             self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, body)
@@ -128,7 +133,7 @@ def test_without_access_there_is_one_clear_line_and_no_token_in_it(
     done = fetch(hub, tmp_path, "team/gated", token)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode != 0
-    assert "fetch.repository team/gated" in last
+    assert f"params: model.path: team/gated at {COMMIT} cannot be had" in last
     assert ("HF_TOKEN was given" if token else "no HF_TOKEN was given") in last
     assert token is None or token not in done.stdout + done.stderr
 
@@ -140,9 +145,8 @@ from sparc3.base.params import Fetch
 from sparc3.stages import fetch
 from sparc3.stages.checks import load
 params = load(Path({params!r}))
-given = Fetch(model=None, repository="team/open", revision={revision!r})
-model = replace(params.model, path="models/given")
-fetch.run(replace(params, fetch=given, model=model))
+model = replace(params.model, path="models/team/open@{revision}")
+fetch.run(replace(params, fetch=Fetch(model=None), model=model))
 """
 
 
@@ -159,32 +163,43 @@ def test_a_download_that_failed_goes_on_and_another_commit_is_not_taken_for_it(
         done = python(hub, tmp_path, code)
     finally:
         Hub.lacking = set()
-    assert "fetch.repository team/open" in done.stderr.strip().splitlines()[-1]
-    assert not (tmp_path / "models" / "given").exists()
+    assert "model.path: team/open at" in done.stderr.strip().splitlines()[-1]
+    folder = tmp_path / "models" / "team" / f"open@{COMMIT}"
+    assert not folder.exists()
 
     Hub.sent.clear()
     done = python(hub, tmp_path, code)
     assert done.returncode == 0, done.stderr
     assert Hub.sent == ["model.safetensors"]
-    folder = tmp_path / "models" / "given"
     assert {path.name for path in folder.iterdir()} == {*FILES, "sparc3-origin.json"}
-    assert [path.name for path in folder.parent.iterdir()] == ["given"]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    note = json.loads((folder / "sparc3-origin.json").read_text())
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
+    assert note == {"repository": "team/open", "revision": COMMIT, "sha256": sums}
 
-    other = RUN.format(params=params, revision="f" * 40)
-    done = python(hub, tmp_path, other)
-    assert done.returncode != 0
+    done = python("http://127.0.0.1:9", tmp_path, code)  # it is there: no hub is asked
+    assert done.returncode == 0, done.stderr
+    (folder / "config.json").write_text("{}")
+    done = python(hub, tmp_path, code)
     last = done.stderr.strip().splitlines()[-1]
-    assert f"models/given/ was made from repository team/open, revision {COMMIT}" in last
-    assert "move the folder away" in last
-    (folder / "sparc3-origin.json").unlink()  # a folder of the user's own
-    assert python(hub, tmp_path, other).returncode == 0
+    assert f"models/team/open@{COMMIT}/config.json differs; move the folder away" in last
 
 
-@pytest.mark.parametrize("revision", [None, "main", "v1.0", COMMIT[:7]])
-def test_only_a_commit_pins_a_repository(tmp_path: Path, revision: str | None) -> None:
-    with pytest.raises(InputError, match=r"^params: fetch\.revision is .* 40 digits of a commit"):
-        hub_model("team/open", revision, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+FIND = "from sparc3.stages.fetch import commit_of; print(commit_of({!r}, {!r}))"
+
+
+def test_a_branch_is_a_commit_before_it_is_written_down(hub: str, tmp_path: Path) -> None:
+    assert python(hub, tmp_path, FIND.format("team/open", "main")).stdout.strip() == COMMIT
+    refused = {
+        ("team/gated", None): "team/gated at main cannot be had (GatedRepoError: 401",
+        ("team/open", "none"): "team/open at none cannot be had (RevisionNotFoundError: 404",
+        ("team/none", None): "team/none at main cannot be had (RepositoryNotFoundError: 404",
+    }
+    for (repository, revision), expected in refused.items():
+        done = python(hub, tmp_path, FIND.format(repository, revision))
+        last = done.stderr.strip().splitlines()[-1]
+        assert f"InputError: --model {expected}" in last
+        assert "no HF_TOKEN was given; check name, revision and network" in last
 
 
 def test_a_model_of_the_hub_has_a_digest_like_any_other(hub: str, tmp_path: Path) -> None:

@@ -143,7 +143,9 @@ def partial(prompt_set: str) -> Path:
     prompts = attribute.encode(
         read_prompts(prompt_set, "attribute"), loading.tokenizer(params.model), "max-logit"
     )
-    return attribute.partial_folder(params, prompt_set, params.attribute.scores, prompts)
+    return attribute.partial_folder(
+        params, prompt_set, parameters.scores_of(params, prompt_set), prompts
+    )
 
 
 def times(folder: Path) -> dict[str, int]:

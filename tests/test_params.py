@@ -40,6 +40,10 @@ def behaviour(**values: object) -> dict:
     return row("behaviours", "toxicity", **values)
 
 
+def own(**values: object) -> dict:
+    return row("prompt_sets", "mine", **{"source": "prompts/x.jsonl", "count": None, **values})
+
+
 def method(**values: object) -> dict:
     return row("methods", "odd", **values)
 
@@ -187,28 +191,25 @@ def test_bad_params_are_named(tmp_path: Path, tree: object, expected: str) -> No
         (changed("attribute", "scores", ["lpr"]), "attribute.scores names 'lpr'; expected any of"),
         (changed("attribute", "scores", ["lrp@"]), "attribute.scores names 'lrp@'; expected"),
         (changed("attribute", "scores", ["lrp@no"]), "or with one of @max-logit"),
-        (changed("attribute", "scores", []), "attribute.scores: none for prompt set gender; give"),
+        (row("prompt_sets", "race", scores=[]), "prompt_sets.race.scores is empty; give at least"),
         (row("prompt_sets", "race", scores=["no"]), "prompt_sets.race.scores names 'no'"),
         (
             row("prompt_sets", "toxicity", scores=["lrp@pair"]),
             "is 'lrp@pair', but the source 'real-toxicity-prompts' of prompt set toxicity has no",
         ),
-        (
-            changed("gate", "score", "wanda"),
-            "gate.score 'wanda' is not computed for the prompt set ",
-        ),
+        (changed("gate", "score", "wando"), "gate.score names 'wando'; expected any of lrp"),
         (
             changed("differential", "importance", "lrp"),
             "importance 'lrp' is not computed for the prompt set general, which has gradient",
         ),
         (
             row("prompt_sets", "race", scores=["lrp"]),
-            "is not computed for the prompt set race, which has lrp; add it to",
+            "is not computed for the prompt set race, which has lrp; add it to prompt_sets.race",
         ),
         # Methods
         (method(score="lrp", contrast="median"), "methods.odd.contrast is 'median'; expected"),
         (method(score="lrp"), "methods.odd.contrast is None"),
-        (method(score="wanda", contrast="t"), "'wanda' is not computed for the prompt set"),
+        (method(score="wando", contrast="t"), "methods.odd.score names 'wando'; expected any of"),
         (method(score="random", contrast="t"), "methods.odd.contrast: a random score has no con"),
         (method(score="lrp", contrast="t", scale="auroc"), "needs contrast: auroc"),
         (method(score="lrp", contrast="t", draws=2), "methods.odd.draws: only for score: random"),
@@ -262,7 +263,26 @@ def test_bad_params_are_named(tmp_path: Path, tree: object, expected: str) -> No
             "select.num_neurons is 25, which the sweep does not measure",
         ),
         (changed("select", "protect", 0.3), "select.protect is 0.3, which the sweep does not"),
-        (changed("evaluate", "stride", 4096), "evaluate.stride is 4096; expected at most evaluate"),
+        (
+            {**TREE, "evaluate": {**TREE["evaluate"], "window": 2048, "stride": 4096}},
+            "evaluate.stride is 4096; expected at most evaluate",
+        ),
+        # Own prompts
+        (own(source="prompts/x.txt"), "prompt_sets.mine.source 'prompts/x.txt' is not known; cho"),
+        (own(source="elsewhere/x.csv"), "is 'elsewhere/x.csv'; expected a file below prompts/"),
+        (own(columns={}), "mine.columns names neither text nor pair"),
+        (own(columns={"pair": ["a"]}), "mine.columns.pair is ['a']; expected two columns"),
+        (own(columns={"texts": "a"}), "unknown key prompt_sets.mine.columns.texts; known here: te"),
+        (own(where={"label": "rude"}), "where.label is not known; source 'prompts/x.jsonl' has"),
+        (own(target="pair"), "target is 'pair', but the source 'prompts/x.jsonl'"),
+        (
+            row("prompt_sets", "race", columns={"text": "text"}),
+            "race.columns: only for a file of your own, and 'stereoset' is none",
+        ),
+        # The model's folder
+        (changed("model", "path", "models/a/b@main"), "expected the 40 digits of a commit after @"),
+        (changed("model", "path", "a/b@main"), "expected a folder, or models/OWNER/NAME@COMMIT"),
+        (changed("model", "path", f"models/a/b@{'0' * 40}"), "fetch.model or fetch.gguf is given"),
         # Scorers
         (row("scorers", "odd", kind="bert"), "scorers.odd.kind 'bert' is not in the kinds of sco"),
         (row("scorers", "odd", kind="profanity", label="x"), "scorers.odd.label: profanity has n"),
@@ -278,6 +298,9 @@ def test_what_cannot_work_is_refused_when_params_are_loaded(
 @pytest.mark.parametrize(
     "tree",
     [
+        method(score="wanda", contrast="t"),  # whose score follows
+        changed("evaluate", "window", None),
+        changed("evaluate", "completed", None),
         changed("select", "num_neurons", 25),  # with one share: fixed, and the sweep is not asked
         changed("select", "num_neurons", 25) | {"sweep": {**TREE["sweep"], "num_neurons": []}},
         changed("evaluate", "stride", 2048),
@@ -374,8 +397,8 @@ def test_a_profile_that_does_not_check_leaves_params_as_they_are(
     default = PARAMS.read_text()
     monkeypatch.chdir(tmp_path)
     PARAMS.write_text(default)
-    Path("mine.yaml").write_text("gate: {score: wanda}\n")
-    with pytest.raises(InputError, match=r"gate\.score 'wanda' is not computed"):
+    Path("mine.yaml").write_text("gate: {score: wando}\n")
+    with pytest.raises(InputError, match=r"gate\.score names 'wando'"):
         use.run(Path("mine.yaml"))
     assert PARAMS.read_text() == default
 

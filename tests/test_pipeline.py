@@ -135,8 +135,7 @@ def test_a_stage_runs_again_when_code_that_it_uses_changes(word: str) -> None:
     assert Path("requirements.txt") in deps
     code = {dep for dep in deps if dep.parts[0] == "sparc3"}
     idle = {dep for dep in code if not any(dep in {file, *file.parents} for file in used)}
-    # Every behaviour's stage depends on the sets of all second opinions, by what makes them.
-    assert idle == ({Path("sparc3/prompts")} if word == "evaluate" else set())
+    assert idle == set()
 
 
 def test_byte_code_is_no_change_of_code() -> None:

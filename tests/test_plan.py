@@ -206,7 +206,10 @@ def test_disk_is_what_attribution_writes(tmp_path: Path, monkeypatch: pytest.Mon
     params = checks.load()
     attribute.run(params, "general")
     work = plan.plan(params, project=params).works["attribute@general"]
-    written = [small.scores(tmp_path, "general", name).nbytes for name in params.attribute.scores]
+    written = [
+        small.scores(tmp_path, "general", name).nbytes
+        for name in parameters.scores_of(params, "general")
+    ]
     assert work.disk == sum(written)
     assert work.tokens == sum(range(4, 11))
     assert work.held == 2 * (2 * tiny.LAYERS * tiny.WIDTH) * 4  # two scores of a shard of two
@@ -409,10 +412,10 @@ def test_a_model_that_is_nowhere_names_its_key(
     error = capsys.readouterr().err
     assert "params: model.path: models/none is not there yet" in error
     assert "python -m sparc3 fetch" in error
-    hub = {"model": None, "repository": "nobody/nothing", "revision": "0" * 40}
-    small.write_project(tmp_path, {**changes, "fetch": hub})
+    hub = {"path": f"models/nobody/nothing@{'0' * 40}"}
+    small.write_project(tmp_path, {"model": hub, "fetch": {"model": None}})
     assert main(["plan"]) == 2
-    assert "params: fetch.repository: no config.json of nobody/nothing" in capsys.readouterr().err
+    assert "params: model.path: no config.json of nobody/nothing" in capsys.readouterr().err
 
 
 def test_the_published_experiment_is_planned_without_its_model() -> None:

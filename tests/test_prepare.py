@@ -315,7 +315,6 @@ def params(sets: dict[str, PromptSet], tests: dict[str, PromptSet] | None = None
         test_sets=tests or {},
         behaviours={},
         prepare=replace(found.prepare, splits=SHARES),
-        evaluate=replace(found.evaluate, window=40, stride=40),
     )
 
 
@@ -508,15 +507,6 @@ def test_bad_input_is_one_line_that_names_its_key_and_writes_nothing(project, se
     assert str(raised.value).startswith("params: ")
     assert "\n" not in str(raised.value)
     assert not Path("outputs").exists()
-
-
-def test_completions_that_fill_the_context_are_refused_before_work(project):
-    asked = params(SETS)
-    fits = replace(asked, evaluate=replace(asked.evaluate, new_tokens=63))
-    run(fits)
-    over = replace(asked, evaluate=replace(asked.evaluate, new_tokens=64))
-    with pytest.raises(InputError, match=r"evaluate.new_tokens is 64; expected less than 64, the"):
-        run(over)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ more than one key decides is checked by `sparc3.stages.checks`, which also loads
 """
 
 import json
+import re
 import types
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import field, fields, is_dataclass
@@ -55,6 +56,18 @@ class Keep:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Columns:
+    """Which columns of a file of one's own hold what; `pair`: the preferred sentence, the other."""
+
+    text: str | None = None
+    pair: tuple[str, ...] | None = None
+    unrelated: str | None = None
+    group: str | None = None  # null: every text is a group of its own
+    label: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
 class PromptSet:
     source: str
     count: Count | None  # null: every row, in the source's order
@@ -68,6 +81,8 @@ class PromptSet:
     keep: Keep | None = None
     attributed: Count | None = None  # null: all of the attribute split, else its first so many
     blocks: Count | None = None  # that are tested one by one, each by circuits of all before it
+    columns: Columns | None = None  # of a file of one's own
+    private: bool = False  # no text of it in MLflow, logs or the report
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -104,12 +119,12 @@ class Scorer:
 
 @dataclass(frozen=True, config=_STRICT)
 class Fetch:
-    """Where the model comes from: embedded, out of a GGUF file, or a repository on the hub."""
+    """What the model is made from: an embedded one, or a GGUF file. A null for both leaves the
+    folder `model.path`, or the repository of the hub that its name is of.
+    """
 
     model: str | None
     gguf: str | None = None
-    repository: str | None = None
-    revision: str | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -119,10 +134,10 @@ class Prepare:
 
 @dataclass(frozen=True, config=_STRICT)
 class Attribute:
-    scores: tuple[str, ...]
     batch_tokens: Count
     shard_prompts: Count
     first_token: bool = True  # false: scores with a gradient leave out the first of every text
+    scores: tuple[str, ...] = ()  # beside those that are read
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -185,13 +200,13 @@ class Steer:
 class Evaluate:
     general: tuple[str, ...]
     texts: Count
-    window: Count
+    window: Count | None  # null: the model's context
     stride: Count
     joined: bool
     prompts: Count
     items: Count
     completions: Few
-    completed: tuple[str, ...]
+    completed: tuple[str, ...] | None  # null: all but controls, and the one control
     in_sample: tuple[str, ...]
     control: str
     drawn: Count
@@ -410,9 +425,26 @@ def shares_of(spec: PromptSet, splits: Mapping[str, float]) -> Mapping[str, floa
 
 
 def scores_of(params: Params, prompt_set: str) -> tuple[str, ...]:
-    """Names of the scores that attribute computes for a set: SCORE, or SCORE@TARGET."""
-    scores = params.prompt_sets[prompt_set].scores
-    return params.attribute.scores if scores is None else scores
+    """Names of the scores that attribute computes for a set: SCORE, or SCORE@TARGET. The set's own,
+    else what gate, methods and, of general text, protection read, and what `attribute` adds.
+    """
+    own, general = params.prompt_sets[prompt_set].scores, params.differential.general
+    read = [m.score for m in params.methods.values() if m.score != "random"]
+    protect = [params.differential.importance] if prompt_set == general else []
+    every = [params.gate.score, *read, *protect, *params.attribute.scores]
+    return tuple(dict.fromkeys(every)) if own is None else own
+
+
+def hub_of(path: str) -> tuple[str, str] | None:
+    """Repository and commit of a folder that fetch fills from the hub: models/OWNER/NAME@COMMIT."""
+    found = re.fullmatch(r"models/([^/@]+/[^/@]+)@([^/@]+)", path)
+    return (found[1], found[2]) if found else None
+
+
+def private_of(params: Params, behaviour: str) -> bool:
+    """Whether a behaviour's prompts, or its reference's, are private."""
+    spec = params.behaviours[behaviour]
+    return any(params.prompt_sets[name].private for name in (spec.prompts, spec.reference))
 
 
 def sets_of(params: Params) -> dict[str, tuple[str, PromptSet]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from sparc3.base.errors import InputError
 from sparc3.base.params import Tree, read
 
+FOLDER = Path("profiles")
 TABLES = (  # rows by their names
     *("prompt_sets", "test_sets", "sealed_sets"),
     *("behaviours", "methods", "scorers"),
@@ -25,12 +26,17 @@ def lay_over(profile: Path, base: Path) -> Tree:
     if tree.get("profile") is not None:
         problem = f"holds profile {tree['profile']} already, and only the default takes one"
         raise InputError(f"{base}: {problem}; get that back by: git checkout {base}")
-    merged = {**tree, **changes}
+    return {"profile": profile.stem, **merged(tree, changes)}
+
+
+def merged(tree: Tree, changes: Tree) -> Tree:
+    """Params with a profile's changes, as `lay_over` says."""
+    found = {**tree, **changes}
     for section in tree.keys() & changes.keys():
         old, new = tree[section], changes[section]
         if isinstance(old, dict) and isinstance(new, dict):
-            merged[section] = _rows(section, old, new) if section in TABLES else {**old, **new}
-    return {"profile": profile.stem, **merged}
+            found[section] = _rows(section, old, new) if section in TABLES else {**old, **new}
+    return found
 
 
 def _rows(section: str, old: Tree, new: Tree) -> Tree:

@@ -33,6 +33,15 @@ def is_control(method: Method) -> bool:
     return method.score == "random" or method.contrast in ("reversed-difference", "reference-only")
 
 
+def completed(params: Params) -> tuple[str, ...]:
+    """Methods that write completions, beside the behaviour's own: where `evaluate.completed` is
+    null, all that are no controls, and the control that they are compared with.
+    """
+    asked, control = params.evaluate.completed, params.evaluate.control
+    every = (n for n, m in params.methods.items() if n == control or not is_control(m))
+    return tuple(every) if asked is None else asked
+
+
 def swept(methods: Mapping[str, Method], own: str) -> dict[str, Method]:
     """The methods that choose their own number of neurons for a behaviour, in their order."""
     return {n: m for n, m in methods.items() if not m.all and leader(n, m, own) is None}

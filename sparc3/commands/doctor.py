@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_text
-from sparc3.base.params import Params
+from sparc3.base.params import Params, hub_of
 from sparc3.base.secrets import hub_token
 from sparc3.base.store import connect, public_uri
 from sparc3.commands import verify
@@ -82,17 +82,7 @@ def memory(params: Params) -> str:
     """Of the device, against the stage of the plan that needs most."""
     from sparc3.commands import plan  # here: it needs torch, and takes seconds
 
-    planned, device = plan.plan(params, params), plan.CPU
-    if params.model.device != "cpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            problem = f"model.device is {params.model.device}, and no card is here"
-            raise InputError(f"{problem}; set it to cpu, or run where there is one")
-        card = torch.cuda.get_device_properties(0)
-        cards = torch.cuda.device_count() if params.model.device == "auto" else 1
-        size = card.total_memory / 2**30
-        device = plan.CARDS[-1]._replace(name=card.name, gibibytes=size, cards=cards)
+    planned, device = plan.plan(params, params), plan.here(params)
     plan.refuse(planned, device)
     needed = planned.in_all(device).device
     return f"{needed / 1e9:.1f} GB needed, {device} has {device.memory / 1e9:.1f}"
@@ -115,9 +105,9 @@ def runs(params: Params) -> str:
 
 
 def token(params: Params) -> str:
-    given, repository = hub_token() is not None, params.fetch.repository
-    if repository and not given and not is_there(Path(params.model.path)):
-        problem = f"no HF_TOKEN, and fetch.repository {repository} may be gated"
+    given, hub = hub_token() is not None, hub_of(params.model.path)
+    if hub and not given and not is_there(Path(params.model.path)):
+        problem = f"no HF_TOKEN, and {hub[0]} may be gated"
         raise InputError(f"{problem}; set it in the environment or in .env")
     return "HF_TOKEN is there" if given else "no HF_TOKEN, and none is needed"
 

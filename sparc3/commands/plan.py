@@ -21,14 +21,23 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sparc3.base.artifacts import circuit_names, prompts_path, read_prompts
 from sparc3.base.errors import InputError
-from sparc3.base.params import FIRST, Evaluate, Params, Sweep, Transfer, scores_of, sets_of
+from sparc3.base.params import (
+    FIRST,
+    Evaluate,
+    Params,
+    Sweep,
+    Transfer,
+    hub_of,
+    scores_of,
+    sets_of,
+)
 from sparc3.base.secrets import first_line, hub_token
 from sparc3.circuits.methods import swept
 from sparc3.commands import cost
 from sparc3.commands.cost import Shape, Work
 from sparc3.measure import likelihood
 from sparc3.measure.instruments import instruments_of
-from sparc3.model import loading
+from sparc3.model import families, loading
 from sparc3.stages import checks
 from sparc3.stages.attribute import by_target
 
@@ -227,7 +236,7 @@ class Plan:
 
         every = models(draws, None)
         again = models(evaluate.in_sample, evaluate.drawn) if evaluate.in_sample else 0
-        completed = models({behaviour.method, *evaluate.completed}, evaluate.drawn)
+        completed = models({behaviour.method, *(evaluate.completed or ())}, evaluate.drawn)
         set_off = any(instrument.set_off for instrument in instruments_of(behaviour).values())
         first = every if set_off else models(draws, evaluate.drawn)
         for place, general in enumerate(evaluate.general):
@@ -269,6 +278,7 @@ class Plan:
     def _windows(self, times: int, texts: list[int], batch_tokens: int) -> Work:
         """Texts read through a sliding window: a token is scored once, most are read often."""
         window, stride = self.params.evaluate.window, self.params.evaluate.stride
+        assert window is not None  # `plan` puts the context there
         spans = [s for length in texts for s in likelihood.window_spans(length, window, stride)]
         lengths, scored = [end - begin for begin, end, _ in spans], sum(texts) - len(texts)
         return cost.likelihood(self.model, times, lengths, batch_tokens, scored)
@@ -310,20 +320,25 @@ def plan(params: Params, project: Params | None = None) -> Plan:
         getattr(params, key) == getattr(project, key, None)
         for key in ("model", "prompt_sets", "test_sets", "prepare")
     ) and all(prompts_path(name).is_file() for name in sets_of(params))
-    return Plan(params, cost.shape(configuration(params), params.model.dtype), exact)
+    config, evaluate = configuration(params), params.evaluate
+    if evaluate.window is None:
+        window = int(min(families.context(config.to_dict()), 10**9))
+        reading = replace(evaluate, window=window, stride=min(evaluate.stride, window))
+        params = replace(params, evaluate=reading)
+    return Plan(params, cost.shape(config, params.model.dtype), exact)
 
 
 def configuration(params: Params) -> PretrainedConfig:
     """config.json of model.path; where that is still to be fetched, the one that profiles/configs
-    has for a folder of its name, or that of fetch.repository. InputError, with the key: none.
+    has for a folder of its name, or the hub's. InputError, with the key: none.
     """
-    key, path, revision, fetch = "model.path", params.model.path, None, params.fetch
-    kept = CONFIGS / f"{Path(path).name}.json"
+    path, revision, fetch = params.model.path, None, params.fetch
     if not Path(path).is_dir():
+        kept = CONFIGS / f"{Path(path).name.partition('@')[0]}.json"
         if kept.is_file():
             path = str(kept)
-        elif fetch.repository is not None:
-            key, path, revision = "fetch.repository", fetch.repository, fetch.revision
+        elif hub := hub_of(path):
+            path, revision = hub
         elif fetch.model or fetch.gguf:
             raise InputError(
                 f"params: model.path: {path} is not there yet; with this profile as params.yaml, "
@@ -335,7 +350,7 @@ def configuration(params: Params) -> PretrainedConfig:
         )
     except (OSError, ValueError) as error:
         raise InputError(
-            f"params: {key}: no config.json of {path} ({first_line(error)}); put the model's "
+            f"params: model.path: no config.json of {path} ({first_line(error)}); put the model's "
             f"config.json into the folder {params.model.path}, or plan where the hub can be reached"
         ) from None
 
@@ -439,6 +454,19 @@ def named(key: str, name: str, cards: int) -> Device:
     if name not in table:
         raise InputError(f"{key} {name!r} is not known; choose one of {', '.join(table)}")
     return table[name]._replace(cards=cards)
+
+
+def here(params: Params) -> Device:
+    """The device of this machine that params name. InputError: there is none."""
+    if params.model.device == "cpu":
+        return CPU
+    if not torch.cuda.is_available():
+        problem = f"model.device is {params.model.device}, and no card is here"
+        raise InputError(f"{problem}; set it to cpu, or run where there is one")
+    card = torch.cuda.get_device_properties(0)
+    cards = torch.cuda.device_count() if params.model.device == "auto" else 1
+    size = card.total_memory / 2**30
+    return CARDS[-1]._replace(name=card.name, gibibytes=size, cards=cards)
 
 
 def of_stage(params: Params, job: str, name: str, cards: int) -> Needs:

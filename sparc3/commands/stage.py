@@ -20,8 +20,10 @@ from sparc3.base import comparison, parallel, runs
 from sparc3.base.artifacts import OUTPUTS, joint_digest, metrics_path, model_files, prompts_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, digest_text, locked, told
-from sparc3.base.params import Params
+from sparc3.base.params import Params, private_of, sets_of
 from sparc3.base.products import Ledger, write_manifest
+from sparc3.prompts import own
+from sparc3.prompts.sources import SOURCES
 from sparc3.stages.fetch import DATA, MODELS_FOLDER, check_model, folder_md5
 from sparc3.stages.table import STAGES, Stage, check_axis, made, shown_files
 
@@ -42,8 +44,8 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
         raise InputError(f"{word}: runs in one process, not {here.world}; start it with python -m")
     gc.disable()  # it would search what is imported, a million objects, again and again
     module = importlib.import_module(f"sparc3.stages.{word}")
-    if word == "attribute":  # the first that costs
-        importlib.import_module("sparc3.stages.evaluate").check_prompts(params)
+    if stage.model and word in STAGES and word != "prepare":  # those that cost
+        importlib.import_module("sparc3.stages.early").check(params)
     gc.freeze()
     gc.enable()
     if here.rank > 0:  # rank 0 has the run
@@ -51,6 +53,8 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
         return
     model = checked_model(Path(params.model.path)) if stage.model else None
     tags = {"sparc3.digest.model": model} if model else {}
+    if word == "prepare":
+        tags |= own_digests(params)
     name = "@".join([word, *axes.values()])
     lock = locked(OUTPUTS / "partial" / f"{name}.lock", name)  # a second process waits
     with lock, runs.stage_run(word, axes, parameters(params, word, axes), tags) as opened:
@@ -70,10 +74,30 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
             product = digest(metrics_path(word, value))
             steps["digest of the product"] = lambda: opened.set_product(product)
         for path in shown_files(word, value) if word in STAGES else ():
-            steps[str(path)] = partial(opened.log_artifact, path)
+            if not holds_private(params, value, path):
+                steps[str(path)] = partial(opened.log_artifact, path)
         if word == "report":
             steps["comparison"] = lambda: compare(params, opened)
         runs.log_written(steps)
+
+
+def own_digests(params: Params) -> dict[str, str]:
+    """Tags: digests of the own files that prompt sets are made of. InputError: one is missing."""
+    return {
+        f"sparc3.digest.source.{name}": own.sha256(spec.source)
+        for name, (_, spec) in sets_of(params).items()
+        if spec.source not in SOURCES
+    }
+
+
+def holds_private(params: Params, value: str | None, path: Path) -> bool:
+    """Whether a file has texts of private prompts: the prompts themselves, or their completions."""
+    sets = sets_of(params)
+    if path.suffix != ".jsonl":
+        return False
+    if path.parent == prompts_path("any").parent:
+        return sets[path.stem][1].private
+    return value in params.behaviours and private_of(params, value)
 
 
 def checked_model(folder: Path) -> str:

@@ -95,7 +95,7 @@ def describe(
     from sparc3.model import loading
 
     every = list(dict.fromkeys((name, text) for name, there in texts.items() for text in there))
-    tokens = loading.encode(tokenizer, [text for _, text in every])
+    tokens = loading.encode(tokenizer, [text for _, text in every]) if every else []
     kept = [at for at, ids in enumerate(tokens) if len(ids) > 1]
     values, places = peaks(model, circuit, [tokens[at] for at in kept])
     found = []

@@ -78,9 +78,9 @@ def scorer(spec: Spec, device: str = "cpu") -> Scorer:
     def checked(texts: list[str]) -> Array:
         scores = score(texts) if texts else np.empty(0)
         if not np.isfinite(scores).all():
-            text = texts[int(np.isfinite(scores).argmin())]
+            place = 1 + int(np.isfinite(scores).argmin())  # a text may be private
             remedy = "name another scorer, or leave the text out"
-            problem = f"{spec.kind} gives a non-finite score to {text[:60]!r}"
+            problem = f"{spec.kind} gives a non-finite score to text {place} of {len(texts)}"
             raise InputError(f"scorer: {problem}; {remedy}")
         return scores
 

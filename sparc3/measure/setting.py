@@ -76,7 +76,7 @@ def asked_of(evaluate: Evaluate, own: str, chosen: Chosen, setting: Setting) -> 
     method, completing = chosen.method, chosen.draw < evaluate.drawn
     if method is None:
         return dict.fromkeys(setting.samples, True)
-    writes = method == own or method in evaluate.completed or chosen.steers
+    writes = chosen.steers or method in (own, *(evaluate.completed or ()))
     asked = {setting.first: completing and writes}
     if completing and method in evaluate.in_sample:
         asked["in_sample"] = True

@@ -127,6 +127,13 @@ def attention_kind(config: Mapping[str, Any]) -> str:
     return "eager" if config.get("model_type") == "gemma2" else "sdpa"
 
 
+def neurons(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Layers and neurons of each, of a model's config.json."""
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    width = config.get("intermediate_size") or config.get("ffn_dim") or config.get("n_inner")
+    return layers, width or 4 * (config.get("hidden_size") or config["n_embd"])
+
+
 def body(model: PreTrainedModel) -> nn.Module:
     """The transformer: ids or embeddings to the last hidden state."""
     return next(model.children())  # the head comes after it

@@ -17,7 +17,8 @@ class Row:
     """A raw prompt. `group` is what must not be in two splits, unique over all data sets; `stratum`
     is the part of the data set whose groups are shared out among the splits. `pair` is the
     preferred sentence (of a stereotype: the stereotype) and the other one; `text` is then what a
-    completion starts from. `toxicity` is Perspective's score, in [0, 1].
+    completion starts from. `toxicity` is Perspective's score, in [0, 1]. Of a file of one's own:
+    `label` is what `where` asks for, `split` where the file puts it, `place` the file and row.
     """
 
     source: str
@@ -27,6 +28,9 @@ class Row:
     pair: tuple[str, str] | None = None
     unrelated: str | None = None
     toxicity: float | None = None
+    label: str = ""
+    split: str | None = None
+    place: str = ""
 
 
 class Source(NamedTuple):

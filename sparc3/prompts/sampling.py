@@ -223,11 +223,11 @@ def draw_stream(
 def splits(
     key: str, rows: Sequence[Row], shares: Mapping[str, float], kept: Sequence[Row]
 ) -> dict[str, str]:
-    """Group -> split for the strata of the rows that are kept. What `where` leaves out counts too,
-    so that two sets of one source agree on every group.
+    """Group -> split for the strata of the rows that are kept, where the rows do not say. What
+    `where` leaves out counts too, so that two sets of one source agree on every group.
     """
-    split_of = {}
-    for source, stratum in sorted({(row.source, row.stratum) for row in kept}):
+    split_of = {row.group: row.split for row in kept if row.split is not None}
+    for source, stratum in sorted({(row.source, row.stratum) for row in kept if row.split is None}):
         groups = {row.group for row in rows if (row.source, row.stratum) == (source, stratum)}
         try:
             split_of |= split_of_groups(groups, shares)
@@ -249,9 +249,10 @@ def prompt_set(
     """The prompts of one set, seed by seed and split by split; without a count every row that fits,
     in the order of the source. `shares`: of a set without blocks. InputError: too few of them.
     """
-    if spec.source in sources.STREAMS:
+    source = sources.source_of(spec)
+    if source.stream:
         return draw_stream(key, spec, shares, tokenizer)
-    rows = distinct(sources.SOURCES[spec.source].rows(spec.where))
+    rows = distinct(source.rows(spec.where))
     kept = sources.narrow(key, rows, spec.where)
     if not kept:
         raise InputError(f"params: {key}.where leaves none of {len(rows)} rows; ask less of it")

@@ -20,7 +20,7 @@ from sparc3.base.artifacts import (
     sweep_path,
 )
 from sparc3.base.files import Array, digest, read_csv, read_json, read_jsonl, read_text
-from sparc3.base.params import Params
+from sparc3.base.params import Params, private_of
 from sparc3.base.products import MODEL, manifest_path
 from sparc3.measure.instruments import instruments_of, primary_of
 from sparc3.reporting import tables
@@ -138,8 +138,10 @@ def escaped(text: str) -> str:
 
 def side_by_side(params: Params, behaviour: str) -> tuple[list[str], list[dict[str, Any]]]:
     """The first completion of the first prompts, not chosen: by the unpruned model, without the
-    circuit, and without as many random neurons.
+    circuit, and without as many random neurons. Nothing of private prompts.
     """
+    if private_of(params, behaviour):
+        return [], []
     spec, control = params.behaviours[behaviour], params.evaluate.control
     random = circuit_names(control, params.methods[control])[0]
     models = {"none": "unpruned", spec.method: f"without {spec.method}'s neurons"}

@@ -23,7 +23,7 @@ from scipy.special import betaincinv, stdtrit
 
 from sparc3.base.artifacts import evaluation_folder, metrics_path
 from sparc3.base.files import read_csv, read_json
-from sparc3.base.params import Params
+from sparc3.base.params import Params, hub_of
 from sparc3.circuits.overlap import enrichment, joined, overlap_p
 from sparc3.measure import inference
 from sparc3.reporting import tables
@@ -224,7 +224,7 @@ def measured(params: Params, table: list[dict[str, Any]]) -> dict[str, dict[str,
         "setup": {
             "perplexity_text": general.source.removeprefix("hub/"),
             "overlap_neurons": params.overlap.num_neurons,
-            "repository": params.fetch.repository,
+            "repository": (hub_of(params.model.path) or [None])[0],
             "split": first_split(params),
             "budget": params.select.num_neurons is None,
         },

@@ -7,20 +7,31 @@ remedy; the first one is the error.
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from sparc3.base.artifacts import circuit_names
 from sparc3.base.errors import InputError
-from sparc3.base.params import SPLITS, Method, Params, PromptSet, parse, read, scores_of, sets_of
+from sparc3.base.params import (
+    SPLITS,
+    Method,
+    Params,
+    PromptSet,
+    hub_of,
+    parse,
+    read,
+    scores_of,
+    sets_of,
+)
 from sparc3.base.profiles import TABLES, lay_over
 from sparc3.circuits.interventions import LEARNERS
-from sparc3.circuits.methods import BAN, OWN, can_lead, independent
+from sparc3.circuits.methods import BAN, OWN, can_lead, completed, independent
 from sparc3.measure.instruments import INSTRUMENTS, instruments_of
 from sparc3.measure.scorers import SCORERS
-from sparc3.prompts.sources import PAIRED, PIN, SEALED, SOURCES, STREAMS, VALUES
+from sparc3.prompts import own
+from sparc3.prompts.sources import PAIRED, PIN, SEALED, SOURCES, STREAMS, VALUES, source_of
 from sparc3.relevance.contrasts import CONTRASTS
 from sparc3.relevance.scores import SCORES, TARGETS
 
@@ -43,18 +54,20 @@ Problems = Iterator[str]
 
 
 def load(path: Path = PARAMS, base: Path | None = None) -> Params:
-    """The params of a file, or those of `base` with the changes of the profile `path`; checked.
+    """The params of a file, or those of `base` with the changes of the profile `path`; checked, and
+    with the methods that complete where `evaluate.completed` is null.
 
     InputError: one line that names the file or the key.
     """
     params = parse(read(path) if base is None else lay_over(path, base))
     check(params)
-    return params
+    return replace(params, evaluate=replace(params.evaluate, completed=completed(params)))
 
 
 def check(params: Params) -> None:
     """InputError for the first thing that cannot work."""
     checks = (
+        check_model,
         check_names,
         check_lists,
         check_pointers,
@@ -79,6 +92,21 @@ def refuse(problems: Problems) -> None:
 def _known(key: str, name: str, names: Collection[str], where: str) -> Problems:
     if name not in names:
         yield f"{key} {name!r} is not in {where}; known: {', '.join(names) or 'none'}"
+
+
+def check_model(params: Params) -> Problems:
+    """The name of the model's folder, where fetch is to fill it from the hub."""
+    path, hub = params.model.path, hub_of(params.model.path)
+    if hub and not re.fullmatch("[0-9a-f]{40}", hub[1]):
+        yield (
+            f"model.path is {path!r}; expected the 40 digits of a commit after @, for a branch or "
+            "a tag moves"
+        )
+    if not hub and "@" in path and not Path(path).exists():
+        expected = "models/OWNER/NAME@COMMIT, a folder that fetch fills from the hub"
+        yield f"model.path is {path!r}; expected a folder, or {expected}"
+    if hub and (params.fetch.model or params.fetch.gguf):
+        yield "fetch.model or fetch.gguf is given, and model.path is of the hub; set both to null"
 
 
 def check_names(params: Params) -> Problems:
@@ -161,7 +189,7 @@ def check_pointers(params: Params) -> Problems:
         yield from _known("transfer.texts", text, every, tested)
     for key, names in {
         "evaluate.control": [evaluate.control],
-        "evaluate.completed": evaluate.completed,
+        "evaluate.completed": evaluate.completed or (),
         "evaluate.in_sample": evaluate.in_sample,
         "overlap.method": [params.overlap.method],
         "report.method": [params.report.method],
@@ -211,7 +239,7 @@ def check_sets(params: Params) -> Problems:
             yield f"{key}.keep.top is {spec.keep.top}; expected at most {candidates}, count x seeds"
         if spec.target == "pair":
             yield from _paired(f"{key}.target", "pair", key, spec)
-        if spec.source in PAIRED and (spec.max_tokens is not None or like is not None):
+        if source_of(spec).paired and (spec.max_tokens is not None or like is not None):
             yield (
                 f"{key}: the pairs of source {spec.source!r} are never cut; leave out max_tokens "
                 "and match_length"
@@ -247,8 +275,10 @@ def check_source(key: str, spec: PromptSet) -> Problems:
     """The source of the set at `key`, and what its `where` may have."""
     source, where = spec.source, spec.where
     if source not in SOURCES:
-        yield f"{key}.source {source!r} is not known; choose one of {', '.join(SOURCES)}"
-    known = SOURCES[source].where
+        yield from _check_own(key, spec)
+    elif spec.columns is not None:
+        yield f"{key}.columns: only for a file of your own, and {source!r} is none; remove it"
+    known = source_of(spec).where
     for name, value in where.items():
         if name not in known:
             keys = ", ".join(known) or "no keys"
@@ -267,30 +297,58 @@ def check_source(key: str, spec: PromptSet) -> Problems:
         yield f"{key}.where.revision is missing; pin the hub's data set by its commit"
 
 
+def _check_own(key: str, spec: PromptSet) -> Problems:
+    """A file as a source, and its columns."""
+    path, columns = Path(spec.source), spec.columns
+    if path.suffix not in own.FORMATS and not path.is_dir():
+        files = f"a file {', '.join(own.FORMATS)} or a folder that datasets saved"
+        known = ", ".join(SOURCES)
+        yield f"{key}.source {spec.source!r} is not known; choose one of {known}, or {files}"
+    places = [place.resolve() for place in own.PLACES]
+    if not any(path.resolve().is_relative_to(place) for place in places):
+        yield f"{key}.source is {spec.source!r}; expected a file below prompts/; put it there"
+    if columns is not None:
+        if columns.pair is None and columns.text is None:
+            yield f"{key}.columns names neither text nor pair; give one of them"
+        if columns.pair is not None and len(columns.pair) != 2:
+            expected = "two columns, the preferred sentence and the other"
+            yield f"{key}.columns.pair is {list(columns.pair)}; expected {expected}"
+        if columns.split is not None and spec.blocks is not None:
+            yield f"{key}.blocks: the file gives the splits; leave out blocks or columns.split"
+
+
 def _paired(key: str, value: str, name: str, spec: PromptSet) -> Problems:
-    if spec.source not in PAIRED:
+    if not source_of(spec).paired:
         yield (
             f"{key} is {value!r}, but the source {spec.source!r} of {name} has no pairs; sources "
-            f"that have: {', '.join(PAIRED)}"
+            f"that have: {', '.join(PAIRED)}, or a file with columns.pair"
         )
 
 
 def check_scores(params: Params) -> Problems:
-    """Scores of every set, and that those are computed which later stages read."""
+    """Names of scores, and that a set that has its own has those which later stages read."""
+    methods = params.methods.items()
+    named = [
+        ("gate.score", params.gate.score),
+        ("differential.importance", params.differential.importance),
+        *((f"methods.{n}.score", m.score) for n, m in methods if m.score != "random"),
+        *(("attribute.scores", score) for score in params.attribute.scores),
+    ]
     for name, spec in params.prompt_sets.items():
-        key = "attribute.scores" if spec.scores is None else f"prompt_sets.{name}.scores"
-        scores = scores_of(params, name)
-        if not scores:
-            yield f"{key}: none for prompt set {name}; give at least one"
-        for score in scores:
-            kind, at, target = score.partition("@")
-            if kind not in SCORES or (at and target not in TARGETS):
-                yield (
-                    f"{key} names {score!r}; expected any of {', '.join(SCORES)}, alone or with "
-                    f"one of @{', @'.join(TARGETS)}"
-                )
-            if target == "pair":
-                yield from _paired(key, score, f"prompt set {name}", spec)
+        if spec.scores == ():
+            yield f"prompt_sets.{name}.scores is empty; give at least one, or leave it out"
+        named += [(f"prompt_sets.{name}.scores", score) for score in spec.scores or ()]
+    for key, score in named:
+        kind, at, target = score.partition("@")
+        if kind not in SCORES or (at and target not in TARGETS):
+            yield (
+                f"{key} names {score!r}; expected any of {', '.join(SCORES)}, alone or with "
+                f"one of @{', @'.join(TARGETS)}"
+            )
+    for name, spec in params.prompt_sets.items():
+        for score in scores_of(params, name):
+            if score.endswith("@pair"):
+                yield from _paired("a score", score, f"prompt set {name}", spec)
     general, importance = params.differential.general, params.differential.importance
     yield from _computed(params, "differential.importance", importance, general)
     for behaviour in params.behaviours.values():
@@ -306,7 +364,7 @@ def _computed(params: Params, key: str, score: str, prompt_set: str) -> Problems
     if score not in computed:
         yield (
             f"{key} {score!r} is not computed for the prompt set {prompt_set}, which has "
-            f"{', '.join(computed)}; add it to attribute.scores, or to the set's own"
+            f"{', '.join(computed)}; add it to prompt_sets.{prompt_set}.scores, or leave those out"
         )
 
 
@@ -413,7 +471,7 @@ def check_sizes(params: Params) -> Problems:
                 f"select.{name} is {chosen}, which the sweep does not measure; add it to "
                 f"sweep.{name}, or give both select.num_neurons and select.protect"
             )
-    if evaluate.stride > evaluate.window:
+    if evaluate.window is not None and evaluate.stride > evaluate.window:
         at_most = f"expected at most evaluate.window, {evaluate.window}"
         yield f"evaluate.stride is {evaluate.stride}; {at_most}"
 

@@ -63,7 +63,7 @@ def measured(params: Params, behaviour: str) -> dict[str, Any]:
     asked = replace(params, evaluate=replace(given, in_sample=(spec.method,)))
     by_block = sealed_rows(params, behaviour)
     exact = {} if "" in by_block else {"in_sample": {"": flat(by_block)}}
-    methods = dict.fromkeys([spec.method, *given.completed, given.control])
+    methods = dict.fromkeys([spec.method, *(given.completed or ()), given.control])
     rows = {"test": by_block, **exact}
     setting, by_name, circuits = measure(
         asked, behaviour, rows, list(methods), loading.load(params.model)

@@ -18,7 +18,7 @@ from sparc3.base import artifacts
 from sparc3.base.artifacts import circuit_names, circuit_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_json, write_csv, write_json, write_jsonl
-from sparc3.base.params import Behaviour, Params
+from sparc3.base.params import Behaviour, Params, private_of
 from sparc3.circuits import choose
 from sparc3.circuits.ablate import Edit
 from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, refuse_leak
@@ -44,8 +44,7 @@ from sparc3.measure.instruments import (
 )
 from sparc3.measure.scorers import Scorer, describe, scorer
 from sparc3.measure.setting import Chosen, Outcome, Setting, outcomes
-from sparc3.model import families, loading
-from sparc3.model.checkpoint import language_model
+from sparc3.model import loading
 
 log = logging.getLogger(__name__)
 
@@ -107,27 +106,6 @@ def check_groups(params: Params, behaviour: str, rows: Mapping[str, Mapping[str,
                 f"prompts for {split}, at least {inference.MIN_CLUSTERS} are needed for an "
                 "interval; raise its count, or the share of the test split"
             )
-
-
-def check_prompts(params: Params) -> None:
-    """InputError for what the prompts alone decide, so that no stage computes for hours before it
-    is found: too few groups, and prompts that leave no room for completions.
-    """
-    longest = families.context(language_model("model.path", params.model.path))
-    limit, tokenizer = longest - params.evaluate.new_tokens, loading.tokenizer(params.model)
-    for behaviour, spec in params.behaviours.items():
-        rows = rows_of(params, behaviour)
-        check_groups(params, behaviour, rows)
-        if not any(each.writes for each in instruments_of(spec).values()):
-            continue
-        for prompt in [row for by_block in rows.values() for row in flat(by_block)]:
-            (tokens,) = loading.encode(tokenizer, [prompt["text"]])
-            if len(tokens) > limit:
-                raise InputError(
-                    f"params: prompt_sets.{spec.prompts}: prompt {prompt['id']} has {len(tokens)} "
-                    f"tokens, expected at most {limit}: the model's context less "
-                    "evaluate.new_tokens; set max_tokens, or lower new_tokens"
-                )
 
 
 def setting_of(
@@ -413,12 +391,14 @@ def measure(
         about = {
             "method": BAN,
             "num_neurons": 0,
-            "tokens": tokenizer.batch_decode([[t] for t in ban]),
+            "tokens": []
+            if private_of(params, behaviour)
+            else tokenizer.batch_decode([[t] for t in ban]),
         }
         results[BAN] = about | result(by_name, BAN, [], setting, evaluate.resamples)
     sizes = {n: len(e) if isinstance(e := c.edits[""], Circuit) else 0 for n, c in circuits.items()}
     draws = circuit_names(evaluate.control, params.methods[evaluate.control])
-    for name, (method, by_block, _) in circuits.items():
+    for name, (method, _, _) in circuits.items():
         count = sizes[name]
         of_size = method != evaluate.control and count == sizes[draws[0]]
         rivals = [*(draws if of_size else ()), *([BAN] if BAN in by_name else ())]
@@ -448,7 +428,9 @@ def outcome_of(spec: Behaviour, row: Mapping[str, Any], split: str) -> str:
 
 
 def described(params: Params, behaviour: str, model: PreTrainedModel) -> Rows:
-    """What the first neurons of the own method's circuit do, on texts that it was chosen on."""
+    """What the first neurons of the own method's circuit do, on texts that it was chosen on; of
+    private sets none.
+    """
     spec = params.behaviours[behaviour]
     circuit = read_circuit(circuit_path(behaviour, spec.method)).first(DESCRIBED)
     texts = {
@@ -458,6 +440,7 @@ def described(params: Params, behaviour: str, model: PreTrainedModel) -> Rows:
             for text in row.get("pair", [row["text"]])
         ]
         for name in (spec.prompts, spec.reference)
+        if not params.prompt_sets[name].private
     }
     return neurons.describe(model, loading.tokenizer(params.model), circuit, texts)
 

@@ -10,13 +10,13 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from sparc3.base.files import (
     write_text,
     writing,
 )
-from sparc3.base.params import Params
+from sparc3.base.params import Params, hub_of
 from sparc3.base.secrets import hub_reason, hub_token
 from sparc3.base.store import private
 from sparc3.model.checkpoint import language_model, require_whole
@@ -233,34 +233,47 @@ def check_model(folder: Path, there: Mapping[str, str] | None = None) -> None:
         raise InputError(f"{MODELS_FOLDER}/{named}; nothing was changed; {remedy}")
 
 
-def hub_model(repository: str, revision: str | None, folder: Path) -> None:
+def hub_model(repository: str, commit: str, folder: Path) -> None:
     """Download a model repository of the hub, at a commit, into a plain folder.
 
     Where that fails the folder keeps what came, and another call goes on from there. InputError,
     without the token, where the hub does not give it; no weights there, or others than can be read.
     """
-    if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
-        expected = "expected the 40 digits of a commit, for a branch or a tag moves"
-        raise InputError(f"params: fetch.revision is {revision!r}; {expected}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    key = f"params: model.path: {repository} at {commit}"
+    with hub_errors(key):
         snapshot_download(
             repository,
-            revision=revision,
+            revision=commit,
             local_dir=folder,
             allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt", "LICENSE*"],
             token=hub_token(),
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"params: fetch.repository {repository} at {revision} cannot be had "
-            f"{hub_reason(error)}; check the name, the network and, for a gated model, the access"
-        ) from None
-    key = f"params: fetch.repository {repository}"
     language_model(key, str(folder))
     require_whole(key, str(folder))
+
+
+def commit_of(repository: str, revision: str | None) -> str:
+    """The commit that a revision of a hub's repository is now, by default its main branch's."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"--model {repository} at {revision or 'main'}"):
+        return str(HfApi(token=hub_token()).model_info(repository, revision=revision).sha)
+
+
+@contextmanager
+def hub_errors(key: str) -> Iterator[None]:
+    """Whatever the hub refuses as one line, without the token."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (OSError, HFValidationError) as error:  # the hub's other errors are OSErrors
+        raise InputError(
+            f"{key} cannot be had {hub_reason(error)}; check name, revision and network and, for a "
+            "gated model, the access"
+        ) from None
 
 
 def given_model(params: Params, scratch: Path) -> Path:
@@ -270,16 +283,7 @@ def given_model(params: Params, scratch: Path) -> Path:
     """
     target, asked = Path(params.model.path), params.fetch
     if is_there(target):  # without a note it is of the user's own making
-        note = target / ORIGIN
-        if note.is_file() and read_json(note) != origin(params):
-            made, wanted = (
-                ", ".join(f"{key} {value}" for key, value in source.items())
-                for source in (read_json(note), origin(params))
-            )
-            raise InputError(
-                f"{target}/ was made from {made}, and params.fetch asks for {wanted}; move the "
-                "folder away and fetch again, or change params back"
-            )
+        check_origin(params)
         return target
     if asked.gguf is not None:
         folder = scratch / "given"
@@ -287,21 +291,46 @@ def given_model(params: Params, scratch: Path) -> Path:
         with writing(folder):
             convert(Path(asked.gguf), folder, params.model.dtype)
     else:
-        assert asked.repository is not None  # the caller has seen that one is given
+        hub = hub_of(params.model.path)
+        assert hub is not None  # the caller has seen that it is
         # Not in `scratch`: hours of download are worth going on with.
-        folder = target.with_name(f".{target.name}-{asked.revision}")
-        hub_model(asked.repository, asked.revision, folder)
+        folder = target.with_name(f".{target.name}")
+        hub_model(*hub, folder)
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # what the hub's client notes down
-    write_json(folder / ORIGIN, origin(params))
+    write_json(folder / ORIGIN, {**origin(params), "sha256": digests(folder)})
     return folder
+
+
+def check_origin(params: Params) -> None:
+    """InputError, with what differs, for a given model that was made from something else, or whose
+    files are not what they were when it came.
+    """
+    target = Path(params.model.path)
+    if not (target / ORIGIN).is_file():
+        return
+    note = read_json(target / ORIGIN)
+    files = note.pop("sha256", {})
+    if note != origin(params):
+        made, wanted = (
+            ", ".join(f"{key} {value}" for key, value in source.items())
+            for source in (note, origin(params))
+        )
+        raise InputError(
+            f"{target}/ was made from {made}, and params ask for {wanted}; move the folder away "
+            "and fetch again, or change params back"
+        )
+    there = {name: sha256 for name, sha256 in digests(target).items() if name != ORIGIN}
+    if files and (named := difference(target, files, there)):
+        raise InputError(f"{target.parent}/{named}; move the folder away and fetch again")
 
 
 def origin(params: Params) -> dict[str, str | None]:
     """What `given_model` makes a model from, as params has it."""
-    asked = params.fetch
+    asked, hub = params.fetch, hub_of(params.model.path)
     if asked.gguf is not None:
         return {"gguf": Path(asked.gguf).name, "dtype": params.model.dtype}
-    return {"repository": asked.repository, "revision": asked.revision}
+    repository, commit = hub or (None, None)
+    return {"repository": repository, "revision": commit}
 
 
 def into_cache(folder: Path) -> None:
@@ -346,7 +375,7 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
         if name is not None:
             built[MODELS_FOLDER / name] = embedded_model(name, scratch)
         verified = set(built)
-        if params.fetch.gguf is not None or params.fetch.repository is not None:
+        if params.fetch.gguf is not None or hub_of(params.model.path) is not None:
             built[Path(params.model.path)] = given_model(params, scratch)
         for target, folder in built.items():
             if folder != target:

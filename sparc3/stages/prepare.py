@@ -7,16 +7,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from sparc3.base.artifacts import metrics_path, prompts_path
+from sparc3.base.artifacts import OUTPUTS, metrics_path, prompts_path
 from sparc3.base.errors import InputError
-from sparc3.base.files import write_json, write_jsonl
-from sparc3.base.params import Keep, Model, Params, PromptSet, sets_of
+from sparc3.base.files import digest, write_json, write_jsonl
+from sparc3.base.params import Keep, Model, Params, PromptSet, scores_of, sets_of
 from sparc3.model.checkpoint import front, here, language_model, reading, require_vocabulary
 from sparc3.model.families import context
 from sparc3.prompts.sampling import Prompt, as_row, prompt_set
 from sparc3.stages.fetch import check_data
 
 log = logging.getLogger(__name__)
+WANTED, TESTED = OUTPUTS / "wanted", OUTPUTS / "test-sets.json"
 
 
 def load_tokenizer(spec: Model) -> tuple[Tokenizer, float]:
@@ -46,9 +47,9 @@ def load_tokenizer(spec: Model) -> tuple[Tokenizer, float]:
 def check_context(key: str, spec: PromptSet, prompts: Sequence[Prompt], longest: float) -> None:
     """InputError for a prompt that the model cannot read whole, or can score nothing of."""
     for prompt in prompts:
-        about = (
-            f"params: {key}: prompt {prompt.id} ({prompt.text[:40]!r}) has {prompt.tokens} token"
-        )
+        shown = "" if spec.private else f" ({prompt.text[:40]!r})"
+        named = prompt.row.place or f"params: {key}: prompt {prompt.id}{shown}"
+        about = f"{named} has {prompt.tokens} token"
         if prompt.tokens > longest:
             raise InputError(
                 f"{about}s, the model's context {longest} after what it puts in front; set "
@@ -88,17 +89,12 @@ def run(params: Params) -> dict[str, float]:
     """Write outputs/prompts/SET.jsonl for every prompt set, and no other file there; all of a set
     that is only tested on is of the split `test`. InputError: data/ is not what is pinned (`dvc
     repro` does not see that, but pins it anew).
+
+    Beside them, for DVC to compare: the scores that are wanted of each set, which params.methods,
+    params.gate, params.differential and params.attribute decide, and the digests of the test sets.
     """
     check_data()
     tokenizer, longest = load_tokenizer(params.model)
-    if params.evaluate.window > longest:
-        problem = f"is {params.evaluate.window}; expected at most {longest}, the model's context"
-        raise InputError(f"params: evaluate.window {problem}")
-    if params.evaluate.new_tokens >= longest:
-        problem = (
-            f"is {params.evaluate.new_tokens}; expected less than {longest}, the model's context"
-        )
-        raise InputError(f"params: evaluate.new_tokens {problem}")
     made: dict[str, list[Prompt]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     specs = sets_of(params)
@@ -113,11 +109,14 @@ def run(params: Params) -> dict[str, float]:
     for name, (_, spec) in specs.items():
         if spec.keep is not None:
             rows[name] = elicited(params, name, spec.keep, rows[name])
-    for path in prompts_path("any").parent.glob("*.jsonl"):
+    for path in (*prompts_path("any").parent.glob("*.jsonl"), *WANTED.glob("*.json")):
         if path.stem not in made:
             path.unlink()
     for name, lines in rows.items():
         write_jsonl(prompts_path(name), lines)
+    for name in params.prompt_sets:
+        write_json(WANTED / f"{name}.json", scores_of(params, name))
+    write_json(TESTED, {name: digest(prompts_path(name)) for name in params.test_sets})
     counts = ", ".join(f"{len(lines)} {name}" for name, lines in rows.items())
     log.info("prepare: %d prompts: %s", sum(map(len, rows.values())), counts)
     metrics = {name: describe(lines) for name, lines in rows.items()}

@@ -30,7 +30,10 @@ class Stage(NamedTuple):
 
 STAGES: dict[str, Stage] = {
     "prepare": Stage(
-        "prompt sets out of the raw data", model=True, reads=("data",), products=("prompts",)
+        "prompt sets out of the raw data",
+        model=True,
+        reads=("data",),
+        products=("prompts", "wanted", "test-sets.json"),
     ),
     "attribute": Stage(
         "scores of every neuron for every prompt",
@@ -76,7 +79,7 @@ STAGES: dict[str, Stage] = {
         "what pruning does, on held-out prompts",
         "behaviour",
         model=True,
-        reads=("data", "prepare", "select", "steer"),
+        reads=("prepare", "select", "steer"),
         products=("evaluation/{}",),
     ),
     "transfer": Stage(

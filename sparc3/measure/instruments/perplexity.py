@@ -51,18 +51,22 @@ def encode_joined(
 def read(
     model: "PreTrainedModel", edits: Sequence[Edit], sample: Sample, how: How
 ) -> list[Reading]:
-    """Likelihood and divergence of texts of any length, read through a sliding window.
+    """Likelihood and divergence of texts of any length, read through a sliding window, by default
+    the context.
 
     A window of joined texts reaches across them, so a text is read after those before it. Column
     `kl` beside those of `likelihood`: the sum over a text's tokens of KL(unpruned || without the
     circuit), in nats.
     """
     from sparc3.measure.likelihood import Window, window_scores
+    from sparc3.model.families import context
 
     texts, names = sample.tokens, sample.ids
     if sample.joined:
         texts, names = [[token for text in texts for token in text]], ["all, joined,"]
-    window = Window(how.evaluate.window, how.evaluate.stride)
+    whole = min(context(model.config.to_dict()), max(2, *map(len, texts)))
+    length = how.evaluate.window or int(whole)
+    window = Window(length, min(how.evaluate.stride, length))
     every = window_scores(model, edits, texts, names, window, how.batch_tokens, how.progress)
     if sample.joined:
         ends = np.cumsum([len(text) for text in sample.tokens])[:-1]

@@ -1,0 +1,109 @@
+"""Set-ups that a late stage stopped at, hours after the first: each is refused before attribute."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import yaml
+
+from sparc3.__main__ import main
+from sparc3.base.errors import InputError
+from sparc3.base.files import read_jsonl, write_jsonl
+from sparc3.base.params import scores_of
+from sparc3.stages import early
+from sparc3.stages.checks import load
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """3 layers x 24 neurons, a context of 64, six groups in every test split."""
+    monkeypatch.chdir(small.write_project(tmp_path))
+    return tmp_path
+
+
+def edit(section: str, **changes: Any) -> None:
+    path = Path("params.yaml")
+    tree = yaml.safe_load(path.read_text())
+    tree[section] |= changes
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+def refusal() -> str:
+    with pytest.raises(InputError) as caught:
+        early.check(load())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "expected"),
+    [
+        ("evaluate", {"window": 2048}, "evaluate.window is 2048; expected at most 64, the model's"),
+        ("evaluate", {"new_tokens": 64}, "evaluate.new_tokens is 64; expected less than 64"),
+        ("evaluate", {"new_tokens": 60}, "tokens, expected at most 4: the model's context less"),
+        (
+            "evaluate",
+            {"texts": 4},
+            "prompt_sets.general has 4 texts to read, at least 6 are",
+        ),
+        ("evaluate", {"prompts": 5}, "talk has 5 groups of prompts for test, at least 6"),
+        ("gate", {"prompts": 5}, "prompt_sets.talk has 5 groups to attribute, at least 6"),
+        ("transfer", {"items": 5}, "behaviours.talk.prompts has 5 groups for transfer, at least 6"),
+        ("sweep", {"num_neurons": [4, 60]}, "sweep.num_neurons asks for 60; expected at most 58"),
+        ("select", {"num_neurons": 73}, "select.num_neurons asks for 73; expected at most 58"),
+        ("overlap", {"num_neurons": 100}, "overlap.num_neurons asks for 100; expected at most 58"),
+        ("sweep", {"texts": 1}, "prompt_sets.general: the sweep needs 2 texts"),
+        ("scorers", {"profanity": {"kind": "detoxify", "path": "no"}}, "no: file not found"),
+    ],
+)
+def test_what_failed_late_fails_first(
+    project: Path, section: str, changes: dict[str, Any], expected: str
+) -> None:
+    early.check(load())
+    edit(section, **changes)
+    assert expected in refusal()
+
+
+def test_the_stage_does_not_begin(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit("evaluate", texts=4)
+    assert main(["attribute", "--prompt-set", "talk"]) == 2
+    assert "raise evaluate.texts" in capsys.readouterr().err
+    assert not Path("outputs/scores").exists()
+
+
+def test_a_window_of_null_is_the_context_whatever_the_stride(project: Path) -> None:
+    edit("evaluate", window=None, stride=512)
+    early.check(load())
+
+
+def test_what_methods_read_is_computed_and_what_is_no_control_completes(project: Path) -> None:
+    tree = yaml.safe_load(Path("params.yaml").read_text())
+    rows = {
+        "wanda": {"score": "wanda", "contrast": "t"},
+        "other": {"score": "lrp-abs@max-logit", "contrast": "auroc"},
+        "top": {"score": "lrp", "contrast": "reference-only", "match": "own"},
+        "noise": {"score": "random", "match": "own"},
+    }
+    edit("methods", **rows)
+    edit("evaluate", completed=None)
+    params = load()
+    asked = ("lrp", "wanda", "lrp-abs@max-logit", *tree["attribute"]["scores"])
+    assert scores_of(params, "talk") == asked
+    assert params.evaluate.completed == ("lrp", "random", "wanda", "other")  # the control too
+
+
+def test_prompts_that_share_a_group_across_files_are_refused(project: Path) -> None:
+    tree = yaml.safe_load(Path("params.yaml").read_text())
+    for name in small.SETS:
+        tree["prompt_sets"][name]["source"] = f"prompts/{name}.jsonl"
+    Path("params.yaml").write_text(yaml.safe_dump(tree))
+    early.check(load())
+    for name, split in (("talk", "test"), ("general", "attribute")):
+        path = Path(f"outputs/prompts/{name}.jsonl")
+        rows = read_jsonl(path)
+        next(row for row in rows if row["split"] == split)["group"] = "own/7"
+        write_jsonl(path, rows)
+    assert "prompt_sets.general and prompt_sets.talk have a group, or a text, in common" in (
+        refusal()
+    )
