@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, write_json
+from sparc3.circuits import adapter
 from sparc3.circuits.ablate import pruned
-from sparc3.circuits.adapter import CONFIG, WEIGHTS, read_adapter, write_adapter
+from sparc3.circuits.adapter import CONFIG, WEIGHTS, read_adapter
 from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.model.families import width
 
@@ -23,6 +24,13 @@ IDS = torch.tensor(tiny.sequences([12, 12]))
 # 0.25 is a power of two, so scaling activations rounds as scaling weights does.
 ONE = replace(tiny.circuit(0, 2), scales=np.tile([0.0, 0.25], 12))
 OTHER = tiny.circuit(1, 2, scale=0.5)
+
+
+def write_adapter(
+    folder: Path, circuit: Circuit, model: PreTrainedModel, base: str, revision: str | None = None
+) -> None:
+    kind = model.config.model_type
+    adapter.write_adapter(folder, circuit, kind, width(model), base, revision)
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -100,7 +108,8 @@ def test_the_files_hold_the_layers_of_the_circuit_alone(family: str, tmp_path: P
     modules = dict(base.named_modules())
     assert all(name in modules for name in config["target_modules"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "0123abc")
-    assert config["fan_in_fan_out"] == (family == "gpt2")
+    projections = [type(modules[name]).__name__ for name in config["target_modules"]]
+    assert config["fan_in_fan_out"] == (projections[0] == "Conv1D")
 
 
 def test_what_is_written_is_read(family: str, tmp_path: Path) -> None:
@@ -116,7 +125,7 @@ def test_what_cannot_be_a_circuit_is_refused(tmp_path: Path) -> None:
         write_adapter(tmp_path, INTACT, model, "a/base")
     beyond = Circuit(np.array([3]), np.array([0]), np.zeros(1), np.zeros(1))
     with pytest.raises(InputError, match="layers 0 to 2"):
-        write_adapter(tmp_path, beyond, model, "a/base")
+        beyond.save_adapter(tmp_path, model)
     assert list(tmp_path.iterdir()) == []
     write_adapter(tmp_path, replace(ONE, scales=ONE.scales + 2), model, "a/base")
     with pytest.raises(InputError, match="not from 0"):

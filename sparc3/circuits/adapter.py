@@ -8,7 +8,7 @@ needed neither to write nor to read it.
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,29 +17,28 @@ from sparc3.base.files import Array, read_json, read_tensors, write_json, write_
 from sparc3.circuits.circuit import Circuit
 from sparc3.model.families import FAMILIES, family
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "base_model.model.{}.{}.{}.ia3_l"  # of a layer's vector, in peft
+TRANSPOSED = ("gpt2",)  # families of Conv1D, which stores (in, out)
 
 
 def write_adapter(
-    folder: Path, circuit: Circuit, model: "PreTrainedModel", base: str, revision: str | None = None
+    folder: Path,
+    circuit: Circuit,
+    model_type: str,
+    width: int,
+    base: str,
+    revision: str | None = None,
 ) -> None:
-    """Write CONFIG and WEIGHTS: a float32 vector (1, neuron) for every layer of the circuit.
+    """Write CONFIG and WEIGHTS: a float32 vector (1, width) for every layer of the circuit.
 
-    `base` is the model's name on the hub, at `revision`, or its folder. InputError: no neuron, or
-    one that the model does not have.
+    model_type, width: the model's family, and the neurons of a layer; base: its name on the hub, at
+    `revision`, or its folder. InputError: no neuron.
     """
-    from sparc3.circuits.ablate import require_neurons
-    from sparc3.model.families import mlps, width
-
-    require_neurons(model, circuit)
     if not len(circuit):
         raise InputError("circuit: it has no neuron, and an adapter needs one")
-    names, layers = family(model.config.model_type), np.unique(circuit.layers).tolist()
-    vectors = {layer: np.ones((1, width(model)), np.float32) for layer in layers}
+    names, layers = family(model_type), np.unique(circuit.layers).tolist()
+    vectors = {layer: np.ones((1, width), np.float32) for layer in layers}
     for layer, neuron, _, scale in circuit.rows():
         vectors[layer][0, neuron] = scale
     modules = [f"{names.layers}.{layer}.{names.down}" for layer in layers]
@@ -51,7 +50,7 @@ def write_adapter(
         "inference_mode": True,
         "target_modules": modules,
         "feedforward_modules": modules,
-        "fan_in_fan_out": type(mlps(model)[0].down).__name__ == "Conv1D",
+        "fan_in_fan_out": model_type in TRANSPOSED,
         "init_ia3_weights": True,
         "modules_to_save": None,
     }
@@ -71,7 +70,8 @@ def read_adapter(folder: Path) -> Circuit:
         raise InputError(f"{folder / CONFIG}: peft_type {kind!r}; a circuit is an IA3 adapter")
     rows: list[tuple[int, int, float]] = []
     for name, vector in read_tensors(path)[0].items():
-        found = (re.fullmatch(NAME.format(f.layers, r"(\d+)", f.down), name) for f in FAMILIES.values())
+        places = (NAME.format(f.layers, r"(\d+)", f.down) for f in FAMILIES.values())
+        found = (re.fullmatch(place, name) for place in places)
         layer = next(filter(None, found), None)
         if layer is None:
             raise InputError(f"{path}: {name} is of no MLP's output projection of a known family")

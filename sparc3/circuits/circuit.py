@@ -83,9 +83,13 @@ class Circuit:
         """Write it as an adapter that peft loads on `model`'s checkpoint. InputError: no neuron, or
         one that the model does not have.
         """
+        from sparc3.circuits.ablate import require_neurons
         from sparc3.circuits.adapter import write_adapter
+        from sparc3.model.families import width
 
-        write_adapter(Path(folder), self, model, model.name_or_path)
+        require_neurons(model, self)
+        kind, base = model.config.model_type, model.name_or_path
+        write_adapter(Path(folder), self, kind, width(model), base)
 
     def applied(self, model: "PreTrainedModel") -> "AbstractContextManager[PreTrainedModel]":
         """Within the block the model is without the circuit; then it is as it was, bit for bit.
