@@ -273,8 +273,10 @@ def test_the_hub_reads_the_cards_metadata(project, form):
 def test_a_model_of_the_hub_is_named_with_its_commit(project):
     params = project()
     write_json(Path("models/tiny/sparc3-origin.json"), {"repository": "me/lm", "revision": "0a1b"})
+    Path("models/tiny/README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     export.run(params, "toxicity", "lrp", Path("out"), "adapter")
     config = read_json(Path("out/adapter_config.json"))
+    assert ModelCard(Path("out/README.md").read_text()).data.license == "mit"
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/lm", "0a1b")
     assert ModelCard(Path("out/README.md").read_text()).data.base_model == "me/lm"
 

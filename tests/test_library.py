@@ -1,6 +1,7 @@
 """The library: what `import sparc3` gives, against the stages' functions and naive sums."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -181,3 +182,26 @@ def test_a_circuit_is_kept_applied_for_a_while_or_for_good(loaded, tmp_path: Pat
         copy = AutoModelForCausalLM.from_pretrained(model.name_or_path)
         circuit.apply(copy)
         torch.testing.assert_close(copy(ids).logits, found)
+
+
+def test_the_ten_lines_of_the_readme_run(loaded, capsys) -> None:
+    model, tokenizer = loaded
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    code = block.replace("models/smollm2-135m", model.name_or_path)
+    assert code != block
+    space = {"RUDE": TEXTS, "POLITE": GENERAL, "PROMPTS": ["w3 w4"]}
+    exec(code, space)
+    assert len(space["circuit"]) == 30
+    shown = [
+        str(sparc3.complete(model, tokenizer, ["w3 w4"], c))
+        for c in (sparc3.INTACT, space["circuit"])
+    ]
+    assert capsys.readouterr().out == f"{shown[0]} {shown[1]}\n"
+
+
+def test_the_page_has_every_name() -> None:
+    page = (ROOT / "docs/library.md").read_text()
+    methods = {name for name in vars(sparc3.Circuit) if name[0] != "_"} - {"rows", "first"}
+    fields = {"layers", "neurons", "scores", "scales"}
+    for name in {*sparc3.__all__, *(f"ircuit.{name}(" for name in methods - fields)}:
+        assert name in page, name

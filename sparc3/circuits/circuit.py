@@ -43,11 +43,14 @@ class Circuit:
 
     @staticmethod
     def load(path: str | Path) -> "Circuit":
-        """A circuit from its CSV, or from a folder that `export` wrote or peft saved. InputError:
-        nothing of the kind, or damaged.
+        """A circuit from its CSV, from a folder that `export` wrote or peft saved, or from such a
+        repository on the hub, `owner/name@revision`. InputError: nothing of the kind, or damaged.
         """
         from sparc3.circuits.adapter import CONFIG, read_adapter
 
+        repository, _, revision = str(path).partition("@")
+        if revision and not Path(path).exists():
+            path = _of_the_hub(repository, revision)
         path = Path(path)
         if (path / "circuit.csv").is_file():
             return read_circuit(path / "circuit.csv")
@@ -125,6 +128,20 @@ class Circuit:
         """The neurons of both, as they are in this one."""
         there = {row[:2] for row in other.rows()}
         return _of_rows([row for row in self.rows() if row[:2] in there])
+
+
+def _of_the_hub(repository: str, revision: str) -> str:
+    """Where the hub's client keeps the circuit of an exported folder."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from sparc3.base.secrets import hub_reason, hub_token
+
+    try:
+        return hf_hub_download(repository, "circuit.csv", revision=revision, token=hub_token())
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        problem = f"{repository}@{revision}: no file, and on the hub no circuit.csv"
+        raise InputError(f"{problem} {hub_reason(error)}") from None
 
 
 def _of_rows(rows: Sequence[tuple[int, int, float, float]]) -> Circuit:

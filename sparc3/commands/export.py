@@ -28,11 +28,11 @@ from sparc3.circuits.circuit import Circuit, read_circuit
 from sparc3.commands import remeasure
 from sparc3.commands.remeasure import EXACT, EXPECTED, INPUTS, PARAMS, PROBE
 from sparc3.model import families, loading
+from sparc3.model.checkpoint import TERMS
 from sparc3.reporting.card import Edit, Evidence, card
 from sparc3.reporting.terms import base_of, notice
 
 Form = Literal["model", "adapter"]
-TERMS = ("LICEN[CS]E*", "NOTICE*", "*TERMS*", "USE_POLICY*")  # go where weights go
 LOCK = Path("requirements-hashed.txt")
 
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from sparc3.base.files import read_json
 from sparc3.base.params import Params
-from sparc3.model.checkpoint import ORIGIN
+from sparc3.model.checkpoint import ORIGIN, TERMS
 
 KNOWN = {  # embedded models: what they are conversions of
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -55,15 +57,30 @@ class Base(NamedTuple):
 
 
 def base_of(params: Params) -> Base:
-    """By its folder: what fetch noted down there, and its licence's text."""
+    """By its folder: what fetch noted down there, its card's metadata and its licence's text."""
     folder = Path(params.model.path)
     note = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
     repository, revision = note.get("repository"), note.get("revision")
-    files = sorted({f for name in ("LICEN[CS]E*", "*TERMS*") for f in folder.glob(name)})
-    text = "\n".join(file.read_text(errors="replace") for file in files)
-    licence = next((name for words, name in LICENCES.items() if words in text), "other")
     name = repository or KNOWN.get(folder.name, folder.name)
-    return Base(name, repository, revision, licence)
+    return Base(name, repository, revision, _on_its_card(folder) or _in_its_text(folder))
+
+
+def _on_its_card(folder: Path) -> str | None:
+    card = folder / "README.md"
+    text = card.read_text(errors="replace") if card.is_file() else ""
+    if not text.startswith("---\n"):
+        return None
+    try:
+        about = yaml.safe_load(text.split("---\n")[1])
+    except yaml.YAMLError:
+        return None
+    return about.get("license") if isinstance(about, dict) else None
+
+
+def _in_its_text(folder: Path) -> str:
+    files = sorted({file for name in TERMS for file in folder.glob(name)})
+    text = "\n".join(file.read_text(errors="replace") for file in files)
+    return next((name for words, name in LICENCES.items() if words in text), "other")
 
 
 def notice(base: Base) -> str:

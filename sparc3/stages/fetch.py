@@ -37,7 +37,7 @@ from sparc3.base.files import (
 from sparc3.base.params import Params
 from sparc3.base.secrets import hub_reason, hub_token
 from sparc3.base.store import private
-from sparc3.model.checkpoint import ORIGIN, language_model, require_whole
+from sparc3.model.checkpoint import ORIGIN, TERMS, language_model, require_whole
 from sparc3.model.gguf import convert, use_bpe_by_score
 
 log = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ def hub_model(repository: str, revision: str | None, folder: Path) -> None:
             repository,
             revision=revision,
             local_dir=folder,
-            allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt", "LICENSE*"],
+            allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt", *TERMS, "README.md"],
             token=hub_token(),
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
