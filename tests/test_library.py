@@ -28,7 +28,8 @@ def loaded(tmp_path_factory):
     """A model and tokenizer as transformers loads them: weights that take gradients."""
     folder = tmp_path_factory.mktemp("library")
     small.write_model(folder)
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="w1")
+    return AutoModelForCausalLM.from_pretrained(folder), tokenizer
 
 
 def python(code: str, **variables: str) -> str:
