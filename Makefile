@@ -104,7 +104,7 @@ lock:
 	@$(find_python); \
 	$$python -m venv --clear .lock \
 	&& .lock/bin/python -m pip install --quiet $(UV) \
-	&& .lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra lrp --group dev --no-annotate \
+	&& .lock/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --group dev --no-annotate \
 	  --generate-hashes --custom-compile-command "make lock" pyproject.toml -o requirements-hashed.txt \
 	&& sed -E '/^ +--hash=/d; s/ \\$$//' requirements-hashed.txt > requirements.txt \
 	&& digest=$$($$python -c 'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())') \

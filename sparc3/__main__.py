@@ -67,9 +67,13 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--cards", type=int, default=1, metavar="N", help="of that device")
     submit = words.add_parser("submit", help="a stage as a Slurm job, by params.cluster")
     add_stages(submit.add_subparsers(dest="stage", required=True, metavar="STAGE"))
-    export = words.add_parser("export", help="write a pruned model as a Hugging Face folder")
+    export = words.add_parser("export", help="write a pruned model, or a circuit as an adapter")
     add_circuit(export)
     export.add_argument("--folder", type=Path, required=True, metavar="PATH")
+    forms = {"choices": ("model", "adapter"), "default": "model"}
+    export.add_argument("--as", dest="form", help="whole, or for peft: a few kilobytes", **forms)
+    remeasure = words.add_parser("remeasure", help="does an exported folder give what it promises?")
+    remeasure.add_argument("folder", type=Path, metavar="FOLDER")
     words.add_parser("confirm", help="measure the sealed sets, once for a release")
     words.add_parser("committed", help="do metrics/ equal those of git's HEAD?")
     words.add_parser("readme", help="renew the generated blocks of README.md and docs/")
@@ -135,6 +139,13 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno not in PLACES:
             raise
         print(f"sparc3: error: {masked(error)}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:  # the wheel alone brings what the library needs
+        package = (error.name or "").partition(".")[0]
+        if package == "sparc3":
+            raise
+        problem = f"{word} needs the package {package}; pip install 'sparc3[pipeline,lrp]'"
+        print(f"sparc3: error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sparc3: interrupted", file=sys.stderr)

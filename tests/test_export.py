@@ -1,6 +1,7 @@
 """The exported folder, through plain transformers, against the pruned model in memory."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import tiny
 import torch
 import transformers
-from safetensors.torch import load_file
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -20,12 +23,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sparc3.__main__ import main
 from sparc3.base.artifacts import circuit_path, metrics_path
 from sparc3.base.errors import InputError
+from sparc3.base.files import read_json, write_json
 from sparc3.base.params import Model, Params
 from sparc3.circuits.ablate import prune_weights, pruned
 from sparc3.circuits.circuit import Circuit, read_circuit, write_circuit
-from sparc3.commands import export
+from sparc3.commands import export, remeasure
 from sparc3.model import loading
 from sparc3.reporting.card import licence
 from sparc3.stages.checks import load
@@ -43,7 +48,6 @@ EVALUATION = {
             "ppl_delta": {"value": 0.8123456, "low": -0.1, "high": 1.5, "p": 0.04, "n": 40},
             "test": {
                 "nll_shift": {"value": 0.21, "low": 0.1, "high": 0.3, "n": 40},
-                "values": {"nll": 3.2},
             },
             "among_controls": {
                 "nll": {"value": 0.2, "mean": 0.01, "low": -0.1, "high": 0.03, "p": 0.25, "n": 3}
@@ -56,8 +60,11 @@ EVALUATION = {
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project's folder with a tiny model of any family, its tokenizer and a circuit."""
+    """A project's folder with a tiny model of any family, its tokenizer and a circuit; what is
+    exported is measured again in this process, which is quicker.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "check", lambda written, folder: remeasure.run(written))
 
     def make(family: str = "llama", dtype: str = "float32") -> Params:
         tiny.model(family).save_pretrained("models/tiny")
@@ -188,7 +195,7 @@ def test_failure_leaves_nothing_behind(project, monkeypatch):
     with pytest.raises(InputError, match=r"aura\.csv: file not found"):
         export.run(params, "toxicity", "aura", Path("out"))
     write_circuit(circuit_path("toxicity", "lrp"), CIRCUIT)
-    monkeypatch.setattr(export, "digest", lambda _: pytest.fail("the disk is full"))
+    monkeypatch.setattr(export, "check", lambda *_: pytest.fail("the disk is full"))
     with pytest.raises(pytest.fail.Exception):
         export.run(params, "toxicity", "lrp", Path("out"))
     assert {p.name for p in Path().iterdir()} == {"models", "outputs"}
@@ -225,3 +232,114 @@ def test_a_tokenizer_of_a_class_that_builds_its_own_is_exported_as_it_reads(proj
     again = AutoTokenizer.from_pretrained("out")
     assert dict(again("a good day")) == dict(used("a good day"))
     assert again.special_tokens_map == used.special_tokens_map
+
+
+def test_as_an_adapter_it_is_small_and_plain_peft_loads_it_on_the_base(project):
+    params = project("gpt2")
+    export.run(params, "toxicity", "lrp", Path("out"), "adapter")
+    names = {p.relative_to("out").as_posix() for p in Path("out").rglob("*") if p.is_file()}
+    assert names == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", "circuit.csv"),
+        *("LICENSE", "reproduce/params.yaml", "reproduce/inputs.json", "reproduce/expected.json"),
+    }
+    assert sum(p.stat().st_size for p in Path("out").glob("adapter*")) < 2000
+    named = read_json(Path("out/adapter_config.json"))["base_model_name_or_path"]
+    base = AutoModelForCausalLM.from_pretrained(named).eval()
+    model = loading.load(params.model)
+    with pruned(model, CIRCUIT):
+        assert torch.equal(PeftModel.from_pretrained(base, "out")(IDS).logits, model(IDS).logits)
+    assert "`unmerge_adapter`" in Path("out/README.md").read_text()
+
+
+@pytest.mark.parametrize("form", ["model", "adapter"])
+def test_the_hub_reads_the_cards_metadata(project, form):
+    params = project()
+    for name in ("LICENSE", "GEMMA_TERMS.html"):
+        Path("models/tiny", name).write_text("Gemma Terms of Use")
+    metrics_path("evaluate", "toxicity").parent.mkdir(parents=True)
+    metrics_path("evaluate", "toxicity").write_text(json.dumps(EVALUATION))
+    export.run(params, "toxicity", "lrp", Path("out"), form)
+    text = Path("out/README.md").read_text()
+    data = ModelCard(text).data
+    assert data.base_model == "tiny"
+    assert data["base_model_relation"] == {"model": "finetune", "adapter": "adapter"}[form]
+    assert data.license == "gemma"
+    assert {"allenai/real-toxicity-prompts", "google/boolq"} <= {*data.datasets}
+    (result,) = data.eval_results
+    assert (result.dataset_name, result.metric_type) == ("toxicity", "nll_shift")
+    assert result.metric_value == 0.21
+    assert "[0.1, 0.3]" in result.metric_name
+    assert "Prohibited" not in text
+    assert "https://ai.google.dev/gemma/terms" in text
+    assert Path("out/NOTICE").read_text().startswith("Gemma is provided under and subject to the")
+    assert Path("out/GEMMA_TERMS.html").is_file()
+
+
+def test_a_model_of_the_hub_is_named_with_its_commit(project):
+    params = project()
+    write_json(Path("models/tiny/sparc3-origin.json"), {"repository": "me/lm", "revision": "0a1b"})
+    Path("models/tiny/README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    export.run(params, "toxicity", "lrp", Path("out"), "adapter")
+    config = read_json(Path("out/adapter_config.json"))
+    assert ModelCard(Path("out/README.md").read_text()).data.license == "mit"
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/lm", "0a1b")
+    assert ModelCard(Path("out/README.md").read_text()).data.base_model == "me/lm"
+
+
+@pytest.fixture(scope="module")
+def measured(finished, tmp_path_factory):
+    """A whole project with `export`s that another process has measured: rude, bias."""
+    folder = shutil.copytree(finished, tmp_path_factory.mktemp("measured") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for behaviour, method, form in (
+            ("rude", "lrp", "adapter"),
+            ("bias", "gradient-t", "model"),
+        ):
+            words = ["--behaviour", behaviour, "--method", method, "--as", form]
+            assert main(["export", *words, "--folder", f"kept/{behaviour}"]) == 0
+    return folder
+
+
+def test_a_folder_says_what_it_gives_and_that_is_measured_again(measured, monkeypatch, capsys):
+    monkeypatch.chdir(measured)
+    results = read_json(metrics_path("evaluate", "rude"))
+    promise = read_json(Path("kept/rude/reproduce/expected.json"))
+    assert {*promise} == {"probe_nll", "perplexity_general", "perplexity_news", "nll", "profanity"}
+    row, before = results["circuits"]["lrp"], results["baseline"]["perplexity_general"]
+    assert promise["nll"]["value"] == row["test"]["values"]["nll"]
+    general = promise["perplexity_general"]["value"]
+    assert 100 * (general / before - 1) == pytest.approx(row["ppl_delta"]["value"])
+    for behaviour in ("rude", "bias"):
+        assert main(["remeasure", f"kept/{behaviour}"]) == 0
+        said = capsys.readouterr().out
+        assert "DOES NOT" not in said
+        number = len(read_json(Path(f"kept/{behaviour}/reproduce/expected.json")))
+        assert f"{number} of {number} numbers hold" in said
+
+
+def test_other_weights_do_not_hold_and_other_inputs_are_refused(measured, monkeypatch, capsys):
+    monkeypatch.chdir(measured)
+    file = Path("kept/rude/adapter_model.safetensors")
+    kept, prompts = file.read_bytes(), Path("outputs/prompts/rude.jsonl")
+    save_file({name: torch.ones_like(each) for name, each in load_file(file).items()}, file)
+    with pytest.raises(SystemExit, match="1"):
+        main(["remeasure", "kept/rude"])
+    assert "| DOES NOT |" in capsys.readouterr().out
+    file.write_bytes(kept)
+    text = prompts.read_text()
+    prompts.write_text(text + "\n")
+    assert main(["remeasure", "kept/rude"]) == 2
+    assert "outputs/prompts/rude.jsonl: is not what kept/rude" in capsys.readouterr().err
+    prompts.write_text(text)
+    assert main(["remeasure", "outputs"]) == 2
+    assert "no folder that `export` wrote" in capsys.readouterr().err
+
+
+def test_a_folder_that_breaks_its_promise_is_not_kept(measured, monkeypatch):
+    """Here the promise is another model's: the neurons are those of another circuit."""
+    monkeypatch.chdir(measured)
+    monkeypatch.setattr(remeasure, "probe", lambda model: 99.0)
+    with pytest.raises(InputError, match=r"^broken: loaded again it does not give .*probe_nll"):
+        export.run(load(), "rude", "lrp", Path("broken"), "adapter")
+    assert not Path("broken").exists()

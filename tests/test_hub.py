@@ -22,7 +22,9 @@ from sparc3.stages.fetch import pin_text
 FILES = {
     "config.json": b'{"model_type": "llama", "max_position_embeddings": 64}',
     "model.safetensors": save({"weight": np.ones(2, np.float32)}),
+    "README.md": b"---\nlicense: mit\n---\n",
 }
+CIRCUIT = b"layer,neuron,score,scale\n1,7,-0.5,0.0\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_" + "s3cret" * 5
 
@@ -58,7 +60,7 @@ class Hub(BaseHTTPRequestHandler):
             if name in self.lacking:
                 self.send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
                 return
-            content = FILES[name]
+            content = {**FILES, "circuit.csv": CIRCUIT}[name]
             if body:
                 self.sent.append(name)
             self.send(200, content, {"ETag": f'"{len(content)}"', "X-Repo-Commit": COMMIT}, body)
@@ -219,3 +221,12 @@ def test_a_model_of_the_hub_has_a_digest_like_any_other(hub: str, tmp_path: Path
         (folder / name).write_text("another")
         digests.add(model_digest(folder))
     assert len(digests) == 5
+
+
+def test_a_circuit_is_loaded_by_its_name_and_commit(hub: str, tmp_path: Path) -> None:
+    code = "import sparc3; print(*sparc3.Circuit.load('team/{}@main').rows())"
+    done = python(hub, tmp_path, code.format("open"))
+    assert done.stdout == "(1, 7, -0.5, 0.0)\n", done.stderr
+    done = python(hub, tmp_path, code.format("gated"))
+    last = done.stderr.strip().splitlines()[-1]
+    assert "InputError: team/gated@main: no file, and on the hub no circuit.csv" in last

@@ -27,6 +27,20 @@ Result = TypeVar("Result")
 Edit = Circuit | Intervention
 
 
+def require_neurons(model: "PreTrainedModel", circuit: Circuit) -> None:
+    """InputError for the first neuron of a circuit that the model does not have."""
+    from sparc3.model.families import mlps, outgoing
+
+    widths = [outgoing(mlp.down).shape[1] for mlp in mlps(model)]
+    for layer, neuron, *_ in circuit.rows():
+        if layer >= len(widths) or neuron >= widths[layer]:
+            raise InputError(
+                f"circuit: layer {layer}, neuron {neuron}; the model has layers 0 to "
+                f"{len(widths) - 1} with neurons 0 to {widths[min(layer, len(widths) - 1)] - 1}: "
+                "the circuit belongs to another model"
+            )
+
+
 def _per_layer(
     model: "PreTrainedModel", circuit: Circuit
 ) -> "list[tuple[MLP, Tensor, Tensor, Tensor]]":
@@ -35,15 +49,8 @@ def _per_layer(
 
     from sparc3.model.families import mlps, outgoing
 
+    require_neurons(model, circuit)
     layers = mlps(model)
-    widths = [outgoing(mlp.down).shape[1] for mlp in layers]
-    for layer, neuron, *_ in circuit.rows():
-        if layer >= len(layers) or neuron >= widths[layer]:
-            raise InputError(
-                f"circuit: layer {layer}, neuron {neuron}; the model has layers 0 to "
-                f"{len(layers) - 1} with neurons 0 to {widths[min(layer, len(layers) - 1)] - 1}: "
-                "the circuit belongs to another model"
-            )
     parts = []
     for layer in np.unique(circuit.layers).tolist():
         weight = outgoing(layers[layer].down).detach()
@@ -154,7 +161,7 @@ def pruned_rows(
     factors: dict[int, Tensor] = {}
     downs = [mlp.down for mlp in mlps(model)]
     for place, circuit in enumerate(circuits):
-        _per_layer(model, circuit)  # refuses neurons that the model does not have
+        require_neurons(model, circuit)
         for layer, neuron, _, scale in circuit.rows():
             if layer not in factors:
                 weight = outgoing(downs[layer])

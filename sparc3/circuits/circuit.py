@@ -1,14 +1,18 @@
 """A circuit: distinct neurons with what is left of each, and the file that keeps them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array, read_text, write_csv
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COLUMNS: tuple[str, ...] = ("layer", "neuron", "score", "scale")
 
@@ -36,6 +40,108 @@ class Circuit:
         """Its first neurons: as it is kept, those of the most negative scores."""
         columns = (self.layers, self.neurons, self.scores, self.scales)
         return Circuit(*(column[:count] for column in columns))
+
+    @staticmethod
+    def load(path: str | Path) -> "Circuit":
+        """A circuit from its CSV, from a folder that `export` wrote or peft saved, or from such a
+        repository on the hub, `owner/name@revision`. InputError: nothing of the kind, or damaged.
+        """
+        from sparc3.circuits.adapter import CONFIG, read_adapter
+
+        repository, _, revision = str(path).partition("@")
+        if revision and not Path(path).exists():
+            path = _of_the_hub(repository, revision)
+        path = Path(path)
+        if (path / "circuit.csv").is_file():
+            return read_circuit(path / "circuit.csv")
+        return read_adapter(path) if (path / CONFIG).is_file() else read_circuit(path)
+
+    @staticmethod
+    def choose(
+        differential: Array,
+        k: int,
+        importance: Array | None = None,
+        protect: float = 0.2,
+        scale: float = 0.0,
+    ) -> "Circuit":
+        """The k most negative neurons of a differential (layer, neuron), each left with `scale`.
+
+        The share `protect` of all neurons that have the largest `importance` (layer, neuron), for
+        text that must not suffer, is never chosen. InputError: fewer than k are left.
+        """
+        from sparc3.circuits.choose import choose, protected
+
+        barred = np.zeros(differential.shape, bool)
+        if importance is not None:
+            barred = protected(importance, protect)
+        ids = choose(differential, k, barred, "k")
+        scores = differential.ravel()[ids].astype(np.float64)
+        return Circuit(*np.divmod(ids, differential.shape[1]), scores, np.full(k, scale))
+
+    def save(self, path: str | Path) -> None:
+        """Write the CSV that `load` reads."""
+        write_circuit(Path(path), self)
+
+    def save_adapter(self, folder: str | Path, model: "PreTrainedModel") -> None:
+        """Write it as an adapter that peft loads on `model`'s checkpoint. InputError: no neuron, or
+        one that the model does not have.
+        """
+        from sparc3.circuits.ablate import require_neurons
+        from sparc3.circuits.adapter import write_adapter
+        from sparc3.model.families import width
+
+        require_neurons(model, self)
+        kind, base = model.config.model_type, model.name_or_path
+        write_adapter(Path(folder), self, kind, width(model), base)
+
+    def applied(self, model: "PreTrainedModel") -> "AbstractContextManager[PreTrainedModel]":
+        """Within the block the model is without the circuit; then it is as it was, bit for bit.
+        InputError: a neuron that the model does not have.
+        """
+        from sparc3.circuits.ablate import pruned
+
+        return pruned(model, self)
+
+    def apply(self, model: "PreTrainedModel") -> None:
+        """Remove the circuit from the model for good. InputError as `applied`."""
+        from sparc3.circuits.ablate import prune_weights
+
+        prune_weights(model, self)
+
+    def scaled(self, strength: float) -> "Circuit":
+        """The same neurons with a part of the effect: 1 leaves the circuit as it is, 0 the model;
+        a pruned neuron keeps 1 - strength. InputError: not from 0 to 1.
+        """
+        if not 0 <= strength <= 1:
+            raise InputError(f"strength {strength}; expected 0 (no effect) to 1 (as it is)")
+        return replace(self, scales=1 - strength * (1 - self.scales))
+
+    def __or__(self, other: "Circuit") -> "Circuit":
+        """Both, one after the other: scales of common neurons multiply, the lower score stays."""
+        rows = {row[:2]: row for row in self.rows()}
+        for layer, neuron, score, scale in other.rows():
+            *_, score_here, scale_here = rows.get((layer, neuron), (0, 0, score, 1.0))
+            rows[layer, neuron] = layer, neuron, min(score, score_here), scale * scale_here
+        return _of_rows(list(rows.values()))
+
+    def __and__(self, other: "Circuit") -> "Circuit":
+        """The neurons of both, as they are in this one."""
+        there = {row[:2] for row in other.rows()}
+        return _of_rows([row for row in self.rows() if row[:2] in there])
+
+
+def _of_the_hub(repository: str, revision: str) -> str:
+    """Where the hub's client keeps the circuit of an exported folder."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from sparc3.base.secrets import hub_reason, hub_token
+
+    try:
+        return hf_hub_download(repository, "circuit.csv", revision=revision, token=hub_token())
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        problem = f"{repository}@{revision}: no file, and on the hub no circuit.csv"
+        raise InputError(f"{problem} {hub_reason(error)}") from None
 
 
 def _of_rows(rows: Sequence[tuple[int, int, float, float]]) -> Circuit:

@@ -10,16 +10,24 @@ import importlib
 import json
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import sparc3
 from sparc3.base import comparison, parallel, runs
-from sparc3.base.artifacts import OUTPUTS, joint_digest, metrics_path, model_files, prompts_path
+from sparc3.base.artifacts import (
+    OUTPUTS,
+    joint_digest,
+    metrics_path,
+    model_digest,
+    model_files,
+    prompts_path,
+)
 from sparc3.base.errors import InputError
-from sparc3.base.files import digest, digest_text, locked, told
+from sparc3.base.files import digest, digest_text, locked, read_json, told
 from sparc3.base.params import Params, private_of, sets_of
 from sparc3.base.products import Ledger, write_manifest
 from sparc3.prompts import own
@@ -149,7 +157,9 @@ def datasets(params: Params, axes: Mapping[str, str]) -> list[runs.Dataset]:
 
 
 def compare(params: Params, report: runs.Run) -> None:
-    """Log the comparison: a parent run for this state of the pipeline, a row for every cell."""
+    """Log the comparison: a parent run for this state of the pipeline, a row for every cell; and
+    the behaviours' own models, where they have less of the behaviour.
+    """
     from sparc3.reporting import entries, page  # here: no other stage needs them
     from sparc3.reporting.tables import cells
 
@@ -172,3 +182,38 @@ def compare(params: Params, report: runs.Run) -> None:
     whole = entries.whole_entry(params, table, shown_files("report", None))
     costs = page.with_costs
     comparison.pipeline_run(report, state, everything, whole, rows, products, costs)
+    register(params, report, table)
+
+
+def register(params: Params, report: runs.Run, table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Register the circuits of the behaviours' own methods whose verdict is "reduced", as adapters;
+    accepted are those that no control and no budget refuses. Returns `NAME, version N` of each.
+    """
+    from sparc3.base import registry
+    from sparc3.circuits.adapter import write_adapter
+    from sparc3.circuits.circuit import read_circuit
+    from sparc3.reporting.summary import short
+    from sparc3.reporting.tables import CONFIRMATORY, verdict
+
+    base, found = Path(params.model.path), []
+    for cell in table:
+        words, source = verdict(params, dict(cell)), cell["circuit"]
+        if cell["family"] != CONFIRMATORY or not words.startswith("reduced"):
+            continue
+        width = read_json(source.with_suffix(".json"))["width"]
+        kind = read_json(base / "config.json")["model_type"]
+        digests = {"circuit": digest(source), "base": model_digest(base)}
+        tags = {
+            "behaviour": cell["behaviour"],
+            "method": cell["method"],
+            "verdict": words,
+            **digests,
+        }
+        name = f"{base.name}-without-{cell['behaviour']}"
+        with TemporaryDirectory() as made:
+            adapter = Path(made)
+            write_adapter(adapter, read_circuit(source), kind, width, str(base))
+            accepted = short(words) == "reduced"
+            edited = registry.Edited(name, adapter, base, params.model.dtype, tags, accepted)
+            found.append(f"{name}, version {registry.register(report, edited)}")
+    return found

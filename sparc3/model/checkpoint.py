@@ -22,6 +22,8 @@ AGAIN = "get it again"
 PLAIN = "name the model that it was made from, in float32, bfloat16 or float16"
 FLOATING = ("F64", "F32", "F16", "BF16")
 WEIGHTS = "model.safetensors"
+TERMS = ("LICEN[CS]E*", "NOTICE*", "*TERMS*", "USE_POLICY*")  # files that go where weights go
+ORIGIN = "sparc3-origin.json"  # in the folder of a model that was given: what it was made from
 
 
 def refusal(key: str, path: object, reason: str, remedy: str = NAME) -> InputError:

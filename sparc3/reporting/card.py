@@ -1,13 +1,15 @@
-"""The model card of an exported model."""
+"""The model card of an exported model, or adapter, with the metadata that the hub reads."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from sparc3.base.files import markdown
 from sparc3.base.params import Params
 from sparc3.circuits.circuit import Circuit
+from sparc3.reporting.terms import DUTIES, Base
 
 LEGEND = """\
 Differences between this model and the unpruned one, with 95 % intervals. ppl_delta and reduction
@@ -27,6 +29,55 @@ LRP = """\
 The neurons were found by LRP, with lxt, whose licence (Clear BSD) grants no patent rights. Its
 authors allow LRP free of charge for personal and scientific purposes only.
 """
+LIMITS = """\
+It was measured on the prompts named here, in their language and length, as plain text without a
+chat template, and the scorer sees one kind of the behaviour. Nothing was measured of other tasks,
+of longer texts, of what a user may coax out of the model, or of what finetuning brings back. An
+interval is of these prompts, not of other models."""
+AGAIN = """\
+`reproduce/` has the params, the lock, the digests of what was read and the numbers of this very
+folder. In a checkout of sparc3 with the same data and base model,
+`python -m sparc3 remeasure FOLDER` measures again and says whether they hold."""
+UNMERGE = """\
+Merged for good (`merge_and_unload`), it is the pruned model. peft's `unmerge_adapter` divides by
+the scales and cannot bring a removed neuron (scale 0) back: load the base model again, or leave the
+adapter unmerged and switch it off with `disable_adapter`. Active together with another behaviour's
+adapter (`model.base_model.set_adapter([...])`), the scales multiply."""
+LOAD = {
+    "model": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")""",
+    "adapter": """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="{dtype}")
+model = PeftModel.from_pretrained(base, "PATH")""",
+}
+HUB = {  # data sets on the hub, by source
+    "real-toxicity-prompts": "allenai/real-toxicity-prompts",
+    "stereoset": "McGill-NLP/stereoset",
+    "neutral-pairs": "McGill-NLP/stereoset",
+    "gender-pairs": "McGill-NLP/stereoset",
+    "crows-pairs": "nyu-mll/crows_pairs",
+    "wikipedia": "google/boolq",
+    "news": "EdinburghNLP/xsum",
+    "reviews": "stanfordnlp/imdb",
+    "questions": "allenai/social_i_qa",
+}
+
+
+class Edit(NamedTuple):
+    """What is exported: the circuit of a behaviour that a method found, the sha256 of its file, as
+    a model or as an adapter of its base.
+    """
+
+    behaviour: str
+    method: str
+    circuit: Circuit
+    sha256: str
+    form: str
+    base: Base
 
 
 class Evidence(NamedTuple):
@@ -92,20 +143,66 @@ def licence(params: Params, method: str) -> str:
     return LRP if spec and spec.score.startswith("lrp") else ""
 
 
-def card(
-    params: Params,
-    behaviour: str,
-    method: str,
-    circuit: Circuit,
-    sha256: str,
-    evidence: Evidence,
-) -> str:
+def title(edit: Edit) -> str:
+    name = edit.base.name.rpartition("/")[2]
+    return f"{name} without {len(edit.circuit)} neurons of {edit.behaviour}"
+
+
+def metadata(params: Params, edit: Edit, evidence: Evidence) -> dict[str, Any]:
+    """What the hub reads of a card: https://huggingface.co/docs/hub/model-cards."""
+    spec, adapter = params.behaviours[edit.behaviour], edit.form == "adapter"
+    sets = {**params.prompt_sets, **params.test_sets}
+    read = [spec.prompts, spec.reference, *([spec.second] if spec.second else ())]
+    named = [HUB.get(sets[name].source) for name in [*read, *params.evaluate.general]]
+    other = {"license_name": "as-the-base-model", "license_link": "LICENSE"}
+    return {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": edit.base.name,
+        "base_model_relation": "adapter" if adapter else "finetune",
+        "license": edit.base.licence,
+        **(other if edit.base.licence == "other" else {}),
+        "datasets": sorted({name for name in named if name}),
+        "tags": ["sparc3", "pruned", edit.behaviour, *(["ia3"] if adapter else [])],
+        **_index(params, edit, evidence),
+    }
+
+
+def _index(params: Params, edit: Edit, evidence: Evidence) -> dict[str, Any]:
+    """`model-index`: every difference from the unpruned model that is this circuit's."""
+    spec = params.behaviours[edit.behaviour]
+    prompts = {"test": spec.prompts, "in_sample": f"{spec.prompts}, in sample"}
+    prompts |= {"second": spec.second or "", "texts": ""}
+    results = []
+    for name, row in differences(evidence.evaluation or {}):
+        part, _, key = name.rpartition(".")
+        if part not in prompts:
+            continue
+        read, value = (key, "ppl_delta") if part == "texts" else (prompts[part], key)
+        number, *ends = (float(row[end]) for end in ("value", "low", "high"))
+        metric = {
+            "type": value,
+            "name": f"change, 95 % interval [{ends[0]:.4g}, {ends[1]:.4g}]",
+            "value": number,
+        }
+        results.append(
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"type": read, "name": read},
+                "metrics": [metric],
+            }
+        )
+    return {"model-index": [{"name": title(edit), "results": results}]} if results else {}
+
+
+def card(params: Params, edit: Edit, evidence: Evidence) -> str:
     """The model card."""
-    model = params.model
+    behaviour, method, circuit = edit.behaviour, edit.method, edit.circuit
+    model, base, adapter = params.model, edit.base, edit.form == "adapter"
     removed = int((circuit.scales == 0).sum())
     dampened = len(circuit) - removed
     measured = (
-        f"`metrics/evaluate/{behaviour}.json` was not there when this model was written."
+        f"`metrics/evaluate/{behaviour}.json` was not there when this was written."
         if evidence.evaluation is None
         else f"{LEGEND}\n\n{evaluation_table(evidence.evaluation)}"
     )
@@ -114,36 +211,55 @@ def card(
     if evidence.sealed is not None:
         table = evaluation_table({"sealed": evidence.sealed})
         measured += f"\nThese very neurons on the sealed prompts:\n\n{table}"
+    how = (
+        "This is an IA3 adapter of peft: a vector of scales on the input of the MLP's output\n"
+        "projection, of the layers that hold these neurons. The base model stays as it is."
+        if adapter
+        else "A removed neuron has zero weights throughout; a dampened one has its column of\n"
+        "the MLP's output projection multiplied by its scale."
+    )
+    load = LOAD[edit.form].format(base=base.repository or model.path, dtype=model.dtype)
+    duties = f"\n{DUTIES[base.licence]}\n" if base.licence in DUTIES else ""
+    about = yaml.safe_dump(metadata(params, edit, evidence), sort_keys=False, allow_unicode=True)
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- sparc3
-- pruned
----
+{about}---
 
-# {Path(model.path).name} without {len(circuit)} neurons of {behaviour}
+# {title(edit)}
 
 {model.path}, in {model.dtype}, with {removed} MLP neurons removed and {dampened} dampened:
 those that sparc3's method `{method}` finds to serve {behaviour} (after arXiv 2506.13727).
-Nothing was trained. A removed neuron has zero weights throughout; a dampened one has its column of
-the MLP's output projection multiplied by its scale.
-{licence(params, method)}
+Nothing was trained. {how}
+{_weights(params, base)}{duties}{licence(params, method)}
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+{load}
 ```
-
+{f"{chr(10)}{UNMERGE}{chr(10)}" if adapter else ""}
 ## Evaluation
 
 {measured}
 
+## What this does not show
+
+{LIMITS}
+
+## To measure again
+
+{AGAIN}
+
 ## Neurons
 
 By layer, from 0; a dampened one with its scale in brackets. `circuit.csv` has their scores; its
-sha256 is {sha256}.
+sha256 is {edit.sha256}.
 
 {neuron_list(circuit)}
 """
+
+
+def _weights(params: Params, base: Base) -> str:
+    """Which weights were measured, where the name alone would not say it."""
+    if base.repository is not None:
+        return f"The weights are those of {base.repository} at {base.revision}.\n"
+    return (
+        f"All numbers are of the weights in {params.model.path} (digests in\n"
+        f"`reproduce/inputs.json`); another version of {base.name} may give others.\n"
+    )

@@ -37,7 +37,7 @@ from sparc3.base.files import (
 from sparc3.base.params import Params, hub_of
 from sparc3.base.secrets import hub_reason, hub_token
 from sparc3.base.store import private
-from sparc3.model.checkpoint import language_model, require_whole
+from sparc3.model.checkpoint import ORIGIN, TERMS, language_model, require_whole
 from sparc3.model.gguf import convert, use_bpe_by_score
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 DATA = Path("data")
 PIN = Path("data.dvc")
 MODELS_FOLDER = Path("models")
-ORIGIN = "sparc3-origin.json"  # in the folder of a model that was given: what it was made from
 
 
 class Snapshot(NamedTuple):
@@ -247,7 +246,7 @@ def hub_model(repository: str, commit: str, folder: Path) -> None:
             repository,
             revision=commit,
             local_dir=folder,
-            allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt", "LICENSE*"],
+            allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt", *TERMS, "README.md"],
             token=hub_token(),
         )
     language_model(key, str(folder))

@@ -1,0 +1,38 @@
+"""The code of a registered model, which MLflow copies beside it and runs when it is loaded: a base
+model from its folder, with a circuit's adapter on it. It needs transformers and peft, not sparc3.
+"""
+
+from typing import Any
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+
+class Edited(PythonModel):
+    """Completions of prompts by the edited model."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """From `base` and `dtype` of model_config; load_model takes another base."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        base = context.model_config["base"]
+        dtype = context.model_config["dtype"]
+        safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+        self.tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **safe)
+        self.model = PeftModel.from_pretrained(model, context.artifacts["adapter"]).eval()
+
+    def predict(self, context, model_input, params=None):  # noqa: ANN001, ANN201
+        """A completion of every prompt, one a row, the column `prompt`. Without annotations: from
+        them MLflow would infer the signature, by loading the model.
+        """
+        every = []
+        for prompt in model_input["prompt"]:
+            inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+            tokens = self.model.generate(**inputs, **(params or {}))[0]
+            every.append(self.tokenizer.decode(tokens[inputs.input_ids.shape[1] :]))
+        return every
+
+
+set_model(Edited())
