@@ -137,12 +137,12 @@ def test_an_unknown_family_is_refused():
 
 
 @contextmanager
-def stock_lxt(module) -> Iterator[None]:
+def stock_lxt(module, patches=None) -> Iterator[None]:
     """lxt's own patches of a transformers module, undone by hand."""
     targets = [module, nn.Dropout, nn.LayerNorm, *vars(module).values()]
     targets = [t for t in targets if isinstance(t, type(nn) | type)]
     before = [(t, dict(vars(t))) for t in targets]
-    monkey_patch(module)
+    monkey_patch(module, patches)
     try:
         yield
     finally:
@@ -162,6 +162,38 @@ def test_the_lean_mlp_gives_what_lxts_own_gives(family):
     with stock_lxt(modeling(model)):
         expected = neuron_gradient(model, ids)
     with attnlrp(model):
+        found = neuron_gradient(model, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", STOCK)
+def test_cp_lrp_is_lxts_own(family, monkeypatch):
+    model = tiny.model(family)
+    ids, module = torch.tensor(tiny.sequences([9])), modeling(model)
+    patches = importlib.import_module(f"lxt.efficient.models.{family.removesuffix('_text')}").cp_LRP
+    with attnlrp(model, lrp.RULE_SETS["cp-lrp"]):
+        found = neuron_gradient(model, ids)
+    # lxt changes the functions of attention in a dictionary that all families share.
+    monkeypatch.setattr(module, "ALL_ATTENTION_FUNCTIONS", {**module.ALL_ATTENTION_FUNCTIONS})
+    with stock_lxt(module, patches):
+        expected = neuron_gradient(model, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+NO_RULE = lrp.Rules(norm=False, activation=False, gate=(1, 1), queries=1, values=1)
+
+
+@FAMILIES
+def test_without_a_rule_relevance_is_the_gradient_and_every_rule_changes_it(family):
+    model = tiny.model(family)
+    ids = torch.tensor(tiny.sequences([9]))
+    expected = neuron_gradient(model, ids)
+    gated = families.mlps(model)[0].gate is not None
+    for name in NO_RULE._fields[:5]:
+        with attnlrp(model, NO_RULE._replace(**{name: getattr(lrp.ATTNLRP, name)})):
+            found = neuron_gradient(model, ids)
+        assert torch.allclose(found, expected, rtol=1e-3) == (name == "gate" and not gated), name
+    with attnlrp(model, NO_RULE):
         found = neuron_gradient(model, ids)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 

@@ -33,7 +33,7 @@ from sparc3.base.artifacts import (
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, digest_text, write_json, write_tensors
 from sparc3.base.params import Params, scores_of
-from sparc3.model import checkpoint, families, loading
+from sparc3.model import checkpoint, families, loading, trunk
 from sparc3.relevance import attribution, scores
 from sparc3.relevance.attribution import Progress, Prompt, score
 from sparc3.relevance.scores import Target
@@ -45,7 +45,7 @@ CODE = [
     Path(__file__),
     *(Path(str(code.__file__)) for code in (attribution, scores, files)),
     Path(__file__).parents[1] / "relevance/lrp.py",  # not imported: lxt need not be there
-    *(Path(str(code.__file__)) for code in (checkpoint, families, loading)),
+    *(Path(str(code.__file__)) for code in (checkpoint, families, loading, trunk)),
 ]
 VISIBLE = 120.0  # seconds until a network file system shows what another machine has written
 
