@@ -77,7 +77,7 @@ def test_gradients_are_changed_within_and_plain_again_after(family):
 @FAMILIES
 def test_every_patch_is_undone_also_after_an_error(family):
     model = tiny.model(family)
-    targets = [target for target, _, _ in lrp.rules(model)]
+    targets = [target for target, _, _ in lrp.patches(model, lrp.ATTNLRP)]
     before = [(dict(vars(target)), attention_of(model)) for target in targets]
     with pytest.raises(ZeroDivisionError), attnlrp(model):
         assert all(
@@ -136,6 +136,26 @@ def test_lxt_is_used_without_the_models_that_it_imports():
     assert "lxt.efficient.patches" in sys.modules
     assert not {"lxt.efficient.models", "lxt.efficient.models.bert"} & set(vars(lrp._patches))
     assert lrp._lxt_patches() is lrp._patches
+
+
+NO_RULE = lrp.Rules(norm=False, activation=False, gate=(1, 1), queries=1, values=1)
+
+
+@FAMILIES
+def test_without_a_rule_relevance_is_the_gradient_and_every_rule_changes_it(family):
+    model = tiny.model(family)
+    ids = torch.tensor(tiny.sequences([9]))
+    expected = neuron_gradient(model, ids)
+    same = set() if families.mlps(model)[0].gate is not None else {"gate"}
+    if getattr(model.config, "activation_function", "") == "relu":
+        same.add("activation")  # f(z) / z is its gradient
+    for name in NO_RULE._fields[:5]:
+        with attnlrp(model, NO_RULE._replace(**{name: getattr(lrp.ATTNLRP, name)})):
+            found = neuron_gradient(model, ids)
+        assert torch.allclose(found, expected, rtol=1e-3) == (name in same), name
+    with attnlrp(model, NO_RULE):
+        found = neuron_gradient(model, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "gelu_new", "silu", "gelu_pytorch_tanh"])
@@ -214,10 +234,10 @@ def test_relevance_is_out_of_balance_without_a_rule(monkeypatch):
     """So that a rule that is missing does not go unseen: here that of the norms, of the product."""
     ids = torch.tensor(tiny.sequences([9]))
     assert balance(tiny.model("llama"), ids).error < 1e-5
-    own = lrp.rules
+    own = lrp.patches
     for left_out in ("rsqrt", "forward", "eager_attention_forward"):
         monkeypatch.setattr(
-            lrp, "rules", lambda model, out=left_out: [r for r in own(model) if r[1] != out]
+            lrp, "patches", lambda *args, out=left_out: [r for r in own(*args) if r[1] != out]
         )
         broken = balance(tiny.model("llama"), ids).error > 1e-3
         assert broken == (left_out != "eager_attention_forward")  # which sdpa does not call

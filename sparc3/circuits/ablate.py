@@ -16,6 +16,7 @@ import numpy as np
 from sparc3.base.errors import InputError
 from sparc3.circuits.circuit import Circuit
 from sparc3.circuits.intervention import Intervention
+from sparc3.model.trunk import keeping, skipping
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -103,20 +104,15 @@ def without_each(
     blocks = layers(model)
     first = [_begin(edit, len(blocks)) for edit in edits]
     kept: dict[int, Any] = {}
-
-    def keep(layer: int, module: "nn.Module", args: Any, output: Any) -> None:
-        kept[layer] = output
-
     results: dict[int, Result] = {}
     for place, begin in sorted(enumerate(first), key=lambda item: -item[1]):
         with ExitStack() as stack:
             stack.enter_context(edited(model, edits[place]))
             if not results:  # its own neurons lie above all that the others need
-                for layer in {at - 1 for at in first if 0 < at < len(blocks)}:
-                    hook = blocks[layer].register_forward_hook(partial(keep, layer))
-                    stack.callback(hook.remove)
+                below = {at - 1 for at in first if 0 < at < len(blocks)}
+                kept = stack.enter_context(keeping(blocks, below))
             elif 0 < begin < len(blocks):
-                stack.enter_context(_skipping(blocks[:begin], kept[begin - 1]))
+                stack.enter_context(skipping(blocks[:begin], kept[begin - 1]))
             results[place] = run()
     return [results[place] for place in range(len(edits))]
 
@@ -126,22 +122,6 @@ def _begin(edit: Edit, layers: int) -> int:
     if not isinstance(edit, Circuit):
         return 0
     return int(edit.layers.min()) if len(edit) else layers
-
-
-@contextmanager
-def _skipping(blocks: "Sequence[nn.Module]", output: Any) -> Iterator[None]:
-    """Within the block `blocks` compute nothing: whatever enters them, `output` leaves them."""
-    replaced = [vars(block).get("forward") for block in blocks]  # accelerate puts one there
-    try:
-        for block in blocks:
-            vars(block)["forward"] = lambda *args, **kwargs: output
-        yield
-    finally:
-        for block, forward in zip(blocks, replaced, strict=True):
-            if forward is None:
-                vars(block).pop("forward", None)
-            else:
-                vars(block)["forward"] = forward
 
 
 @contextmanager

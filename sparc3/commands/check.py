@@ -61,20 +61,20 @@ def structure(model: PreTrainedModel) -> str:
 @torch.inference_mode()
 def rules(model: PreTrainedModel) -> str:
     """AttnLRP changes no logits. InputError: it does, a layer has no rule, or no lxt."""
-    from sparc3.relevance.attribution import attnlrp  # here: only now is lxt needed
+    from sparc3.relevance.attribution import rules  # here: only now is lxt needed
 
     ids = loading.short_text(model)
     plain = model(input_ids=ids, use_cache=False).logits
-    with attnlrp(model):
+    with rules(model, "attnlrp"):
         patched = model(input_ids=ids, use_cache=False).logits
     return f"every layer has one; logits change by {_apart(plain, patched, model)}"
 
 
 def conserved(model: PreTrainedModel) -> str:
     """Relevance is found again. InputError: it is not, or no lxt."""
-    from sparc3.relevance.attribution import attnlrp
+    from sparc3.relevance.attribution import rules
 
-    with attnlrp(model):
+    with rules(model, "attnlrp"):
         pass  # says what is missing
     from sparc3.relevance.conservation import balance
 

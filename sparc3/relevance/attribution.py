@@ -7,8 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +16,9 @@ from transformers import PreTrainedModel
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import Array
-from sparc3.model import families, loading
+from sparc3.model import families, loading, trunk
 from sparc3.model.families import MLP
-from sparc3.relevance.scores import SCORES, Target
+from sparc3.relevance.scores import SCORES, Score, Target
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +66,7 @@ def score(
 
     Target y, explained by the scores with a gradient:
     - max-logit: the largest logit at the last position;
+    - contrast-logit: that minus the mean of all (Gu et al. 2018; lxt's advice for GPT-2);
     - likelihood: mean log p of the prompt's own tokens, from the second one on;
     - pair: mean log p(preferred) - mean log p(other), likewise. A score with a gradient takes the
       tokens of both sequences together; one without is that of the preferred sequence minus that of
@@ -157,7 +157,7 @@ def batches(
 
 def _check(model: PreTrainedModel, prompts: Sequence[Prompt], target: Target) -> None:
     expected = 2 if target == "pair" else 1
-    shortest = 1 if target == "max-logit" else 2
+    shortest = 1 if target in AT_THE_END else 2
     longest = families.context(model.config.to_dict())
     for prompt in prompts:
         if (given := len(prompt.sequences)) != expected:
@@ -175,7 +175,8 @@ def _passes(names: Sequence[str]) -> dict[str, list[str]]:
     """Scores by the pass that yields them; those of a forward pass join another if there is one."""
     passes: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: SCORES[name].gradient is None):
-        kind = SCORES[name].gradient or next(iter(passes), "forward")
+        joined = (kind for kind in passes if kind != "path")
+        kind = SCORES[name].gradient or next(joined, "forward")
         passes.setdefault(kind, []).append(name)
     return passes
 
@@ -199,22 +200,22 @@ def _score_batch(
     sizes: dict[str, list[Tensor]] = {}
     gradient: Tensor | None = None  # dy/dhidden: the passes differ in gradients, not in values
     for kind, names in passes.items():
+        if kind == "path":
+            for name in names:
+                path = _along_path(model, ids, lengths, target, SCORES[name])
+                scores[name] = path.transpose(0, 1).cpu().numpy()
+                _check_finite(model, name, scores[name], prompts)
+            continue
         filled = {name: torch.empty(shape, device=device) for name in names}
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(kind != "forward"))
-            stack.enter_context(attnlrp(model) if kind == "attnlrp" else nullcontext())
-            stack.enter_context(loading.attention(ids))
+            stack.enter_context(rules(model, kind))
             watching = _watching(model, len(prompts), real[:, :, None], filled, first.kept, sizes)
             stack.enter_context(watching)
-            # Padding is not masked, for it is never seen. Without any mask transformers would write
-            # out the causal one; with ones it leaves causality to sdpa, which is faster.
-            states = families.body(model)(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-            )
-            hidden = states.last_hidden_state
+            hidden = run(model, ids)
             if kind != "forward":
                 if gradient is None:
-                    gradient = GRADIENTS[target](model, hidden.detach(), ids, lengths)
+                    gradient = _gradient(model, target, hidden.detach(), ids, lengths)
                 hidden.backward(gradient)
         for name, value in filled.items():
             scores[name] = value.transpose(0, 1).cpu().numpy()
@@ -224,16 +225,20 @@ def _score_batch(
     return scores
 
 
-def attnlrp(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """`lrp.attnlrp`. Only now is lxt imported: other scores do without. InputError: no lxt."""
+def rules(model: PreTrainedModel, kind: str) -> AbstractContextManager[None]:
+    """The rules of relevance of a pass. Only now is lxt imported: other scores do without.
+    InputError: it is not there.
+    """
+    if kind in ("plain", "forward"):
+        return nullcontext()
     try:
-        from sparc3.relevance import lrp
+        from sparc3.relevance.lrp import RULE_SETS, attnlrp
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        problem = f"lrp and lrp-abs need the package {package}, which is not installed"
+        problem = f"lrp and its variants need the package {package}, which is not installed"
         remedy = f"install it by: python -m pip install {package}, or take gradient"
         raise InputError(f"params: scores: {problem}; {remedy}") from None
-    return lrp.attnlrp(model)
+    return attnlrp(model, RULE_SETS[kind])
 
 
 @contextmanager
@@ -300,42 +305,116 @@ def _watching(
         yield
 
 
-def _max_logit(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-    """d/d hidden of the largest logit at each sequence's last position."""
-    rows, last = torch.arange(len(ids), device=hidden.device), lengths.to(hidden.device) - 1
-    leaf = hidden[rows, last].requires_grad_()
-    y = families.logits(model, leaf).amax(-1).sum()
-    gradient = torch.zeros_like(hidden)
-    gradient[rows, last] = torch.autograd.grad(y, leaf)[0]
-    return gradient
-
-
-def _log_p(
-    model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Tensor, odd: int = 1
+def _along_path(
+    model: PreTrainedModel, ids: Tensor, lengths: Tensor, target: Target, row: Score
 ) -> Tensor:
-    """d/d hidden of the sum of the sequences' mean log p, that of odd rows times `odd`."""
+    """Integrated gradients (layer, prompt, neuron): of a layer they sum up to y minus what y is
+    without all its neurons, but for the error of the quadrature (Sundararajan et al. 2017).
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(row.steps)
+    place = torch.tensor(np.repeat((nodes + 1) / 2, len(ids)), device=ids.device)
+    share = torch.tensor(np.repeat(weights / 2, len(ids)), device=ids.device)
+    many, lengths = ids.repeat(row.steps, 1), lengths.repeat(row.steps)
+    blocks, found = families.layers(model), []
+    prompts = len(ids) // (2 if target == "pair" else 1)
+    with torch.no_grad(), trunk.keeping(blocks, range(len(blocks) - 1)) as kept:
+        run(model, ids)
+    for layer, mlp in enumerate(families.mlps(model)):
+        ends: list[Tensor] = []
+
+        def scale(module: Any, args: tuple[Tensor, ...], ends: list[Tensor] = ends) -> Any:
+            h = args[0].detach()
+            each = h.view(len(many), -1, h.shape[-1])  # OPT runs all tokens as one axis
+            scaled = (each * place.to(each)[:, None, None]).view(h.shape)
+            ends.extend((each, scaled.requires_grad_()))
+            return (scaled,)
+
+        with ExitStack() as stack:
+            stack.callback(mlp.down.register_forward_pre_hook(scale).remove)
+            if layer:
+                below = trunk.repeated(kept[layer - 1], row.steps)
+                stack.enter_context(trunk.skipping(blocks[:layer], below))
+            hidden = run(model, many)
+            hidden.backward(_gradient(model, target, hidden.detach(), many, lengths))
+        h, scaled = ends
+        assert scaled.grad is not None
+        of_steps = row.of(mlp, h, scaled.grad.view(h.shape))
+        weighted = of_steps * share.to(of_steps)[:, None]
+        found.append(weighted.view(row.steps, prompts, -1, h.shape[-1]).sum((0, 2)))
+    return torch.stack(found)
+
+
+def run(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Last hidden states. Padding is not masked, for it is never seen. Without any mask
+    transformers would write out the causal one; with ones it leaves causality to sdpa, which is
+    faster.
+    """
+    with loading.attention(ids):
+        states = families.body(model)(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+        )
+    return states.last_hidden_state
+
+
+AT_THE_END = ("max-logit", "contrast-logit")  # targets of which one position is read
+
+
+def _predicting(target: Target, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequence and position of all hidden states that a target is read from."""
+    if target in AT_THE_END:
+        return torch.arange(len(ids), device=ids.device), lengths - 1
+    before_last = torch.arange(ids.shape[1] - 1, device=ids.device) < lengths[:, None] - 1
+    rows, positions = torch.nonzero(before_last, as_tuple=True)
+    return rows, positions
+
+
+def _parts(
+    model: PreTrainedModel, target: Target, hidden: Tensor, ids: Tensor, lengths: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Some at a time, sequence and position (n,) of the hidden states that a target is read from,
+    those states (n, width), a leaf if gradients are on, and what each adds to y, (n,).
+    """
     ids, lengths = ids.to(hidden.device), lengths.to(hidden.device)
     sign = torch.ones_like(lengths)
-    sign[1::2] = odd
-    share = sign / (lengths - 1)
-    rows, positions = torch.nonzero(
-        torch.arange(ids.shape[1] - 1, device=hidden.device) < lengths[:, None] - 1, as_tuple=True
-    )
+    sign[1::2] = -1 if target == "pair" else 1  # of (preferred, other), row by row
+    rows, positions = _predicting(target, ids, lengths)
+    for row, position in zip(
+        rows.split(POSITIONS_AT_ONCE), positions.split(POSITIONS_AT_ONCE), strict=True
+    ):
+        leaf = hidden[row, position].requires_grad_(torch.is_grad_enabled())
+        logits = families.logits(model, leaf)
+        if target in AT_THE_END:
+            y = logits.amax(-1)
+            if target == "contrast-logit":
+                y = y - logits.mean(-1)
+        else:
+            log_p = torch.log_softmax(logits.float(), -1)
+            share = (sign / (lengths - 1))[row]
+            y = log_p[torch.arange(len(row)), ids[row, position + 1]] * share
+        yield row, position, leaf, y
+
+
+def _gradient(
+    model: PreTrainedModel, target: Target, hidden: Tensor, ids: Tensor, lengths: Tensor
+) -> Tensor:
+    """dy/dhidden, y summed over all prompts."""
     gradient = torch.zeros_like(hidden)
-    for part in torch.arange(len(rows), device=hidden.device).split(POSITIONS_AT_ONCE):
-        row, position = rows[part], positions[part]
-        leaf = hidden[row, position].requires_grad_()
-        log_p = torch.log_softmax(families.logits(model, leaf).float(), -1)
-        y = (log_p[torch.arange(len(part)), ids[row, position + 1]] * share[row]).sum()
-        gradient[row, position] = torch.autograd.grad(y, leaf)[0]
+    for row, position, leaf, y in _parts(model, target, hidden, ids, lengths):
+        gradient[row, position] = torch.autograd.grad(y.sum(), leaf)[0]
     return gradient
 
 
-GRADIENTS: dict[Target, Callable[[PreTrainedModel, Tensor, Tensor, Tensor], Tensor]] = {
-    "max-logit": _max_logit,
-    "likelihood": _log_p,
-    "pair": partial(_log_p, odd=-1),  # of (preferred, other), row by row
-}
+def explained(
+    model: PreTrainedModel, target: Target, hidden: Tensor, ids: Tensor, lengths: Tensor
+) -> Tensor:
+    """y of every prompt, float64 (prompt,): what scores with a gradient explain. `hidden`: last
+    hidden states (sequence, token, width) of `ids`, padded to the right to one length.
+    """
+    values = torch.zeros(len(ids), dtype=torch.float64, device=hidden.device)
+    with torch.no_grad():
+        for row, _, _, y in _parts(model, target, hidden, ids, lengths):
+            values.index_add_(0, row, y.double())
+    return values.view(-1, 2).sum(1) if target == "pair" else values
 
 
 def _check_finite(

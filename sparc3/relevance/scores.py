@@ -5,8 +5,12 @@ h is the vector that enters the MLP output projection (one coordinate per neuron
 | score          | per prompt and neuron i; sums over the tokens t of the prompt           |
 |----------------|-------------------------------------------------------------------------|
 | lrp            | sum_t h_ti dy/dh_ti under AttnLRP: signed (SparC3, Eq. 8)               |
+| cp-lrp, relp   | as lrp, under other rules (`lrp.RULE_SETS`)                             |
 | lrp-abs        | sum_j |w_ij dy/dw_ij| under AttnLRP, w the incoming weights of `up`     |
 | gradient       | as lrp, with the plain gradient                                         |
+| integrated-    | as gradient, whose mean is taken while all neurons of a layer go        |
+| gradients      | together from 0 to h (Sundararajan et al. 2017); costs layers x steps   |
+|                | times as much, and says little where a norm follows the MLP (Gemma 3)   |
 | activation     | mean_t |h_ti|                                                           |
 | max-activation | max_t h_ti (what AurA ranks by)                                         |
 | wanda          | ||W_:i||_2 sqrt(sum_t h_ti^2), W the output projection                  |
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 
     from sparc3.model.families import MLP
 
-Target = Literal["max-logit", "likelihood", "pair"]
+Target = Literal["max-logit", "contrast-logit", "likelihood", "pair"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 PRODUCTS_AT_ONCE = 2**19  # of a weight and its gradient: they stay in the processor's cache
 
@@ -39,12 +43,14 @@ class Score(NamedTuple):
     "weights" the input x of `up`. `last` is dy/dh, or at "weights" the gradient at the output of
     `up`: zero on padding. With gradient None `last` is instead the mask of real tokens, and P
     counts sequences. All are (P, token, coordinate), the mask (P, token, 1); with a gradient the
-    tokens of both sequences of a pair are one axis.
+    tokens of both sequences of a pair are one axis. `gradient`: plain, along a path, or by a set of
+    rules; a path is read at so many `steps` (Gauss-Legendre).
     """
 
     of: Callable[[MLP, Tensor, Tensor], Tensor]
-    gradient: Literal["attnlrp", "plain"] | None
+    gradient: Literal["attnlrp", "cp-lrp", "relp", "plain", "path"] | None
     at: Literal["neurons", "weights"] = "neurons"
+    steps: int = 0
 
 
 def _input_times_gradient(mlp: MLP, h: Tensor, gradient: Tensor) -> Tensor:
@@ -82,8 +88,11 @@ def _wanda(mlp: MLP, h: Tensor, real: Tensor) -> Tensor:
 
 SCORES: dict[str, Score] = {
     "lrp": Score(_input_times_gradient, gradient="attnlrp"),
+    "cp-lrp": Score(_input_times_gradient, gradient="cp-lrp"),
+    "relp": Score(_input_times_gradient, gradient="relp"),
     "lrp-abs": Score(_weight_times_gradient, gradient="attnlrp", at="weights"),
     "gradient": Score(_input_times_gradient, gradient="plain"),
+    "integrated-gradients": Score(_input_times_gradient, gradient="path", steps=4),
     "activation": Score(_mean_absolute, gradient=None),
     "max-activation": Score(_maximum, gradient=None),
     "wanda": Score(_wanda, gradient=None),

@@ -34,7 +34,7 @@ from sparc3.base.artifacts import (
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, digest_text, read_json, write_json, write_tensors
 from sparc3.base.params import Attribute, Params, scores_of
-from sparc3.model import checkpoint, families, loading
+from sparc3.model import checkpoint, families, loading, trunk
 from sparc3.relevance import attribution, scores
 from sparc3.relevance.attribution import FirstToken, Progress, Prompt, score
 from sparc3.relevance.scores import Target
@@ -46,7 +46,7 @@ CODE = [
     Path(__file__),
     *(Path(str(code.__file__)) for code in (attribution, scores, files)),
     Path(__file__).parents[1] / "relevance/lrp.py",  # not imported: lxt need not be there
-    *(Path(str(code.__file__)) for code in (checkpoint, families, loading)),
+    *(Path(str(code.__file__)) for code in (checkpoint, families, loading, trunk)),
 ]
 FIRST = "first-token"  # where, beside the scores, each shard's sizes of it wait
 VISIBLE = 120.0  # seconds until a network file system shows what another machine has written
