@@ -7,6 +7,7 @@ homogeneous, makes of it (Achtibat et al. 2024, section 3.3).
 
 import importlib
 import sys
+from typing import Any
 
 import pytest
 import tiny
@@ -125,7 +126,8 @@ class Squared(nn.Module):
 
 def test_a_type_of_layer_without_a_rule_is_refused_by_name():
     model = tiny.model("llama")
-    families.layers(model)[1].mlp.act_fn = Squared()
+    layer: Any = families.layers(model)[1]
+    layer.mlp.act_fn = Squared()
     refusal = r"type Squared \(layers\.1\.mlp\.act_fn\) in a model of family llama; take gradient"
     with pytest.raises(InputError, match=refusal), attnlrp(model):
         pass

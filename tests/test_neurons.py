@@ -1,5 +1,7 @@
 """What neurons do, against computations by hand on tiny models."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny
@@ -30,7 +32,7 @@ def heard(model: PreTrainedModel, layer: int, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_a_push_is_the_column_through_norm_and_unembedding(family: str) -> None:
     """Added to a hidden state that is scaled to nothing else, the logits rise by as much."""
-    model = tiny.model(family)
+    model: Any = tiny.model(family)
     for layer, neuron, *_ in CIRCUIT.rows():
         down = families.mlps(model)[layer].down
         weight = down.get_parameter("weight").detach().double()

@@ -464,7 +464,8 @@ def test_the_first_token_is_told_and_may_be_left_out(target):
             first = FirstToken(kept)
             (found,) = score(model, [[prompt]], [name], target=target, first=first)
             assert first.sizes[name] == pytest.approx((there, everywhere), rel=1e-4)
-            expected = [sum(r[0 if kept else 1 :].sum(0) for r in layer) for layer in each]
+            some = 0 if kept else 1
+            expected = [torch.stack([r[some:].sum(0) for r in layer]).sum(0) for layer in each]
             torch.testing.assert_close(
                 torch.from_numpy(found[name][0]), torch.stack(expected), rtol=1e-3, atol=1e-5
             )

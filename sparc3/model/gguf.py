@@ -23,11 +23,12 @@ SHARD = 2**30  # bytes of weights in one file, at most (or a single tensor)
 def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD) -> None:
     """Weights dequantised to `dtype` as safetensors, configuration and tokenizer.
 
-    `folder` may exist; it should be empty. InputError: no GGUF of a family that is known, one whose
-    tensors are not those of the model that its header describes, or one with a key or a tensor that
-    transformers' model has no place for.
+    `folder` may exist; it should be empty. InputError: transformers 5, no GGUF of a family that is
+    known, one whose tensors are not those of the model that its header describes, or one with a key
+    or a tensor that transformers' model has no place for.
     """
     import torch  # here, so that a fetch with nothing to do takes a second
+    import transformers
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -36,6 +37,10 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
 
     if not gguf.is_file():
         raise InputError(f"{gguf}: file not found; give the path of a GGUF file")
+    if int(transformers.__version__.partition(".")[0]) > 4:
+        problem = "its tables of GGUF are others than those that the conversion was checked with"
+        remedy = "convert with transformers 4.57 (make env); the folder is read with either"
+        raise InputError(f"{gguf}: transformers is {transformers.__version__}: {problem}; {remedy}")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, **LOCAL}
     try:
         config = AutoConfig.from_pretrained(**source)

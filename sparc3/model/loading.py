@@ -137,12 +137,12 @@ def _require_finite(model: PreTrainedModel, path: str) -> None:
 @torch.inference_mode()
 def _require_attention(model: PreTrainedModel, path: str) -> None:
     """InputError unless a short text has the logits of eager attention, which knows all."""
-    config, ids, kind = model.config, short_text(model), model.config._attn_implementation
+    config, ids = model.config, short_text(model)
     with attention(ids):
         used = logits(model, body(model)(input_ids=ids, use_cache=False).last_hidden_state)
     model.set_attn_implementation("eager")
     eager = model(input_ids=ids, use_cache=False).logits
-    model.set_attn_implementation(kind)
+    model.set_attn_implementation(attention_kind(config.to_dict()))
     if not (eager.isfinite().all() and used.isfinite().all()):
         raise InputError(
             f"model.path: {path} gives a short text logits that are not finite; "

@@ -7,7 +7,7 @@ enters it from above.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def _recording(
 ) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """(query, key, value, output) of every call of attention, within `attnlrp`."""
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    kind, module = model.config._attn_implementation, sys.modules[type(model).__module__]
+    kind, module = model.config._attn_implementation, cast(Any, sys.modules[type(model).__module__])
     eager = kind == "eager"
     inner = module.eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS[kind]
 

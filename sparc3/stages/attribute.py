@@ -32,7 +32,7 @@ from sparc3.base.artifacts import (
     scores_folder,
 )
 from sparc3.base.errors import InputError
-from sparc3.base.files import digest, digest_text, read_json, write_json, write_tensors
+from sparc3.base.files import digest, digest_text, write_json, write_tensors
 from sparc3.base.params import Attribute, Params, scores_of
 from sparc3.model import checkpoint, families, loading, trunk
 from sparc3.relevance import attribution, scores
@@ -117,7 +117,7 @@ def publish(
         time.sleep(1)
     found: dict[str, list[float]] = {}
     for path in sizes:
-        for name, (there, everywhere) in read_json(path).items():
+        for name, (there, everywhere) in json.loads(path.read_bytes()).items():
             before = found.get(name, [0.0, 0.0])
             found[name] = [before[0] + there, before[1] + everywhere]
     shutil.rmtree(partial / FIRST)
