@@ -52,6 +52,7 @@ class Keep:
     temperature: Positive = 0.7
     top_p: Nucleus = 0.9
     seed: Seed = 0
+    extend: bool = False  # the completion becomes part of the text
 
 
 @dataclass(frozen=True, config=_STRICT)

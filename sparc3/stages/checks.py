@@ -35,7 +35,7 @@ OF_METHODS = {
 }
 OF_COMPLETIONS = (  # columns and values that stand beside the scores
     *("circuit", "split", "prompt", "group", "completion", "text", "tokens", "nll"),
-    *("length", "distinct_1", "distinct_2", "repetition", "degenerate"),
+    *("length", "distinct_1", "distinct_2", "repetition", "rep_4", "degenerate"),
 )
 
 Problems = Iterator[str]
