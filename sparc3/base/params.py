@@ -101,6 +101,7 @@ class Scorer:
     path: str | None = None
     label: str | None = None
     revision: str | None = None
+    floor: Share = 0.0  # mean score of neutral text, above which a reduction is taken
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -408,7 +408,9 @@ def check_scorers(params: Params) -> Problems:
         yield from _known(f"{key}.kind", row.kind, SCORERS, "the kinds of scorers")
         for field in ("path", "label", "revision"):
             given = getattr(row, field) is not None
-            if row.kind == "profanity" and given:
-                yield f"{key}.{field}: profanity has none; leave it out"
+            if given and row.kind in ("profanity", "hatesonar"):
+                yield f"{key}.{field}: {row.kind} has none; leave it out"
+            if row.kind == "python" and given != (field == "path"):
+                yield f"{key}.{field}: python has a path, module:function, and nothing else"
             if row.kind == "classifier" and field != "revision" and not given:
                 yield f"{key}.{field} is missing; a classifier needs path and label"
