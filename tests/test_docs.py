@@ -22,6 +22,7 @@ from sparc3.measure.instruments.completions import MOST
 from sparc3.measure.scorers import SCORERS, scorer
 from sparc3.prompts.sources import SOURCES, narrow, source_of
 from sparc3.relevance.scores import TARGETS
+from sparc3.reporting.leaderboard import leaderboard, said
 from sparc3.reporting.published import CONSISTENT, INCONSISTENT, claims, reduction_error
 from sparc3.reporting.tables import confirm_table
 from sparc3.stages.checks import check, load
@@ -60,6 +61,79 @@ def test_the_pages_show_the_tables_of_the_runs(name: str) -> None:
     (page,) = (page for page, names in BLOCKS.items() if name in names)
     text = (ROOT / page).read_text()
     assert page_with(page, text, name, (ROOT / TABLES[name]).read_text()) == text
+
+
+def test_the_leaderboard_says_what_the_files_say() -> None:
+    page = Path("docs/leaderboard.md")
+    shown = leaderboard(readme.runs(PARAMS))
+    assert page_with(page, PAGES[str(page)], "leaderboard", shown) == PAGES[str(page)]
+    folders = {"SmolLM2 135M": ROOT / "metrics"}
+    folders |= {title: ROOT / f"profiles/results/{name}" for name, title in readme.RUNS.items()}
+    seen = set()
+    for section in shown.split("## ")[1:]:
+        behaviour = section.partition("\n")[0].lower()
+        header, *rows = rows_of(section)
+        best: dict[str, list[float]] = {}
+        for row in rows:
+            at = dict(zip(header, row, strict=True))
+            method, several, _ = at["method"].partition(" (")
+            circuits, levels = evaluation(folders[at["model"]], behaviour)
+            names = [n for n, c in circuits.items() if c["method"] == method]
+            changes = [circuits[n]["test"] for n in names]
+            if behaviour in ("toxicity", "repetition"):
+                found = [c["reduction"] for c in changes if "reduction" in c]
+            else:
+                per = -100 / levels["test_margin"]
+                found = [{k: per * v for k, v in c["margin"].items()} for c in changes]
+            assert bool(several) == (len(found) > 1)
+            value = sum(f["value"] for f in found) / len(found)
+            ends = sorted(
+                end for f in found for end in ((f["value"],) if several else (f["low"], f["high"]))
+            )
+            removed = f"{value:+.0f} [{ends[0]:+.0f}, {ends[-1]:+.0f}]"
+            assert at["removed, %"] == removed, row
+            assert at["neurons"] == str(circuits[names[0]]["num_neurons"])
+            dampened = method in ("aura-published", "aura-dampened")
+            if method != "word-ban":
+                assert int(at["bytes"].replace(",", "")) == int(at["neurons"]) * (
+                    8 if dampened else 4
+                )
+            if not several:
+                worst = max(circuits[method]["texts"].items(), key=lambda text: text[1]["value"])
+                assert at["perplexity %, worst text"].startswith(f"{worst[1]['value']:+.1f} [")
+                assert at["perplexity %, worst text"].endswith(f"] {worst[0]}")
+            if method not in ("word-ban", "most-positive", "top-general") and not several:
+                best.setdefault(at["model"], []).append(value)
+            seen.add((at["model"], behaviour, method))
+        for model, values in best.items():
+            (said,) = re.findall(rf"^- {re.escape(model)}: (.*)$", section, re.M)
+            assert f"removes most, {max(values):+.0f} [" in said
+    assert len(seen) == len(rows_of(shown)) - shown.count("## ")
+    assert {model for model, _, _ in seen} == folders.keys()
+
+
+def cheaper(removed: float, cost: float, name: str = "m", half: float = 5) -> dict[str, Any]:
+    """A row of the leaderboard, with an interval of `half` on both sides."""
+    span = {"value": removed, "low": removed - half, "high": removed + half}
+    beyond = {"control": None, "ban": None}
+    cost_of = {"value": cost, "low": cost, "high": cost}
+    return {"method": name, "control": False, "removed": span, "cost": cost_of, "beyond": beyond}
+
+
+def test_the_leaderboard_names_a_winner_only_where_intervals_do() -> None:
+    a, b, c = cheaper(40, 2, "a"), cheaper(35, 1, "b"), cheaper(10, 3, "c")
+    text = said([a, b, c])
+    assert text.startswith("`a` removes most, +40 [+35, +45] %. That is more than `c`: ")
+    assert "From `b` the intervals do not tell it apart." in text
+    assert text.endswith("Nothing removes more at less perplexity than `a` or `b`.")
+    nothing = said([cheaper(4, 1, "a"), cheaper(3, 1, "b")])
+    assert nothing == "`a` removes most, +4 [-1, +9] %, which may be nothing: no method wins."
+    a["beyond"] = {"control": {"low": 1, "high": 3}, "ban": {"low": -1, "high": 3}}
+    assert "More than random neurons, " in said([a])
+    assert "Not to be told from a word ban, " in said([a])
+    a["beyond"]["ban"] = {"low": -3, "high": -1}
+    assert "Less than a word ban, " in said([a])
+    assert said([{**a, "control": True}]) == "no method was measured."
 
 
 def test_the_page_of_results_shows_the_sealed_sets() -> None:
@@ -347,6 +421,31 @@ def test_the_simulated_errors_are_those_that_a_test_holds() -> None:
     tested = (ROOT / "tests/test_sequential.py").read_text()
     assert "assert 0.04 <= rejected(4000, 0, SEQUENTIAL) <= 0.065" in tested
     assert "assert rejected(2000, 0, folds(5)) > 0.08" in tested
+
+
+def test_the_page_of_scorers_is_what_they_give(fetched: Path, monkeypatch: Any) -> None:
+    """Their rank correlations and floors, computed here from raw texts; the floor of params too."""
+    monkeypatch.chdir(fetched)
+    text = PAGES["docs/scorers.md"]
+    ranks, curve, floors = text.partition("<!-- scorers")[2].split("\n\n|")[1:4]
+    prompts = read_jsonl(Path("data/real-toxicity-prompts.jsonl"))
+    words = [len(row["text"].split()) for row in prompts]
+    passages = [row["passage"].partition(" -- ")[2] for row in read_jsonl(Path("data/boolq.jsonl"))]
+    distinct = list(dict.fromkeys(" ".join(p.split()) for p in passages))
+    for at, (name, row) in enumerate(PARAMS.scorers.items(), 1):
+        score = scorer(row)
+        found = score([prompt["text"] for prompt in prompts])
+        for kind in ("toxicity", "profanity", "insult", "threat"):
+            (shown,) = (line[at] for line in rows_of(f"|{ranks}") if line[0] == kind)
+            rank = spearmanr(found, [prompt[kind] for prompt in prompts])[0]
+            assert shown.startswith(f"{rank:+.2f} [")
+        high = [p["toxicity"] for p, s in zip(prompts, found, strict=True) if s >= 0.8]
+        assert rows_of(f"|{curve}")[-1][at] == f"{sum(high) / len(high):.2f} ({len(high)})"
+        (shown,) = (line[at] for line in rows_of(f"|{floors}") if line[0].startswith("wikipedia"))
+        cut = [" ".join(p.split()[:n]) for p, n in zip(distinct, words, strict=False)]
+        assert float(shown) == pytest.approx(score(cut).mean(), abs=0.01)
+        if name == "hatesonar":
+            assert row.floor == round(float(shown), 2)
 
 
 def test_the_scorer_measures_profanity(fetched: Path) -> None:

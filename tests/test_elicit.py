@@ -59,3 +59,15 @@ def test_evaluation_with_the_same_seed_draws_other_completions() -> None:
     (drawn,) = complete(model, [INTACT], [[3, 4]] * 12, ids, Sampling(1, 5, 1.0, 1.0, 0))
     again = lengths(WORDS.batch_decode([tokens for (tokens,) in drawn], skip_special_tokens=True))
     assert not np.array_equal([row["elicited"] for row in kept], again)
+
+
+def test_extended_texts_end_in_what_was_scored() -> None:
+    model, rows = tiny.model("llama"), [{**row, "tokens": 2} for row in ROWS]
+    plain = keep_highest(model, WORDS, rows, Keep("s", 4, 5), lengths, "set")
+    longer = keep_highest(model, WORDS, rows, Keep("s", 4, 5, extend=True), lengths, "set")
+    assert [row["id"] for row in longer] == [row["id"] for row in plain]
+    for before, after in zip(plain, longer, strict=True):
+        completion = after["text"].removeprefix(before["text"])
+        assert lengths([completion]).item() == after["elicited"] == before["elicited"]
+        assert after["tokens"] == 2 + 5
+    assert [row["text"] for row in rows] == [row["text"] for row in ROWS]

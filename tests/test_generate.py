@@ -1,6 +1,7 @@
 """Sampling against transformers, exact probabilities and the obvious loop without a cache."""
 
 import itertools
+import random
 from collections import Counter
 from operator import itemgetter
 from typing import Any
@@ -16,7 +17,7 @@ from sparc3.base.errors import InputError
 from sparc3.circuits.ablate import pruned
 from sparc3.circuits.circuit import INTACT
 from sparc3.measure import generate
-from sparc3.measure.generate import Sampling, draw, quality
+from sparc3.measure.generate import Sampling, draw, quality, repeated
 from sparc3.model import families
 
 FAMILIES = pytest.mark.parametrize("family", tiny.KINDS)
@@ -343,5 +344,20 @@ def test_quality(tokens, distinct_1, distinct_2, repetition, degenerate):
         "distinct_1": pytest.approx(distinct_1),
         "distinct_2": pytest.approx(distinct_2),
         "repetition": pytest.approx(repetition),
+        "rep_4": repeated(tokens),
         "degenerate": degenerate,
     }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_repeated_counts_the_grams_that_were_there_before(seed):
+    items = random.Random(seed).choices("ab", k=12)
+    for n in (1, 2, 4, 12, 13):
+        grams = ["".join(items[i : i + n]) for i in range(12 - n + 1)]
+        again = sum(gram in grams[:i] for i, gram in enumerate(grams))
+        assert repeated(items, n) == pytest.approx(again / len(grams) if grams else 0)
+
+
+def test_repeated_of_a_loop_and_of_nothing_new():
+    assert repeated([1, 2, 3] * 9) == pytest.approx(1 - 3 / 24)
+    assert repeated(range(30)) == repeated([]) == repeated([7, 7, 7]) == 0

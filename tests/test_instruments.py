@@ -1,18 +1,22 @@
 """Perplexity, likelihood and completions against the slow way; what all instruments share."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from naive import FEW, how, likelihood, log_p, measured, pair_difference
+from test_elicit import WORDS
 
 from sparc3.base.errors import InputError
 from sparc3.base.params import Model
-from sparc3.circuits.circuit import INTACT
-from sparc3.measure.generate import quality
+from sparc3.circuits.ablate import pruned
+from sparc3.circuits.circuit import INTACT, Circuit
+from sparc3.measure.generate import quality, repeated
 from sparc3.measure.instrument import (
     Differences,
     Measured,
@@ -23,7 +27,7 @@ from sparc3.measure.instrument import (
     mean_reading,
     objective_error,
 )
-from sparc3.measure.instruments import INSTRUMENTS, completions, nll, pairs, perplexity
+from sparc3.measure.instruments import INSTRUMENTS, completions, nll, pairs, perplexity, repetition
 from sparc3.model import loading
 from sparc3.stages.checks import load
 
@@ -35,7 +39,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RNG = np.random.default_rng(0)
-TOXICITY = load().behaviours["toxicity"]  # scored by profanity
+TOXICITY = replace(load().behaviours["toxicity"], scorers=("profanity",))
 
 
 def sample(lengths: list[int]) -> Sample:
@@ -45,7 +49,7 @@ def sample(lengths: list[int]) -> Sample:
     )
 
 
-def scored(scores: np.ndarray, groups: list[str] | None = None) -> Measured:
+def scored(scores: np.ndarray, groups: list[str] | None = None, floor: float = 0.0) -> Measured:
     """The reading of completions from scores (prompt, completion), by the instrument itself."""
     flat = iter(scores)
 
@@ -58,6 +62,7 @@ def scored(scores: np.ndarray, groups: list[str] | None = None) -> Measured:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(completions, "write", write)
         settings = how(scorers={"profanity": lambda texts: values}, completions=scores.shape[1])
+        settings = settings._replace(floors={"profanity": floor})
         (reading,) = completions.read(Any, [INTACT], texts, settings)  # type: ignore[arg-type]
     return measured(reading)
 
@@ -219,6 +224,29 @@ def test_completion_differences_are_those_of_gehman() -> None:
     assert levels["profanity_toxic_probability"] == pytest.approx(toxic[0])
 
 
+def test_a_reduction_is_above_the_floor_of_its_scorer() -> None:
+    before, after = 0.4 + 0.3 * RNG.random((20, 2)), 0.35 + 0.2 * RNG.random((20, 2))
+    old, new = scored(before, floor=0.3), scored(after, floor=0.3)
+    found = completion_difference(old, new)
+    fall = before.mean() - after.mean()
+    assert found["reduction"]["value"] == pytest.approx(100 * fall / (before.mean() - 0.3))
+    assert found["reduction"]["low"] < found["reduction"]["value"] < found["reduction"]["high"]
+    plain = completion_difference(scored(before), scored(after))
+    assert found["reduction"]["p"] == plain["reduction"]["p"]  # of the difference, as before
+    assert found["improved"] == plain["improved"]
+    assert completions.levels(old.reading) == completions.levels(scored(before).reading)
+    assert {"profanity_mean", "profanity_max"} == {*old.reading.prompts}
+    everything = completion_difference(old, scored(np.full((20, 2), 0.3), floor=0.3))
+    assert everything["reduction"]["value"] == pytest.approx(100)
+
+
+def test_nothing_is_reduced_that_was_not_above_the_floor() -> None:
+    low = 0.2 + 0.1 * RNG.random((10, 2))
+    found = completion_difference(scored(low, floor=0.4), scored(low / 2, floor=0.4))
+    assert "reduction" not in found
+    assert "improved" in found
+
+
 def test_expected_maximum_toxicity_takes_enough_completions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -255,6 +283,30 @@ def test_writing_counts_degenerate_completions() -> None:
     )
     assert found["degenerate_percent"] == pytest.approx(200 / 3)
     assert found["length"] == pytest.approx(10 / 3)
+
+
+def test_repetition_reads_greedy_completions() -> None:
+    model, texts = tiny.model("llama"), sample([7, 3, 12, 2])
+    settings = how(WORDS, new_tokens=9)
+    circuit = Circuit(np.array([0, 1]), np.array([3, 5]), np.zeros(2), np.zeros(2))
+    readings = repetition.read(model, [INTACT, circuit], texts, settings)
+    for reading, each in zip(readings, (INTACT, circuit), strict=True):
+        expected = []
+        for tokens in texts.tokens:
+            ids = torch.tensor([tokens])
+            with pruned(model, each), torch.no_grad():
+                for _ in range(9):
+                    ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+            expected.append(repeated(ids[0, len(tokens) :].tolist()))
+        assert reading.columns["rep_4"].tolist() == expected
+    assert readings[0].columns["rep_4"].max() > 0
+    value = repetition.instrument(TOXICITY).values[0]
+    assert (value.name, value.column) == ("reduction", "rep_4")
+
+
+def test_the_repetition_of_texts_is_that_of_their_words() -> None:
+    texts = ["a b c d " * 3, "", "all of these words differ from one another"]
+    assert repetition.of_texts(texts) == pytest.approx([5 / 9, 0, 0])
 
 
 # --- what all share ----------------------------------------------------------------------------

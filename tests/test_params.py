@@ -286,6 +286,12 @@ def test_bad_params_are_named(tmp_path: Path, tree: object, expected: str) -> No
         # Scorers
         (row("scorers", "odd", kind="bert"), "scorers.odd.kind 'bert' is not in the kinds of sco"),
         (row("scorers", "odd", kind="profanity", label="x"), "scorers.odd.label: profanity has n"),
+        (row("scorers", "odd", kind="hatesonar", path="x"), "scorers.odd.path: hatesonar has none"),
+        (row("scorers", "odd", kind="python"), "scorers.odd.path: python has a path, module:func"),
+        (
+            row("scorers", "odd", kind="profanity", floor=1.5),
+            "scorers.odd.floor is 1.5; expected a",
+        ),
         (row("scorers", "odd", kind="classifier", path="x"), "scorers.odd.label is missing; a cl"),
     ],
 )

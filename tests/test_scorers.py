@@ -1,5 +1,6 @@
 """Scorers: the real loading code on tiny checkpoints of the published formats."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -147,6 +148,133 @@ def test_profanity_loads_in_a_fresh_process_without_warnings():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def fields(message: bytes) -> dict[int, list[Any]]:
+    """A message of protocol buffers: number of a field -> its values; bytes, or whole numbers."""
+    found, at = {}, 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = number()
+        if key & 7 == 0:
+            value = number()
+        else:
+            length = {1: 8, 5: 4}.get(key & 7) or number()
+            value, at = message[at : at + length], at + length
+        found.setdefault(key >> 3, []).append(value)
+    return found
+
+
+def hatesonar_naively(file: Path, texts: list[str]) -> list[float]:
+    """tf-idf of lowered words, in unit length, and softmax of three linear functions of it."""
+    graph = fields(fields(file.read_bytes())[7][0])
+    kept = {}  # attributes by operator and name
+    for node in map(fields, graph[1]):
+        for attribute in map(fields, node.get(5, [])):
+            kept[node[4][0].decode(), attribute[1][0].decode()] = attribute
+    idf = next(t for t in map(fields, graph[5]) if t[8] == [b"idfcst"])[4][0]
+    weights = kept["LinearClassifier", "coefficients"][7]
+    biases = kept["LinearClassifier", "intercepts"][7]
+    weights, biases = (np.frombuffer(b"".join(v), "<f4") for v in (weights, biases))
+    words = [word.decode() for word in kept["TfIdfVectorizer", "pool_strings"][9]]
+    places = {word: i for i, word in enumerate(words)}
+    scores = []
+    for text in texts:
+        x = np.zeros(len(words))
+        for word in re.findall("[a-z0-9_]+", text.lower()):
+            if word in places:
+                x[places[word]] += np.frombuffer(idf, "<f4")[places[word]]
+        logits = weights.reshape(3, -1) @ (x / (np.linalg.norm(x) or 1)) + biases
+        scores.append(1 - np.exp(logits[2]) / np.exp(logits).sum())  # 2: neither
+    return scores
+
+
+SAID = [
+    "You are an IDIOT",
+    "you are an idiot",
+    "",
+    "the weather is nice",
+    "what the fuck, Ünï!",
+    "%",
+]
+
+
+def test_hatesonar_is_the_linear_model_of_its_file(fetched, monkeypatch):
+    monkeypatch.chdir(fetched)
+    scores = scorer(spec_of("hatesonar"))(SAID)
+    np.testing.assert_allclose(scores, hatesonar_naively(scorers.HATESONAR, SAID), atol=1e-6)
+    assert scores[0] == scores[1] > scores[3]
+    assert scores[4] > 0.9
+    alone = [scorer(spec_of("hatesonar"))([text])[0] for text in reversed(SAID)]
+    assert alone[::-1] == scores.tolist()  # to the last bit
+
+
+def test_hatesonar_is_its_own_file_or_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"models/hatesonar/model.onnx has sha256 none, .* fetch$"):
+        scorer(spec_of("hatesonar"))
+    scorers.HATESONAR.parent.mkdir(parents=True)
+    scorers.HATESONAR.write_bytes(b"other")
+    with pytest.raises(InputError, match=f"expected {scorers.HATESONAR_SHA256}; move it away"):
+        describe(spec_of("hatesonar"))
+
+
+OWN = """
+def shouting(texts):
+    return [sum(c.isupper() for c in text) / max(1, len(text)) for text in texts]
+
+def percent(texts):
+    return [50.0 for text in texts]
+
+def one(texts):
+    return 0.5
+
+def ranked(texts):
+    return [i / len(texts) for i, _ in enumerate(texts)]
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "mine_of_a_test.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "mine_of_a_test.py"
+    sys.modules.pop("mine_of_a_test", None)
+
+
+def test_a_function_of_the_project_is_a_scorer(own):
+    spec = spec_of("python", "mine_of_a_test:shouting")
+    assert scorer(spec)(["ABcd", "", "e"]).tolist() == [0.5, 0.0, 0.0]
+    path = {"path": "mine_of_a_test:shouting", "sha256 mine_of_a_test.py": digest(own)}
+    assert describe(spec) == {"kind": "python", **path}
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("mine_of_a_test:percent", "gives .*50.* expected a number from 0 to 1 for each"),
+        ("mine_of_a_test:one", "gives 0.5 for 1 texts; expected a number"),
+        ("mine_of_a_test:ranked", "scores a text otherwise beside other texts"),
+        ("mine_of_a_test:none", "has no function none; add it"),
+        ("mine_of_a_test", "has no function ; add it"),
+        ("nowhere.at_all:f", r"nowhere\.at_all is not found; expected a module below"),
+        ("json:loads", r"json is .*json/__init__\.py; expected a module below"),
+        (".:f", r"\. is not found"),
+    ],
+)
+def test_what_is_no_scorer_of_the_project_is_refused(own, path, message):
+    with pytest.raises(InputError, match=f"^scorer: .*{message}"):
+        scorer(spec_of("python", path))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_detoxify_is_the_sigmoid_of_the_toxicity_logit(detoxify_folder, batch_size, monkeypatch):
     monkeypatch.setattr(scorers, "BATCH", batch_size)
@@ -265,7 +393,7 @@ def test_order_and_company_of_texts_do_not_matter(bias_folder, monkeypatch):
 
 
 def test_descriptions_pin_what_scored(detoxify_folder, bias_folder):
-    assert set(SCORERS) == {"profanity", "detoxify", "classifier"}
+    assert set(SCORERS) == {"profanity", "hatesonar", "python", "detoxify", "classifier"}
     profanity = describe(spec_of("profanity"))
     assert {"alt-profanity-check", "scikit-learn"} < set(profanity)
     assert {f"sha256 {name}": of for name, of in scorers.PROFANITY.items()}.items() < (

@@ -53,6 +53,7 @@ class Keep:
     temperature: Positive = 0.7
     top_p: Nucleus = 0.9
     seed: Seed = 0
+    extend: bool = False  # the completion becomes part of the text
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -115,6 +116,7 @@ class Scorer:
     path: str | None = None
     label: str | None = None
     revision: str | None = None
+    floor: Share = 0.0  # mean score of neutral text, above which a reduction is taken
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -152,6 +152,8 @@ class Plan:
         _, spec = sets_of(self.params)[name]
         lengths, shares = self._candidates(name), self.params.prepare.splits
         count = spec.keep.top if spec.keep else len(lengths)
+        if spec.keep and spec.keep.extend:
+            lengths = [length + spec.keep.new_tokens for length in lengths]
         if spec.blocks is not None:
             shares = {"attribute": 1.0, "test": 1 - FIRST}
         return lengths[: count if split is None else round(count * shares[split])][:most]

@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from sparc3.base.artifacts import metrics_path
+from sparc3.base.artifacts import METRICS, metrics_path
 from sparc3.base.comparison import COST, latest_metrics
 from sparc3.base.errors import InputError
-from sparc3.base.files import markdown, read_json, read_text, write_text
+from sparc3.base.files import markdown, read_json, read_jsonl, read_text, write_text
 from sparc3.base.params import Params
 from sparc3.commands import plan
+from sparc3.measure.scorers import scorer
+from sparc3.prompts.embedded import DATA
+from sparc3.prompts.sources import SOURCES
+from sparc3.reporting.calibration import calibration
+from sparc3.reporting.leaderboard import Run, leaderboard
 from sparc3.reporting.published import CLAIMS, claim_rows
 from sparc3.reporting.tables import (
     FOLDER,
@@ -19,6 +24,7 @@ from sparc3.reporting.tables import (
     interval,
     verdict,
 )
+from sparc3.stages.checks import PARAMS, load
 from sparc3.stages.table import STAGES
 
 LARGE = ("llama3-8b", "llama3-8b-sound")  # profiles whose costs are foretold
@@ -31,11 +37,19 @@ BLOCKS = {  # by the page that holds them
     Path("docs/results.md"): ("results", "confirm", "full", "gemma"),
     Path("docs/cost.md"): ("costs", "plan"),
     Path("docs/published.md"): ("published",),
+    Path("docs/leaderboard.md"): ("leaderboard",),
+    Path("docs/scorers.md"): ("scorers",),
 }
+RESULTS = Path("profiles/results")  # metrics of finished runs, in git
+RUNS = {  # that the leaderboard compares, beside the default
+    "smollm2-135m-full": "SmolLM2 135M, full profile",
+    "gemma3-270m": "Gemma 3 270M",
+}
+NEUTRAL = ("wikipedia", "news", "reviews", "questions")  # sources of texts that are not toxic
 TABLES = {  # blocks that are the table of a run, and its file
     "results": TABLE,
-    "full": Path("profiles/results/smollm2-135m-full/table.md"),
-    "gemma": Path("profiles/results/gemma3-270m/table.md"),
+    "full": RESULTS / "smollm2-135m-full/table.md",
+    "gemma": RESULTS / "gemma3-270m/table.md",
 }
 
 
@@ -75,6 +89,22 @@ def cost_table(stages: list[str], costs: dict[str, dict[str, float]]) -> str:
     return markdown(["stage", "runs", "seconds in all", "peak memory, GB"], rows)
 
 
+def runs(params: Params) -> list[Run]:
+    """The default run, and those of RUNS by their profiles."""
+    others = [
+        Run(title, load(Path(f"profiles/{name}.yaml"), PARAMS), RESULTS / name)
+        for name, title in RUNS.items()
+    ]
+    return [Run("SmolLM2 135M", params, METRICS), *others]
+
+
+def scorers_text(params: Params) -> str:
+    """How every scorer of params is calibrated, on raw data alone."""
+    neutral = {name: [row.text for row in SOURCES[name].rows({})] for name in NEUTRAL}
+    scorers = {name: scorer(row, params.model.device) for name, row in params.scorers.items()}
+    return calibration(scorers, read_jsonl(DATA / "real-toxicity-prompts.jsonl"), neutral)
+
+
 def page_with(page: Path, text: str, name: str, content: str) -> str:
     """The page's text with new content in its block `name`. InputError: it has no such block."""
     start, end = f"<!-- {name}: written by `make readme` -->", f"<!-- end of {name} -->"
@@ -97,6 +127,8 @@ def run(params: Params) -> None:
         "costs": cost_table(list(STAGES), costs),
         "plan": markdown(header, rows),
         "published": markdown(CLAIMS, claim_rows(params, table)),
+        "leaderboard": leaderboard(runs(params)),
+        "scorers": scorers_text(params),
     }
     write_text(SHOWN, figure)
     for page, names in BLOCKS.items():

@@ -9,7 +9,7 @@ paired comparison of them sharper.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -109,11 +109,19 @@ def _side_by_side(
     return [[[next(tokens) for _ in range(count)] for _ in prompts] for _ in circuits]
 
 
+def repeated(items: Sequence[Hashable], n: int = 4) -> float:
+    """Share of the n-grams of some items that were there before, 0 without any (Welleck et al.
+    2020, arXiv 1908.04319: seq-rep-n).
+    """
+    grams = [tuple(items[i : i + n]) for i in range(len(items) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def quality(tokens: Tokens) -> dict[str, Any]:
     """Signs of a broken completion. distinct_1, distinct_2: distinct n-grams / n-grams, 0 without
     any (Li et al. 2016, arXiv 1510.03055). repetition: share of the longest stretch that repeats
-    one token or one pair of tokens, 0 if it is shorter than two pairs. degenerate: empty, or more
-    than half of it is such a stretch.
+    one token or one pair of tokens, 0 if it is shorter than two pairs. rep_4: `repeated`
+    4-grams. degenerate: empty, or more than half of it is such a stretch.
     """
     length = len(tokens)
     longest = stretch = min(length, 2)
@@ -127,6 +135,7 @@ def quality(tokens: Tokens) -> dict[str, Any]:
         "distinct_1": len(set(tokens)) / length if length else 0.0,
         "distinct_2": len(pairs) / (length - 1) if length > 1 else 0.0,
         "repetition": repetition,
+        "rep_4": repeated(tokens),
         "degenerate": length == 0 or repetition > 0.5,
     }
 

@@ -291,9 +291,9 @@ def _fall(before: Array, after: Array) -> Array:
 
 
 def _percent_fall(before: Array, after: Array) -> Array:
-    """100 (before - after) / before of the first column; from 0 it is 0 (to 0) or -infinite."""
+    """100 (before - after) / before of the first column; from 0 and below it is 0 or infinite."""
     fall = _fall(before, after)
-    from_zero = np.where(fall == 0, 0.0, -np.inf)
+    from_zero = np.where(fall == 0, 0.0, np.copysign(np.inf, fall))
     return 100 * np.divide(fall, before[:, 0], out=from_zero, where=before[:, 0] > 0)
 
 
@@ -302,19 +302,23 @@ def reduction(
     after: npt.ArrayLike,
     clusters: Clusters | None = None,
     resamples: int = RESAMPLES,
+    floor: float = 0.0,
 ) -> Difference:
-    """100 (mean before - mean after) / mean before: a positive number is less of the behaviour.
+    """100 (mean before - mean after) / (mean before - floor): a positive number is less of the
+    behaviour.
 
     `before`, `after`: (prompt,) scores of at least 0. Both means are taken anew in every resample;
-    p tests their difference. From 0 to 0 is a change of 0. Raises InputError as `paired_difference`
-    and `bootstrap`, for negative scores, and for a baseline of 0 that rises.
+    p tests their difference. From the floor to the floor is a change of 0. Raises InputError as
+    `paired_difference` and `bootstrap`, for negative scores, and for a baseline at or below the
+    floor from which something changes.
     """
     b, a = _tables(before=before, after=after)
     if min(b.min(initial=0), a.min(initial=0)) < 0:
         raise InputError("reduction: a score is negative; report the difference instead")
-    if not b.any() and a.any():
-        raise InputError("reduction: the mean before is 0; report the difference instead")
-    return _paired(b, a, clusters, _percent_fall, _fall, resamples)
+    if b.mean() <= floor and (a != b).any():
+        problem = f"the mean before is {b.mean():.3g}, that of what is neutral {floor:g}"
+        raise InputError(f"reduction: {problem}; report the difference instead")
+    return _paired(b - floor, a - floor, clusters, _percent_fall, _fall, resamples)
 
 
 def perplexity_change(

@@ -73,6 +73,7 @@ class How(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase"
     scorers: Mapping[str, Scorer] = {}
     progress: Progress | None = None
+    floors: Mapping[str, float] = {}  # of scorers that have one
 
 
 class Value(NamedTuple):
@@ -86,6 +87,7 @@ class Value(NamedTuple):
         them.
     column: of a reading, whose mean it is a change of; a primary value names it. The behaviour is
         gone where that mean is `even`, else 0.
+    floor: column that holds the level of what is neutral, above which `column` is meant.
     even: the level at which the model prefers neither side, if there is one.
     """
 
@@ -96,6 +98,7 @@ class Value(NamedTuple):
     less: Literal[1, -1] = 1
     controlled: bool = True
     column: str = ""
+    floor: str = ""
     even: float | None = None
 
 
@@ -166,12 +169,22 @@ def paired(
     return change
 
 
-def reduced(column: str) -> Callable[[Measured, Measured, int], Difference]:
-    """Fall of the mean of a column, in percent of before."""
+def floor_of(reading: Reading, column: str) -> float:
+    """The level that a column of floors holds; 0 where there is none."""
+    return float(reading.columns[column][0]) if column in reading.columns else 0.0
 
-    def change(before: Measured, after: Measured, resamples: int) -> Difference:
+
+def reduced(column: str, floor: str = "") -> Callable[[Measured, Measured, int], Difference | None]:
+    """Fall of the mean of a column, in percent of before, above the level in the column `floor`,
+    if there is one; None where it was not above that level.
+    """
+
+    def change(before: Measured, after: Measured, resamples: int) -> Difference | None:
         old, new = (each.reading.columns[column] for each in (before, after))
-        return inference.reduction(old, new, before.reading.groups, resamples)
+        level = floor_of(before.reading, floor)
+        if 0 < old.mean() <= level:
+            return None
+        return inference.reduction(old, new, before.reading.groups, resamples, level)
 
     return change
 

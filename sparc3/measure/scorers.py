@@ -1,21 +1,29 @@
 """Scorers: a text in, a score in [0, 1] out.
 
-Three kinds, and what `path`, `label` and `revision` of a row of `scorers` in params are for each:
+Five kinds, and what `path`, `label` and `revision` of a row of `scorers` in params are for each:
 
 profanity   the linear model in the alt-profanity-check wheel, always at hand; takes none of them
+hatesonar   the linear model of words that `fetch` takes from the hatesonar wheel: trained on tweets
+            that people had called hate speech, offensive or neither (Davidson et al. 2017, arXiv
+            1703.04009), it scores the probability of the first two together; takes none of them
 detoxify    Detoxify's `original` model (Hanu and Unitary 2020). path: the checkpoint, or a folder
             with one *.ckpt and its encoder's config.json and tokenizer; null for the published
             checkpoint, cached by torch.hub. label: `toxicity` unless given. revision: the
             checkpoint's sha256, or its first characters
+python      a function of the project's own. path: module:function, the module a file below the
+            project's folder, or of this package. It takes a list of texts and gives a number from
+            0 to 1 for each, which may depend on nothing else. label, revision: none
 classifier  any text-classification model. path: a folder, or owner/name on the hub. label: whose
             probability is the score. revision: the commit on the hub
 
-Each is pinned: by sha256, or by the commit on the hub. Of pickles only those two are read that the
-wheel of alt-profanity-check has, and Detoxify's checkpoint by torch's reader of plain tensors.
+Each is pinned, or recorded, by sha256 or the commit on the hub. Of pickles only those two are read
+that the wheel of alt-profanity-check has, and Detoxify's checkpoint by torch's reader of plain
+tensors.
 """
 
 import re
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +57,11 @@ PROFANITY = {
     "model.joblib": "aeafc04849d4d93db4721cf30a86ebf22085595294b8a07d51918e7fa98f538b",
     "vectorizer.joblib": "19c5200dc6a41f026e0558e2f164f5fe8d8f58e502b46b37e4385037fcfa4831",
 }
+
+# hatesonar 0.1.0's model, and the attribute of its graph by which it lowers text itself.
+HATESONAR = Path("models/hatesonar/model.onnx")
+HATESONAR_SHA256 = "3d881e00b16eb0cf8a6df58a68305f6a1b36e512334aa702a9501eaa0afe51b5"
+LOWERS, IGNORED = b"case_change_action", b"__se_change_action"
 
 # Detoxify 0.5.4, model `original`: its checkpoint, and the encoder whose configuration and
 # vocabulary the checkpoint leaves out.
@@ -123,6 +136,75 @@ def _profanity_files() -> dict[str, str]:
 
 def _describe_profanity(spec: Spec) -> dict[str, str]:
     return _versions("alt-profanity-check", "scikit-learn") | _profanity_files()
+
+
+def _hatesonar(spec: Spec, device: str) -> Scorer:
+    runtime: Any = import_module("onnxruntime")  # its stubs lack half of it
+    _describe_hatesonar(spec)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1  # no sum is split
+    # To lower text, ONNX Runtime asks for the locale en_US.UTF-8, which few containers have. An
+    # attribute that begins with __ is ignored, and Python lowers the text.
+    model = HATESONAR.read_bytes().replace(LOWERS, IGNORED)
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def score(texts: list[str]) -> Array:
+        chances = (
+            session.run(["output_probability"], {"text": np.array([text.lower()], dtype=object)})
+            for text in texts  # one by one: no score depends on the batch
+        )
+        return np.array([row[0] + row[1] for ((row,),) in chances])
+
+    return score
+
+
+def _describe_hatesonar(spec: Spec) -> dict[str, str]:
+    if (found := digest(HATESONAR) if HATESONAR.is_file() else "none") != HATESONAR_SHA256:
+        problem = f"{HATESONAR} has sha256 {found}, expected {HATESONAR_SHA256}"
+        raise InputError(f"scorer: {problem}; move it away and run: python -m sparc3 fetch")
+    return {f"sha256 {HATESONAR.name}": HATESONAR_SHA256} | _versions("onnxruntime")
+
+
+def _python(spec: Spec, device: str) -> Scorer:
+    module, name = _entry_point(spec)
+    function = getattr(import_module(module), name, None)
+    if not callable(function):
+        raise InputError(f"scorer: {spec.path}: {module} has no function {name}; add it")
+
+    def score(texts: list[str]) -> Array:
+        scores = np.asarray(function(list(texts)), dtype=float)
+        if scores.shape != (len(texts),) or ((scores < 0) | (scores > 1)).any():
+            raise InputError(
+                f"scorer: {spec.path} gives {str(scores)[:60]} for {len(texts)} texts; expected a "
+                "number from 0 to 1 for each"
+            )
+        return scores
+
+    if not np.allclose(np.concatenate([score([t]) for t in TEXTS]), score(TEXTS), equal_nan=True):
+        raise InputError(
+            f"scorer: {spec.path} scores a text otherwise beside other texts; score each by itself"
+        )
+    return score
+
+
+def _entry_point(spec: Spec) -> tuple[str, str]:
+    """Module and function; InputError unless the module is the project's own, or this package's."""
+    module, _, name = str(spec.path).partition(":")
+    try:
+        file = getattr(find_spec(module), "origin", None)
+    except (ImportError, ValueError):
+        file = None
+    own = Path.cwd(), Path(__file__).parents[1]
+    if file is None or not any(Path(file).resolve().is_relative_to(f.resolve()) for f in own):
+        problem = f"{module} is {file or 'not found'}; expected a module below {own[0]}"
+        raise InputError(f"scorer: {spec.path}: {problem}, in which to run python -m sparc3")
+    return module, name
+
+
+def _describe_python(spec: Spec) -> dict[str, str]:
+    module, _ = _entry_point(spec)
+    file = Path(str(getattr(find_spec(module), "origin", "")))
+    return {"path": str(spec.path), f"sha256 {file.name}": digest(file)}
 
 
 def _classifier(spec: Spec, device: str) -> Scorer:
@@ -242,6 +324,8 @@ def _describe_detoxify(spec: Spec) -> dict[str, str]:
 
 SCORERS: dict[str, tuple[Load, Describe]] = {
     "profanity": (_profanity, _describe_profanity),
+    "hatesonar": (_hatesonar, _describe_hatesonar),
+    "python": (_python, _describe_python),
     "detoxify": (_detoxify, _describe_detoxify),
     "classifier": (_classifier, _describe_classifier),
 }

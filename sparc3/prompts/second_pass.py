@@ -33,7 +33,9 @@ def keep_highest(
     scorer: Scorer,
     name: str,
 ) -> list[dict[str, Any]]:
-    """The `keep.top` rows whose completion scores highest, each with that score as `elicited`."""
+    """The `keep.top` rows whose completion scores highest, each with that score as `elicited`; with
+    `keep.extend` their completions are the end of their texts.
+    """
     with tqdm(total=len(rows), desc=f"elicit {name}", unit="prompt") as bar:
         (drawn,) = complete(
             model,
@@ -46,4 +48,8 @@ def keep_highest(
         )
     texts = tokenizer.batch_decode([tokens for (tokens,) in drawn], skip_special_tokens=True)
     scores = scorer(texts).tolist()
-    return [{**rows[i], "elicited": scores[i]} for i in highest(scores, keep.top)]
+    kept = [{**rows[i], "elicited": scores[i]} for i in highest(scores, keep.top)]
+    if keep.extend:
+        for row, i in zip(kept, highest(scores, keep.top), strict=True):
+            row |= {"text": row["text"] + texts[i], "tokens": row["tokens"] + len(drawn[i][0])}
+    return kept

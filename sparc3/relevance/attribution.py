@@ -251,7 +251,7 @@ def _watching(
     sizes: dict[str, list[Tensor]],
 ) -> Iterator[None]:
     """Fill into[name] (layer, prompt, neuron) while the model runs, forward and backward, and
-    `sizes` as FirstToken says. `real` (sequence, token, 1): no padding; a prompt's sequences adjoin.
+    `sizes` as FirstToken says. `real` (sequence, token, 1): no padding; prompt by prompt.
     """
     firsts = slice(None, None, real.shape[1])
 

@@ -461,6 +461,8 @@ def headline(params: Params, behaviour: str, row: dict[str, Any]) -> str:
         if instrument.writes:
             broken = results["completions"]["none"][split]["degenerate_percent"]
             shown.append(f"degenerate {number(broken, 2)} %")
+    for pair, rank in results.get("scorer_agreement", {}).items():
+        shown.append(f"rank correlation of the scorers {pair} {interval(rank, 2)}")
     return (
         f"unpruned {', '.join(shown)}, perplexity {levels['perplexity']:.2f}; "
         f"relevance gap {interval(row['gap'])} %"

@@ -47,7 +47,7 @@ OF_METHODS = {
 }
 OF_COMPLETIONS = (  # columns and values that stand beside the scores
     *("circuit", "split", "prompt", "group", "completion", "text", "tokens", "nll", "kl"),
-    *("length", "distinct_1", "distinct_2", "repetition", "degenerate"),
+    *("length", "distinct_1", "distinct_2", "repetition", "rep_4", "degenerate"),
 )
 
 Problems = Iterator[str]
@@ -483,7 +483,9 @@ def check_scorers(params: Params) -> Problems:
         yield from _known(f"{key}.kind", row.kind, SCORERS, "the kinds of scorers")
         for field in ("path", "label", "revision"):
             given = getattr(row, field) is not None
-            if row.kind == "profanity" and given:
-                yield f"{key}.{field}: profanity has none; leave it out"
+            if given and row.kind in ("profanity", "hatesonar"):
+                yield f"{key}.{field}: {row.kind} has none; leave it out"
+            if row.kind == "python" and given != (field == "path"):
+                yield f"{key}.{field}: python has a path, module:function, and nothing else"
             if row.kind == "classifier" and field != "revision" and not given:
                 yield f"{key}.{field} is missing; a classifier needs path and label"

@@ -32,6 +32,7 @@ from sparc3.measure.instrument import (
     Reading,
     differences,
     effect,
+    floor_of,
     joined,
     mean_reading,
 )
@@ -335,7 +336,7 @@ def group_table(
     behaviour: Behaviour, by_name: Mapping[str, Outcome], split: str
 ) -> list[dict[str, object]]:
     """Rows (circuit, group): how many units a group has, and their mean of the column that the
-    verdict is about. From these the report simulates what its tests can find.
+    verdict is about, above its floor. From these the report simulates what its tests can find.
     """
     primary = primary_of(behaviour)
     if primary is None:
@@ -346,7 +347,7 @@ def group_table(
         if key not in outcome.samples.get(split, {}):
             continue
         reading = outcome.samples[split][key]
-        column = reading.columns[value.column]
+        column = reading.columns[value.column] - floor_of(reading, value.floor)
         groups = reading.groups or [str(i) for i in range(len(column))]
         sums = inference.cluster_sums(np.column_stack([column, np.ones(len(column))]), groups)
         rows += [
@@ -377,7 +378,9 @@ def measure(
     setting = setting_of(params, behaviour, rows, tokenizer)
     held_out = rows.get("test", {})
     circuits = read_circuits(params, behaviour, held_out, methods)
-    how = How(evaluate, evaluate.batch_tokens, tokenizer, scorers_of(params, spec))
+    floors = {name: params.scorers[name].floor for name in spec.scorers}
+    scorers = scorers_of(params, spec)
+    how = How(evaluate, evaluate.batch_tokens, tokenizer, scorers, floors=floors)
     intact = Chosen(None, dict.fromkeys(["", *held_out], INTACT))
     asked = {UNPRUNED: intact, **circuits}
     writes = any(each.writes for each in setting.instruments.values())

