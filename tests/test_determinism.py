@@ -17,12 +17,13 @@ from sparc3.circuits.circuit import Circuit
 
 EXPORTS = json.loads((Path(__file__).parent / "exports.json").read_text())
 RUN = """
-import sys, torch, whole
+import sys, torch, whole, yaml
 from pathlib import Path
-torch.set_num_threads(int(sys.argv[2]))
-folder = Path(sys.argv[1])
+folder, threads = Path(sys.argv[1]), yaml.safe_load(sys.argv[2])
+whole.PARAMS["model"] |= {"threads": threads}
 whole.write_project(folder)
 whole.run(folder, "bias")
+(folder / "threads").write_text(str(torch.get_num_threads()))
 """
 
 
@@ -49,11 +50,13 @@ def test_every_family_has_frozen_bytes() -> None:
     assert set(EXPORTS) == set(tiny.CONFIGS)
 
 
-def run(folder: Path, threads: int) -> dict[str, str]:
-    """Digest of every file that a small pipeline makes with so many threads."""
+def run(folder: Path, threads: int, wanted: int | None = None) -> dict[str, str]:
+    """Digest of every file that a small pipeline makes with so many threads in the environment and
+    in its params.
+    """
     path = os.pathsep.join(["tests", *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-c", RUN, str(folder), str(threads)]
+    command = [sys.executable, "-c", RUN, str(folder), json.dumps(wanted)]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     made = [p for top in ("outputs", "metrics") for p in (folder / top).rglob("*") if p.is_file()]
     return {path.relative_to(folder).as_posix(): digest(path) for path in made}
@@ -62,6 +65,9 @@ def run(folder: Path, threads: int) -> dict[str, str]:
 def test_one_thread_and_two_choose_the_same_circuits(tmp_path: Path) -> None:
     """That two equal runs give equal bytes, test_faults sees."""
     once, two = (run(tmp_path / str(threads), threads) for threads in (1, 2))
+    # With a number in params the environment's does not count.
+    assert run(tmp_path / "params", 2, wanted=1) == once
+    assert [(tmp_path / n / "threads").read_text() for n in ("1", "2", "params")] == ["1", "2", "1"]
     assert len(once) > 50
     assert once.keys() == two.keys()
     neurons = {}

@@ -26,7 +26,7 @@ from transformers import (
 from sparc3.__main__ import main
 from sparc3.base.artifacts import circuit_path, metrics_path
 from sparc3.base.errors import InputError
-from sparc3.base.files import read_json, write_json
+from sparc3.base.files import digest, read_json, write_json
 from sparc3.base.params import Model, Params
 from sparc3.circuits.ablate import prune_weights, pruned
 from sparc3.circuits.circuit import Circuit, read_circuit, write_circuit
@@ -153,6 +153,15 @@ def test_card_shows_this_circuits_evaluation(project):
     assert "among_controls" not in card  # no interval of a difference
     assert "77.7" not in card  # another circuit's
     assert "was not there" not in card
+
+
+def test_the_sealed_prompts_speak_of_the_list_that_they_were_read_for(project):
+    project()
+    row = {"test": {"margin": {"value": 1.0}}}
+    for sha256, said in ((digest(circuit_path("toxicity", "lrp")), row["test"]), ("another", None)):
+        circuits = {"circuits": {"lrp": row | {"sha256": sha256}}}
+        write_json(metrics_path("confirm"), {"behaviours": {"toxicity": circuits}})
+        assert export.beyond("toxicity", "lrp") == (said, None)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class Model:
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
+    threads: Count | None = None  # sums depend on it, in the last digits
 
 
 @dataclass(frozen=True, config=_STRICT)

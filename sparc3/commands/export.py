@@ -37,11 +37,14 @@ LOCK = Path("requirements-hashed.txt")
 
 
 def beyond(behaviour: str, method: str) -> tuple[dict[str, Any] | None, float | None]:
-    """What the sealed prompts say of this very circuit, and how much the blocks' agree with it."""
+    """What the sealed prompts say of this very circuit, if it is the one that they were read for,
+    and how much the blocks' agree with it.
+    """
     sealed, selected = metrics_path("confirm"), metrics_path("select", behaviour)
     found = read_json(sealed)["behaviours"].get(behaviour, {}) if sealed.is_file() else {}
     scalars = read_json(selected) if selected.is_file() else {}
     row = found.get("circuits", {}).get(method, {})
+    row = row if row.get("sha256") == digest(circuit_path(behaviour, method)) else {}
     return row.get("in_sample", row.get("test")), scalars.get(f"{method}.agreement")
 
 

@@ -65,6 +65,9 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     """Load a causal language model for inspection: eval mode, frozen parameters, sdpa attention
     (eager where `attention_kind` says so).
 
+    From here on torch computes with `spec.threads` threads, whatever the environment says: sums
+    are rounded otherwise with another number. None: as many as torch finds.
+
     `device`, a torch device or "auto" to spread the layers over all devices, goes before that of
     `spec`. Nothing is asked of the hub, and no code or pickle of the folder is run.
 
@@ -73,6 +76,8 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     computed here.
     """
     prefer_onednn()
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
     device = device or spec.device
     config = language_model("model.path", here(spec.path))
     require_whole("model.path", spec.path)

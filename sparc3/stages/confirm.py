@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sparc3.base.artifacts import OUTPUTS, held_out, metrics_path
+from sparc3.base.artifacts import OUTPUTS, circuit_path, held_out, metrics_path
 from sparc3.base.errors import InputError
-from sparc3.base.files import read_json, read_text, write_csv, write_json
+from sparc3.base.files import digest, read_json, read_text, write_csv, write_json
 from sparc3.base.params import SPLITS, Params
 from sparc3.model import loading
 from sparc3.prompts.sampling import as_row, prompt_set
@@ -68,10 +68,11 @@ def measured(params: Params, behaviour: str) -> dict[str, Any]:
     setting, by_name, circuits = measure(
         asked, behaviour, rows, list(methods), loading.load(params.model)
     )
-    grouped, columns = (
-        group_table(spec, by_name, setting.first),
-        ["circuit", "group", "units", "mean"],
-    )
+    for name, row in circuits.items():
+        if (path := circuit_path(behaviour, name)).is_file():
+            row["sha256"] = digest(path)  # of the list that this is true of
+    grouped = group_table(spec, by_name, setting.first)
+    columns = ["circuit", "group", "units", "mean"]
     write_csv(OUTPUTS / "confirm" / behaviour / "groups.csv", grouped, columns)
     kl = {key: estimate["value"] for key, estimate in circuits[spec.method]["kl"].items()}
     return {"circuits": circuits, "kl": kl}
