@@ -19,8 +19,9 @@ EXPORTS = json.loads((Path(__file__).parent / "exports.json").read_text())
 RUN = """
 import sys, torch, whole, yaml
 from pathlib import Path
-folder, threads = Path(sys.argv[1]), yaml.safe_load(sys.argv[2])
-whole.PARAMS["model"] |= {"threads": threads}
+torch.set_num_threads(int(sys.argv[2]))
+folder, wanted = Path(sys.argv[1]), yaml.safe_load(sys.argv[3])
+whole.PARAMS["model"] |= {"threads": wanted}
 whole.write_project(folder)
 whole.run(folder, "bias")
 (folder / "threads").write_text(str(torch.get_num_threads()))
@@ -51,12 +52,12 @@ def test_every_family_has_frozen_bytes() -> None:
 
 
 def run(folder: Path, threads: int, wanted: int | None = None) -> dict[str, str]:
-    """Digest of every file that a small pipeline makes with so many threads in the environment and
-    in its params.
+    """Digest of every file that a small pipeline makes where torch finds so many threads, and its
+    params want others.
     """
     path = os.pathsep.join(["tests", *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-c", RUN, str(folder), json.dumps(wanted)]
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", RUN, str(folder), str(threads), json.dumps(wanted)]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     made = [p for top in ("outputs", "metrics") for p in (folder / top).rglob("*") if p.is_file()]
     return {path.relative_to(folder).as_posix(): digest(path) for path in made}
@@ -65,8 +66,8 @@ def run(folder: Path, threads: int, wanted: int | None = None) -> dict[str, str]
 def test_one_thread_and_two_choose_the_same_circuits(tmp_path: Path) -> None:
     """That two equal runs give equal bytes, test_faults sees."""
     once, two = (run(tmp_path / str(threads), threads) for threads in (1, 2))
-    # With a number in params the environment's does not count.
-    assert run(tmp_path / "params", 2, wanted=1) == once
+    # With a number in params what torch finds does not count.
+    assert run(tmp_path / "params", 2, wanted=1) == once != two
     assert [(tmp_path / n / "threads").read_text() for n in ("1", "2", "params")] == ["1", "2", "1"]
     assert len(once) > 50
     assert once.keys() == two.keys()
