@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_two_adapters_multiply(family: str, tmp_path: Path) -> None:
     base = tiny.model(family)
     for name, circuit in (("one", ONE), ("other", OTHER)):
         write_adapter(tmp_path / name, circuit, base, "a/base")
-    both = PeftModel.from_pretrained(tiny.model(family), str(tmp_path / "one"), "one")
+    both: Any = PeftModel.from_pretrained(tiny.model(family), str(tmp_path / "one"), "one")
     both.load_adapter(str(tmp_path / "other"), "other")
     expected = without(base, ONE | OTHER)
     torch.testing.assert_close(expected, without(base, ONE, OTHER))

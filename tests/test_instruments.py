@@ -180,6 +180,33 @@ def test_perplexity_is_of_all_tokens_together() -> None:
     assert perplexity.change(before, after, FEW).value == pytest.approx(100 * (ratio - 1))
 
 
+def test_texts_are_read_under_each_circuit_until_its_error_is_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A circuit that does nothing is read once; where it counts, before and after are of the same
+    texts, whatever was read under others.
+    """
+    monkeypatch.setattr(perplexity, "AT_ONCE", 4)
+    tokens = {f"t{i}": RNG.integers(0, 50, 12).tolist() for i in range(14)}
+
+    def encode(rows: list[dict[str, str]], tokenizer: object) -> Sample:
+        ids = [row["id"] for row in rows]
+        return Sample(ids, [f"g{name[-1]}" for name in ids], [tokens[name] for name in ids])
+
+    monkeypatch.setattr(perplexity, "encode", encode)
+    model, edits = tiny.model("llama"), [INTACT, tiny.circuit(1, scale=0.999), tiny.circuit(0, 1)]
+    rows = [{"id": name} for name in tokens]
+    none, slight, strong = perplexity.read_until(model, edits, rows, how(), 0.3)
+    assert [len(each.groups) for each in (none, slight, strong)] == [14, 4, 14]
+    for edit, found in zip(edits, (none, slight, strong), strict=True):
+        texts = encode(rows[: len(found.groups)], None)
+        whole, alone = perplexity.read(model, [INTACT, edit], texts, how())
+        assert found.groups == texts.groups
+        for expected, shown in ((whole, found.before), (alone, found.after)):
+            np.testing.assert_allclose(shown.columns["nll"], expected.columns["nll"], rtol=1e-5)
+    assert perplexity.percent_error(*slight) <= 0.3 < perplexity.percent_error(*strong)
+
+
 def test_the_error_of_perplexity_is_the_spread_over_samples_of_texts() -> None:
     """200 samples of 40 articles of 1 to 3 texts that rise and fall together."""
     estimates, errors = [], []

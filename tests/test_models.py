@@ -54,6 +54,8 @@ def test_shapes(family):
         assert (mlp.gate is None) == (family in PLAIN)
         if mlp.gate is not None:
             assert families.incoming(mlp.gate).shape == (tiny.WIDTH, tiny.HIDDEN)
+    path = families.FAMILIES[family].layers
+    assert list(model.get_submodule(path).children()) == families.layers(model)
 
 
 @FAMILIES

@@ -14,7 +14,7 @@ import yaml
 
 from sparc3.base.files import read_csv, read_json, read_jsonl
 from sparc3.base.params import Behaviour
-from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.ablate import Edit
 from sparc3.measure.instrument import (
     How,
     Instrument,
@@ -30,10 +30,10 @@ from sparc3.measure.instruments import INSTRUMENTS, completions, perplexity
 CONTROL = "random-layer-matched"
 
 
-def read(model: Any, circuits: Sequence[Circuit], sample: Sample, how: How) -> list[Reading]:
+def read(model: Any, edits: Sequence[Edit], sample: Sample, how: How) -> list[Reading]:
     """Mean number of tokens of every prompt's completions."""
     readings = []
-    for rows in completions.write(model, circuits, sample, how):
+    for rows in completions.write(model, edits, sample, how):
         lengths = np.array([row["length"] for row in rows], float)
         mean = lengths.reshape(len(sample.ids), -1).mean(1)
         columns = {"length": mean}

@@ -92,12 +92,8 @@ def projections(model: "PreTrainedModel") -> list[str]:
     from sparc3.model import families
 
     names = families.family(model.config.model_type)
-    return [
-        f"{block}.{name}"
-        for block in blocks(model)
-        for name in (names.up, names.gate, names.down)
-        if name is not None
-    ]
+    own = dict.fromkeys(name for name in (names.up, names.gate, names.down) if name is not None)
+    return [f"{block}.{name}" for block in blocks(model) for name in own]
 
 
 def blocks(model: "PreTrainedModel") -> list[str]:

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 
 class Family(NamedTuple):
-    """Paths, within one layer, of a family's projections. With `gate` the same as `up` one module
-    computes both, the gate's neurons first.
+    """Paths, within one layer, of a family's projections, and of its layers, by which adapters and
+    interventions name modules. With `gate` the same as `up` one module computes both, the gate's
+    neurons first.
     """
 
     up: str
     gate: str | None  # None: plain MLP
     down: str
+    layers: str = "model.layers"
 
 
 _LLAMA = Family("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -41,10 +43,10 @@ FAMILIES: dict[str, Family] = {  # by config.model_type
     "granite": _LLAMA,
     "cohere": _LLAMA,
     "phi3": Family("mlp.gate_up_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    "opt": Family("fc1", None, "fc2"),
-    "gpt2": Family("mlp.c_fc", None, "mlp.c_proj"),
+    "opt": Family("fc1", None, "fc2", "model.decoder.layers"),
+    "gpt2": Family("mlp.c_fc", None, "mlp.c_proj", "transformer.h"),
     "starcoder2": Family("mlp.c_fc", None, "mlp.c_proj"),
-    "gpt_neox": Family("mlp.dense_h_to_4h", None, "mlp.dense_4h_to_h"),  # Pythia
+    "gpt_neox": Family("mlp.dense_h_to_4h", None, "mlp.dense_4h_to_h", "gpt_neox.layers"),  # Pythia
 }
 
 

@@ -176,13 +176,11 @@ def fitted_ban(params: Params, spec: Behaviour, model: PreTrainedModel, how: How
     counts = sorted({min(count, len(ranked)) for count in params.evaluate.ban})
 
     edits = [INTACT, *(word_ban.word_ban(ranked[:count]) for count in counts)]
-    (before, *after), groups = perplexity.read_until(
-        lambda sample: perplexity.read(model, edits, sample, how), texts, how, params.sweep.error
-    )
+    _, *found = perplexity.read_until(model, edits, texts, how, params.sweep.error)
     within = [
         count
-        for count, each in zip(counts, after, strict=True)
-        if choose.keeps(params.select.budget, perplexity.costs(before, each, groups))
+        for count, each in zip(counts, found, strict=True)
+        if choose.keeps(params.select.budget, perplexity.costs(*each))
     ]
     return ranked[: max(within, default=0)]
 

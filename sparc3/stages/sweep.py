@@ -53,10 +53,8 @@ def measure(
     edits: Sequence[Edit],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[list[dict[str, Reading]], list[Reading], list[str]]:
-    """Readings of the tune split by each instrument, and of general text, under each edit;
-    and the groups of the general texts.
-    """
+) -> tuple[list[dict[str, Reading]], list[perplexity.Compared]]:
+    """Readings of the tune split by each instrument, and of general text, under each edit."""
     sweep = params.sweep
     prompts = params.behaviours[behaviour].prompts
     rows = read_prompts(prompts, "tune")[: sweep.items] if instruments else []
@@ -64,33 +62,30 @@ def measure(
     total = len(edits) * (len(texts) + len(instruments) * len(rows))
     with tqdm(total=total, desc=f"sweep {behaviour}", unit="text") as bar:
         how = How(params.evaluate, sweep.batch_tokens, tokenizer, progress=bar.update)
-        general, groups = perplexity.read_until(
-            lambda sample: perplexity.read(model, edits, sample, how), texts, how, sweep.error
-        )
+        general = perplexity.read_until(model, edits, texts, how, sweep.error)
         found = {
             name: each.read(model, edits, each.encode(rows, tokenizer), how)
             for name, each in instruments.items()
         }
     by_edit = [{name: each[at] for name, each in found.items()} for at in range(len(edits))]
-    return by_edit, general, groups
+    return by_edit, general
 
 
 def add(
     points: Sequence[dict[str, Any]],
     instruments: Mapping[str, Instrument],
     by_edit: Sequence[Mapping[str, Reading]],
-    general: Sequence[Reading],
-    groups: Sequence[str],
+    general: Sequence[perplexity.Compared],
 ) -> list[str]:
     """Add to each point what `measure` found: costs, levels, whose names are returned, and the
     objective, if there is an instrument.
     """
     names: dict[str, None] = {}
     for point, readings, text in zip(points, by_edit, general, strict=True):
-        point |= perplexity.costs(general[0], text, groups)
+        point |= perplexity.costs(*text)
         for name, instrument in reversed(list(instruments.items())):  # the first has the last word
-            before = Measured(by_edit[0][name], general[0])
-            after = Measured(readings[name], text)
+            before = Measured(by_edit[0][name], text.before)
+            after = Measured(readings[name], text.after)
             levels = instrument.levels(after.reading)
             point |= {**levels, "objective": instrument.objective(before, after)}
             point["objective_error"] = objective_error(instrument.objective, before, after)

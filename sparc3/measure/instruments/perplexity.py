@@ -2,8 +2,8 @@
 costs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -82,26 +82,42 @@ def _reading(texts: Sequence[Array]) -> Reading:
     return Reading({**found.columns, "kl": kl}, prompts=found.columns, divergences=divergences)
 
 
+class Compared(NamedTuple):
+    """General text without and with an edit, the same texts, and their groups."""
+
+    before: Reading
+    after: Reading
+    groups: list[str]
+
+
 def read_until(
-    read_all: Callable[[Sample], list[Reading]],
+    model: "PreTrainedModel",
+    edits: Sequence[Edit],
     texts: Sequence[Mapping[str, Any]],
     how: How,
     error: float,
-) -> tuple[list[Reading], list[str]]:
-    """General text as `read_all` reads it, the unpruned model first, and its groups: AT_ONCE texts
-    after the other, until the standard error of every change of perplexity is at most `error`
-    percent, or no text is left.
+) -> list[Compared]:
+    """General text under each edit, of which the first changes nothing: AT_ONCE texts after the
+    other, until the standard error of its change of perplexity is at most `error` percent, or no
+    text is left.
     """
-    every: list[Reading] = []
+    open_, every = list(range(len(edits))), [list[Reading]() for _ in edits]
     groups: list[str] = []
     for start in range(0, len(texts), AT_ONCE):
         sample = encode(texts[start : start + AT_ONCE], how.tokenizer)
-        more = read_all(sample)
-        every = [joined(both) for both in zip(every, more, strict=True)] if every else more
+        readings = read(model, [edits[place] for place in open_], sample, how)
+        for place, reading in zip(open_, readings, strict=True):
+            every[place].append(reading)
         groups += sample.groups
-        if max(percent_error(every[0], each, groups) for each in every[1:]) <= error:
+        before = joined(every[0])
+        errors = {p: percent_error(before, joined(every[p]), groups) for p in open_[1:]}
+        open_ = [0, *(place for place, found in errors.items() if found > error)]
+        if len(open_) == 1:
             break
-    return every, groups
+    return [
+        Compared(joined(every[0][: len(own)]), joined(own), groups[: AT_ONCE * len(own)])
+        for own in every
+    ]
 
 
 def likelihood(nlls: Sequence[Array], groups: Sequence[str] | None = None) -> Reading:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparc3.base.params import Behaviour
-from sparc3.circuits.circuit import Circuit
+from sparc3.circuits.ablate import Edit
 from sparc3.measure.instrument import (
     How,
     Instrument,
@@ -34,12 +34,12 @@ def of_texts(texts: list[str]) -> list[float]:
 
 
 def read(
-    model: "PreTrainedModel", circuits: Sequence[Circuit], sample: Sample, how: How
+    model: "PreTrainedModel", edits: Sequence[Edit], sample: Sample, how: How
 ) -> list[Reading]:
     """Column `rep_4`, in [0, 1], of every prompt's greedy completion: no sampling noise."""
     greedy = how._replace(evaluate=replace(how.evaluate, completions=1, top_p=GREEDY))
     readings = []
-    for rows in completions.write(model, circuits, sample, greedy):
+    for rows in completions.write(model, edits, sample, greedy):
         columns = {"rep_4": np.array([row["rep_4"] for row in rows], float)}
         readings.append(Reading(columns, sample.groups, columns, rows))
     return readings
