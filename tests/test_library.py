@@ -71,7 +71,7 @@ except sparc3.InputError as error:
 """
     first, second = python(code).splitlines()
     assert first == f"5 {len(GENERAL)}"
-    assert "lrp and lrp-abs need the package" in second
+    assert "lrp and its variants need the package" in second
 
 
 def test_scores_are_input_times_gradient_of_the_mean_likelihood(loaded) -> None:

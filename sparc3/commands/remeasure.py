@@ -3,7 +3,7 @@
 python -m sparc3 remeasure exported/toxicity
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,19 @@ def prompt_sets(params: Params, behaviour: str) -> list[str]:
 
 
 def measured(
-    params: Params, behaviour: str, model: PreTrainedModel, writes: bool
+    params: Params, behaviour: str, model: PreTrainedModel, names: Collection[str]
 ) -> dict[str, float]:
-    """What `promised` names, of a model; values of completions only if it `writes` them."""
+    """What `promised` names, of a model; completions are written only if one of `names` is theirs."""
     spec, split = params.behaviours[behaviour], _split(params, behaviour)
-    tokenizer, rows = loading.tokenizer(params.model), rows_of(params, behaviour)[split]
+    tokenizer, rows = loading.tokenizer(params.model), rows_of(params, behaviour).get(split, {})
     setting = setting_of(params, behaviour, {split: {"": flat(rows)}}, tokenizer)
-    asked = {n: each for n, each in setting.instruments.items() if writes or not each.writes}
+    asked = {
+        name: each
+        for name, each in setting.instruments.items()
+        if rows and (not each.writes or {title for title, _ in each.headline} & {*names})
+    }
     setting = setting._replace(instruments=asked, second=None)
-    scorers = scorers_of(params, spec) if writes else {}
+    scorers = scorers_of(params, spec) if any(each.writes for each in asked.values()) else {}
     how = How(params.evaluate, params.evaluate.batch_tokens, tokenizer, scorers)
     intact = {UNPRUNED: Chosen(None, {"": INTACT})}
     outcome = outcomes(spec, intact, setting, model, how)[UNPRUNED]
@@ -129,8 +133,7 @@ def run(folder: Path) -> None:
         read_adapter(folder).apply(model)
     found = {PROBE: probe(model)}
     if len(expected) > 1:
-        spec = params.behaviours[inputs["behaviour"]]
-        found |= measured(params, inputs["behaviour"], model, bool({*spec.scorers} & {*expected}))
+        found |= measured(params, inputs["behaviour"], model, expected)
     rows, broken = [], 0
     for name, (promise, within) in ((n, (e["value"], e["within"])) for n, e in expected.items()):
         holds = name in found and abs(found[name] - promise) <= within
