@@ -245,9 +245,8 @@ def _watching(
     first_kept: bool,
     sizes: dict[str, list[Tensor]],
 ) -> Iterator[None]:
-    """Fill into[name] (layer, prompt, neuron) while the model runs, and then runs backward, and
-    `sizes` as FirstToken says, layer by layer. `real` (sequence, token, 1): no padding; the
-    sequences of a prompt are next to each other.
+    """Fill into[name] (layer, prompt, neuron) while the model runs, and then runs backward; `sizes`
+    by layer. `real` (sequence, token, 1): no padding; sequences of a prompt stand together.
     """
     firsts = slice(None, None, real.shape[1])
 
