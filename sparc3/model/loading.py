@@ -97,10 +97,9 @@ def memory(device: str) -> float:
     """Bytes that a model may take: what is free on a card, or on all of them for "auto"; without
     cards all of the machine's.
     """
-    if device == "auto" and torch.cuda.is_available():
-        return sum(torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count()))
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(torch.device(device))[0]
+    if torch.cuda.is_available() and device != "cpu":
+        cards = range(torch.cuda.device_count()) if device == "auto" else [torch.device(device)]
+        return sum(torch.cuda.mem_get_info(card)[0] for card in cards)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
