@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from sparc3.base import params
 from sparc3.base.errors import InputError
+from sparc3.base.files import write_text
 from sparc3.model import checkpoint
 from sparc3.model.checkpoint import (
     here,
@@ -171,8 +172,13 @@ def short_text(model: PreTrainedModel) -> Tensor:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer as tokenizer.json has it, with its special tokens."""
+    """Write a tokenizer as tokenizer.json has it, with its special tokens, for transformers 4 and
+    5, which calls its class by another name.
+    """
     _of_file(tokenizer, tokenizer.backend_tokenizer).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    text = file.read_text(encoding="utf-8")
+    write_text(file, text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 
 def _of_file(like: Any, backend: Tokenizer) -> PreTrainedTokenizerFast:
