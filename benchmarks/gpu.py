@@ -252,7 +252,7 @@ def report(rows: Sequence[Row]) -> str:
     lines = ["| way | a second | TFLOP/s | of matrix rate | peak GB |", "|---|---|---|---|---|"]
     for row in rows:
         flops = f"{row.operations / 1e12:.3g}" if row.operations else ""
-        share = f"{row.operations / peak:.1%}" if row.operations else ""
+        share = f"{100 * row.operations / peak:.3g} %" if row.operations else ""
         memory = f"{row.memory / 1e9:.1f}" if row.memory else ""
         lines.append(f"| {row.way} | {row.rate:,.0f} {row.unit} | {flops} | {share} | {memory} |")
     rates: Mapping[str, float] = {row.way.split(",")[0]: row.rate for row in reversed(rows)}

@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from sparc3.base import params
 from sparc3.base.errors import InputError
+from sparc3.base.files import write_text
 from sparc3.model import checkpoint
 from sparc3.model.checkpoint import (
     here,
@@ -102,10 +103,9 @@ def memory(device: str) -> float:
     """Bytes that a model may take: what is free on a card, or on all of them for "auto"; without
     cards all of the machine's.
     """
-    if device == "auto" and torch.cuda.is_available():
-        return sum(torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count()))
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(torch.device(device))[0]
+    if torch.cuda.is_available() and device != "cpu":
+        cards = range(torch.cuda.device_count()) if device == "auto" else [torch.device(device)]
+        return sum(torch.cuda.mem_get_info(card)[0] for card in cards)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -177,8 +177,13 @@ def short_text(model: PreTrainedModel) -> Tensor:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer as tokenizer.json has it, with its special tokens."""
+    """Write a tokenizer as tokenizer.json has it, with its special tokens, for transformers 4 and
+    5, which calls its class by another name.
+    """
     _of_file(tokenizer, tokenizer.backend_tokenizer).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    text = file.read_text(encoding="utf-8")
+    write_text(file, text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
 
 
 def _of_file(like: Any, backend: Tokenizer) -> PreTrainedTokenizerFast:

@@ -250,8 +250,8 @@ def _watching(
     first_kept: bool,
     sizes: dict[str, list[Tensor]],
 ) -> Iterator[None]:
-    """Fill into[name] (layer, prompt, neuron) while the model runs, forward and backward, and
-    `sizes` as FirstToken says. `real` (sequence, token, 1): no padding; prompt by prompt.
+    """Fill into[name] (layer, prompt, neuron) while the model runs, and then runs backward; `sizes`
+    by layer. `real` (sequence, token, 1): no padding; sequences of a prompt stand together.
     """
     firsts = slice(None, None, real.shape[1])
 
