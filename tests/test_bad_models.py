@@ -331,7 +331,11 @@ OF_SCORERS: list[tuple[str, Damage, str]] = [
     ("no config", lambda f: (f / "config.json").unlink(), r"no config\.json\); name a folder"),
     ("quantised", config(quantization_config={"quant_method": "gptq"}), QUANTISED),
     ("int8", stored(HEAD, lambda w: w.to(torch.int8)), rf"{HEAD} is of type I8"),
-    ("NaN", stored(HEAD, lambda w: w * np.nan), r"gives a non-finite score to text 1 of 2; name another"),
+    (
+        "NaN",
+        stored(HEAD, lambda w: w * np.nan),
+        "gives a non-finite score to text 1 of 3; name",
+    ),
     ("tokenizer of text", text("tokenizer.json", "x"), r"cannot load .*; give a folder"),
     ("larger tokenizer", config(vocab_size=3), r"different models: bert\.embeddings\.word_embed"),
     ("no family", config(model_type="own"), r"cannot load .*ValueError: .*; give a folder"),
