@@ -437,7 +437,10 @@ RACE = SETS["race"]
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        ({"a": PromptSet("books", 1)}, r"prompt_sets\.a\.source 'books' .* wikipedia, .* hub/c4, or a file"),
+        (
+            {"a": PromptSet("books", 1)},
+            r"prompt_sets\.a\.source 'books' .* hub/c4, or a file",
+        ),
         (
             {"a": replace(RACE, where={"biastype": "race"})},
             r"prompt_sets\.a\.where\.biastype is not known; source 'stereoset' has bias_type",
