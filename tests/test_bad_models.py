@@ -375,7 +375,7 @@ OF_SCORERS: list[tuple[str, Damage, str]] = [
     (
         "NaN",
         stored(HEAD, lambda w: w * np.nan),
-        r"gives a non-finite score to text 1 of 2; name an",
+        "gives a non-finite score to text 1 of 3; name",
     ),
     ("tokenizer of text", text("tokenizer.json", "x"), r"cannot load .*; give a folder"),
     ("larger tokenizer", config(vocab_size=3), r"different models: bert\.embeddings\.word_embed"),

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2TokenizerFast
 
 from sparc3.base.artifacts import prompts_path, read_prompts
 from sparc3.base.errors import InputError
-from sparc3.base.files import digest_text, read_jsonl
-from sparc3.base.params import Params, PromptSet
+from sparc3.base.files import digest, digest_text, read_json, read_jsonl
+from sparc3.base.params import Params, PromptSet, scores_of
 from sparc3.prompts import sampling
 from sparc3.prompts.row import Row
 from sparc3.prompts.sampling import Limits, Prompt
@@ -437,7 +437,10 @@ RACE = SETS["race"]
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        ({"a": PromptSet("books", 1)}, r"prompt_sets\.a\.source 'books' .* wikipedia, .* hub/c4$"),
+        (
+            {"a": PromptSet("books", 1)},
+            r"prompt_sets\.a\.source 'books' .* hub/c4, or a file",
+        ),
         (
             {"a": replace(RACE, where={"biastype": "race"})},
             r"prompt_sets\.a\.where\.biastype is not known; source 'stereoset' has bias_type",
@@ -562,3 +565,23 @@ def test_the_default_sets_are_leak_free_and_as_asked(fetched, tmp_path, monkeypa
                 ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
                 assert spec.min_tokens <= len(ids) == row["tokens"] <= spec.max_tokens
     assert all(len(groups) == 1 for groups in splits.values())
+
+
+def test_dvc_can_compare_what_is_wanted_of_each_set_and_what_test_sets_are(project):
+    found = params({name: SETS[name] for name in ("general", "toxicity")}, ONLY_TESTED)
+    prepare.run(found)
+    wanted = {path.stem: read_json(path) for path in Path("outputs/wanted").iterdir()}
+    assert wanted == {name: list(scores_of(found, name)) for name in found.prompt_sets}
+    sums = {name: digest(prompts_path(name)) for name in ONLY_TESTED}
+    assert read_json(Path("outputs/test-sets.json")) == sums
+    prepare.run(replace(found, prompt_sets={"toxicity": SETS["toxicity"]}))
+    assert [path.name for path in Path("outputs/wanted").iterdir()] == ["toxicity.json"]
+
+
+def test_a_row_of_a_file_that_is_too_long_is_named_by_file_and_row(project):
+    Path("prompts").mkdir()
+    lines = [f'{{"text": "{n} {sentence(n, 9)}"}}\n' for n in range(12)]
+    Path("prompts/mine.jsonl").write_text("".join([*lines, f'{{"text": "{"a " * 99}"}}\n']))
+    mine = PromptSet("prompts/mine.jsonl", None, private=True)
+    with pytest.raises(InputError, match=r"^prompts/mine\.jsonl: row 13 has \d+ tokens, the"):
+        run(params({"mine": mine}))

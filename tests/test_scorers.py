@@ -466,5 +466,5 @@ def test_non_finite_score_is_an_error(detoxify_folder):
     saved = torch.load(checkpoint)
     saved["state_dict"]["classifier.bias"][0] = float("nan")
     torch.save(saved, checkpoint)
-    with pytest.raises(InputError, match="non-finite score to text 1 of 2; name another"):
+    with pytest.raises(InputError, match="non-finite score to text 1 of 3; name another"):
         scorer(spec_of("detoxify", str(detoxify_folder)))  # before any text is made to be scored

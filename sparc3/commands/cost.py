@@ -41,6 +41,7 @@ class Shape:
     head: int  # weights of the language-modelling head
     factors: int  # of a neuron's value: 2 in a gated MLP, 1 in a plain one
     normalised: int  # width of all that one layer's norms read
+    context: float  # tokens of the longest text
     written: int = 0  # heads whose attention scores are written out: by eager attention
 
     @property
@@ -75,6 +76,7 @@ def shape(config: PretrainedConfig, dtype: str = "float32") -> Shape:
         products=products,
         passed_back=products - _products(first) + _products(mlp.down),
         factors=1 if mlp.gate is None else 2,
+        context=families.context(config.to_dict()),
         normalised=sum(
             read.get(name.rpartition(".")[2], config.hidden_size)
             for name, module in first.named_modules()

@@ -178,7 +178,7 @@ def fitting(params: Params, config: Mapping[str, Any]) -> tuple[str, dict[str, i
     device, planned = plan.here(params), plan.plan(params)
     given = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     first = "float32" if device.name == "CPU" or given not in DTYPES else given
-    sections = {name: getattr(planned.params, name) for name in plan.BATCHED}
+    sections = {name: getattr(params, name) for name in plan.BATCHED}
     batches: dict[str, int] = {}
     for dtype in dict.fromkeys((first, "bfloat16")):
         for most in BATCHES:

@@ -37,7 +37,7 @@ from sparc3.commands import cost
 from sparc3.commands.cost import Shape, Work
 from sparc3.measure import likelihood
 from sparc3.measure.instruments import instruments_of
-from sparc3.model import families, loading
+from sparc3.model import loading
 from sparc3.stages import checks
 from sparc3.stages.attribute import by_target
 
@@ -279,8 +279,9 @@ class Plan:
 
     def _windows(self, times: int, texts: list[int], batch_tokens: int) -> Work:
         """Texts read through a sliding window: a token is scored once, most are read often."""
-        window, stride = self.params.evaluate.window, self.params.evaluate.stride
-        assert window is not None  # `plan` puts the context there
+        whole = int(min(self.model.context, max([2, *texts])))
+        window = self.params.evaluate.window or whole
+        stride = min(self.params.evaluate.stride, window)
         spans = [s for length in texts for s in likelihood.window_spans(length, window, stride)]
         lengths, scored = [end - begin for begin, end, _ in spans], sum(texts) - len(texts)
         return cost.likelihood(self.model, times, lengths, batch_tokens, scored)
@@ -322,12 +323,7 @@ def plan(params: Params, project: Params | None = None) -> Plan:
         getattr(params, key) == getattr(project, key, None)
         for key in ("model", "prompt_sets", "test_sets", "prepare")
     ) and all(prompts_path(name).is_file() for name in sets_of(params))
-    config, evaluate = configuration(params), params.evaluate
-    if evaluate.window is None:
-        window = int(min(families.context(config.to_dict()), 10**9))
-        reading = replace(evaluate, window=window, stride=min(evaluate.stride, window))
-        params = replace(params, evaluate=reading)
-    return Plan(params, cost.shape(config, params.model.dtype), exact)
+    return Plan(params, cost.shape(configuration(params), params.model.dtype), exact)
 
 
 def configuration(params: Params) -> PretrainedConfig:
