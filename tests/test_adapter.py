@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_two_adapters_multiply(family: str, tmp_path: Path) -> None:
     base = tiny.model(family)
     for name, circuit in (("one", ONE), ("other", OTHER)):
         write_adapter(tmp_path / name, circuit, base, "a/base")
-    both = PeftModel.from_pretrained(tiny.model(family), str(tmp_path / "one"), "one")
+    both: Any = PeftModel.from_pretrained(tiny.model(family), str(tmp_path / "one"), "one")
     both.load_adapter(str(tmp_path / "other"), "other")
     expected = without(base, ONE | OTHER)
     torch.testing.assert_close(expected, without(base, ONE, OTHER))
@@ -92,7 +93,7 @@ def test_unmerging_does_not_bring_a_pruned_neuron_back(tmp_path: Path) -> None:
     """What the card says of peft; should it change, the card may, too."""
     base = tiny.model("llama")
     write_adapter(tmp_path, tiny.circuit(1), base, "a/base")
-    edited = PeftModel.from_pretrained(base, str(tmp_path))
+    edited: Any = PeftModel.from_pretrained(base, str(tmp_path))
     edited.merge_adapter()
     with pytest.warns(UserWarning, match="inaccurate"):
         edited.unmerge_adapter()

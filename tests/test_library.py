@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,8 @@ def test_scores_of_a_pair_turn_sign_with_it(loaded) -> None:
 
 
 def test_choosing_is_the_stages_choice(loaded) -> None:
-    own, general = (sparc3.score(*loaded, texts) for texts in (TEXTS, GENERAL))
+    model, tokenizer = loaded
+    own, general = (sparc3.score(model, tokenizer, texts) for texts in (TEXTS, GENERAL))
     differential = sparc3.differential(general, own)
     np.testing.assert_allclose(differential, general.mean(0) - own.mean(0), rtol=1e-5, atol=1e-7)
     importance = np.abs(general).mean(0)
@@ -190,7 +192,7 @@ def test_the_ten_lines_of_the_readme_run(loaded, capsys) -> None:
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
     code = block.replace("models/smollm2-135m", model.name_or_path)
     assert code != block
-    space = {"RUDE": TEXTS, "POLITE": GENERAL, "PROMPTS": ["w3 w4"]}
+    space: dict[str, Any] = {"RUDE": TEXTS, "POLITE": GENERAL, "PROMPTS": ["w3 w4"]}
     exec(code, space)
     assert len(space["circuit"]) == 30
     shown = [

@@ -5,7 +5,7 @@ model from its folder, with a circuit's adapter on it. It needs transformers and
 from typing import Any
 
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class Edited(PythonModel):
@@ -23,7 +23,7 @@ class Edited(PythonModel):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **safe)
         self.model = PeftModel.from_pretrained(model, context.artifacts["adapter"]).eval()
 
-    def predict(self, context, model_input, params=None):  # noqa: ANN001, ANN201
+    def predict(self, context, model_input, params=None):  # noqa: ANN001, ANN201 # pyright: ignore
         """A completion of every prompt, one a row, the column `prompt`. Without annotations: from
         them MLflow would infer the signature, by loading the model.
         """

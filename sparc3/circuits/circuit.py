@@ -91,7 +91,7 @@ class Circuit:
         from sparc3.model.families import width
 
         require_neurons(model, self)
-        kind, base = model.config.model_type, model.name_or_path
+        kind, base = model.config.model_type, str(model.name_or_path)
         write_adapter(Path(folder), self, kind, width(model), base)
 
     def applied(self, model: "PreTrainedModel") -> "AbstractContextManager[PreTrainedModel]":
