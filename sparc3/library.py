@@ -119,15 +119,15 @@ def evaluate(
     with _inspected(model):
         text = nll.read(model, [INTACT, circuit], sample(general, None, "text"), how)
         found: dict[str, Any] = {"ppl_delta": perplexity.change(text[0], text[1], resamples)}
-        if behaviour and isinstance(behaviour[0], str):
-            own = nll.read(model, [INTACT, circuit], sample(behaviour, groups, "text"), how)
+        if behaviour:
+            kind, instrument = ("text", nll) if isinstance(behaviour[0], str) else ("pair", pairs)
+            own = instrument.read(model, [INTACT, circuit], sample(behaviour, groups, kind), how)
             before, after = (Measured(*each) for each in zip(own, text, strict=True))
-            found["nll_shift"] = nll.shift_interval(before, after, resamples)
-        elif behaviour:
-            own = pairs.read(model, [INTACT, circuit], sample(behaviour, groups, "pair"), how)
-            before, after = (Measured(*each) for each in zip(own, text, strict=True))
-            values = [value for value in pairs.VALUES if value.name in ("margin", "ss")]
-            found |= {value.name: value.change(before, after, resamples) for value in values}
+            if kind == "text":
+                found["nll_shift"] = nll.shift_interval(before, after, resamples)
+            else:
+                values = [value for value in pairs.VALUES if value.name in ("margin", "ss")]
+                found |= {value.name: value.change(before, after, resamples) for value in values}
     return {name: change._asdict() for name, change in found.items()}
 
 

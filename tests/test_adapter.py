@@ -93,7 +93,7 @@ def test_unmerging_does_not_bring_a_pruned_neuron_back(tmp_path: Path) -> None:
     """What the card says of peft; should it change, the card may, too."""
     base = tiny.model("llama")
     write_adapter(tmp_path, tiny.circuit(1), base, "a/base")
-    edited = PeftModel.from_pretrained(base, str(tmp_path))
+    edited: Any = PeftModel.from_pretrained(base, str(tmp_path))
     edited.merge_adapter()
     with pytest.warns(UserWarning, match="inaccurate"):
         edited.unmerge_adapter()

@@ -295,7 +295,7 @@ def test_a_model_of_the_hub_is_named_with_its_commit(project):
     export.run(params, "toxicity", "lrp", Path("out"), "adapter")
     config = read_json(Path("out/adapter_config.json"))
     data: Any = ModelCard(Path("out/README.md").read_text()).data
-    assert (data.license, data.base_model) == ("mit", "me/lm")
+    assert (data.base_model, data.license) == ("me/lm", "mit")
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/lm", "0a1b")
 
 

@@ -224,7 +224,9 @@ def test_a_model_of_the_hub_has_a_digest_like_any_other(hub: str, tmp_path: Path
 
 
 def test_a_circuit_is_loaded_by_its_name_and_commit(hub: str, tmp_path: Path) -> None:
-    code = "import sparc3; print(*sparc3.Circuit.load('team/{}@main').rows())"
+    code = (
+        "from sparc3.circuits.circuit import Circuit\nprint(*Circuit.load('team/{}@main').rows())"
+    )
     done = python(hub, tmp_path, code.format("open"))
     assert done.stdout == "(1, 7, -0.5, 0.0)\n", done.stderr
     done = python(hub, tmp_path, code.format("gated"))

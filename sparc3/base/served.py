@@ -23,7 +23,7 @@ class Edited(PythonModel):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **safe)
         self.model = PeftModel.from_pretrained(model, context.artifacts["adapter"]).eval()
 
-    def predict(self, context, model_input, params=None):  # noqa: ANN001, ANN201 # pyright: ignore[reportIncompatibleMethodOverride]
+    def predict(self, context, model_input, params=None):  # noqa: ANN001, ANN201 # pyright: ignore
         """A completion of every prompt, one a row, the column `prompt`. Without annotations: from
         them MLflow would infer the signature, by loading the model.
         """

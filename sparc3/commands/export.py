@@ -6,6 +6,7 @@ python -m sparc3 export --behaviour toxicity --method lrp --as adapter --folder 
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from sparc3.model.checkpoint import TERMS
 from sparc3.reporting.card import Edit, Evidence, card
 from sparc3.reporting.terms import base_of, notice
 
+log = logging.getLogger(__name__)
 Form = Literal["model", "adapter"]
 LOCK = Path("requirements-hashed.txt")
 
@@ -157,3 +159,4 @@ def check(written: Path, folder: Path) -> None:
             f"{folder}: loaded again it does not give what it promises, so it was not kept: "
             f"{'; '.join(wrong).replace(str(written), str(folder)) or done.stderr[-300:]}"
         )
+    log.info("export: %s", done.stdout.splitlines()[-1].replace(str(written), str(folder)))
