@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 from sparc3.base.files import markdown, read_json
 from sparc3.base.params import Params
 from sparc3.circuits.methods import BAN, is_control
-from sparc3.measure.instrument import Value
 from sparc3.measure.instruments import primary_of
 from sparc3.relevance.scores import SCORES
-from sparc3.reporting.tables import first_split, interval, summary
+from sparc3.reporting.tables import first_split, in_percent, interval, summary
 
 PLACE, FACTOR = 4, 4  # bytes of a neuron's layer and number, and of what is left of it
-Difference = Mapping[str, float]
 
 
 class Run(NamedTuple):
@@ -22,17 +20,6 @@ class Run(NamedTuple):
     name: str
     params: Params
     folder: Path
-
-
-def in_percent(value: Value, level: float, change: Difference | None) -> Difference | None:
-    """A change of a behaviour's primary value in percent of complete removal; `level`: the unpruned
-    model's.
-    """
-    if change is None:
-        return None
-    factor = value.less if "%" in value.title else -100 / (level - (value.even or 0.0))
-    low, high = sorted(factor * change[end] for end in ("low", "high"))
-    return {"value": factor * change["value"], "low": low, "high": high}
 
 
 def shipped(params: Params, method: str, circuit: Mapping[str, Any]) -> int | None:
@@ -80,10 +67,7 @@ def entries(run: Run, behaviour: str) -> list[dict[str, Any]]:
             for text in first["texts"]
         }
         worst = max(texts, key=lambda text: texts[text]["value"])
-        beyond = {
-            rival: in_percent(value, level, first.get(f"against_{rival}", {}).get(value.name))
-            for rival in ("control", "ban")
-        }
+        against = {rival: first.get(f"against_{rival}", {}) for rival in ("control", "ban")}
         changes = [circuit[split][value.name] for circuit in circuits]
         rows.append(
             {
@@ -91,7 +75,11 @@ def entries(run: Run, behaviour: str) -> list[dict[str, Any]]:
                 "draws": len(circuits),
                 "control": method == BAN or (known is not None and is_control(known)),
                 "removed": in_percent(value, level, summary(changes)),
-                "beyond": beyond,
+                "beyond": {
+                    rival: in_percent(value, level, changes[value.name])
+                    for rival, changes in against.items()
+                    if value.name in changes
+                },
                 "cost": texts[worst],
                 "worst": worst,
                 "kl": first.get("kl", {}).get("mean"),
@@ -115,8 +103,8 @@ def line(run: Run, row: Mapping[str, Any]) -> list[str]:
         run.name,
         row["method"] + many,
         interval(row["removed"], 0),
-        interval(row["beyond"]["control"], 0),
-        interval(row["beyond"]["ban"], 0),
+        interval(row["beyond"].get("control"), 0),
+        interval(row["beyond"].get("ban"), 0),
         f"{interval(row['cost'])} {row['worst']}",
         interval(row["kl"], 3),
         str(row["neurons"]),
@@ -145,7 +133,7 @@ def said(rows: Sequence[Mapping[str, Any]]) -> str:
     if len(methods) > 1:
         parts.append(f"Nothing removes more at less perplexity than {named(cheap, 'or')}.")
     for rival, title in (("control", "random neurons"), ("ban", "a word ban")):
-        beyond = best["beyond"][rival]
+        beyond = best["beyond"].get(rival)
         if beyond is not None:
             more, less = beyond["low"] > 0, beyond["high"] < 0
             tells = "More than" if more else "Less than" if less else "Not to be told from"

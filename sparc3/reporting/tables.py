@@ -158,13 +158,17 @@ def share(
     """A change of the value that the verdict is of, in percent of complete removal, as `removal`
     has it: of the unpruned model's level, which is taken as it was measured.
     """
-    if "%" in value.title:  # of the unpruned model's level already
-        factor: float = value.less
-    else:
-        units, means = np.array(
-            [(g["units"], g["mean"]) for g in groups if g["circuit"] == "none"], float
-        ).T
-        left = float(np.average(means, weights=units)) - (value.even or 0.0)
+    units, means = np.array(
+        [(g["units"], g["mean"]) for g in groups if g["circuit"] == "none"], float
+    ).T
+    return in_percent(value, float(np.average(means, weights=units)), change)
+
+
+def in_percent(value: Value, level: float, change: Mapping[str, float]) -> dict[str, float]:
+    """A change in percent of complete removal, from the unpruned model's level."""
+    left = level - (value.even or 0.0)
+    factor: float = value.less  # of a change that is in percent of the level already
+    if "%" not in value.title:
         factor = -100 / left if left else math.nan
     low, high = sorted(factor * change[end] for end in ("low", "high"))
     return {"value": factor * change["value"], "low": low, "high": high}
