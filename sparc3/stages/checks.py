@@ -273,18 +273,10 @@ def check_scores(params: Params) -> Problems:
     """Scores of every set, and that those are computed which later stages read."""
     for name, spec in params.prompt_sets.items():
         key = "attribute.scores" if spec.scores is None else f"prompt_sets.{name}.scores"
-        scores = scores_of(params, name)
-        if not scores:
-            yield f"{key}: none for prompt set {name}; give at least one"
-        for score in scores:
-            kind, at, target = score.partition("@")
-            if kind not in SCORES or (at and target not in TARGETS):
-                yield (
-                    f"{key} names {score!r}; expected any of {', '.join(SCORES)}, alone or with "
-                    f"one of @{', @'.join(TARGETS)}"
-                )
-            if target == "pair":
-                yield from _paired(key, score, f"prompt set {name}", spec)
+        yield from _scores(key, scores_of(params, name), name, spec)
+    for behaviour in params.behaviours.values():
+        key, name = "faithfulness.scores", behaviour.prompts
+        yield from _scores(key, params.faithfulness.scores, name, params.prompt_sets[name])
     general, importance = params.differential.general, params.differential.importance
     yield from _computed(params, "differential.importance", importance, general)
     for behaviour in params.behaviours.values():
@@ -293,6 +285,20 @@ def check_scores(params: Params) -> Problems:
             for name, method in params.methods.items():
                 if method.score != "random":
                     yield from _computed(params, f"methods.{name}.score", method.score, prompt_set)
+
+
+def _scores(key: str, scores: tuple[str, ...], name: str, spec: PromptSet) -> Problems:
+    if not scores:
+        yield f"{key}: none for prompt set {name}; give at least one"
+    for score in scores:
+        kind, at, target = score.partition("@")
+        if kind not in SCORES or (at and target not in TARGETS):
+            yield (
+                f"{key} names {score!r}; expected any of {', '.join(SCORES)}, alone or with "
+                f"one of @{', @'.join(TARGETS)}"
+            )
+        if target == "pair":
+            yield from _paired(key, score, f"prompt set {name}", spec)
 
 
 def _computed(params: Params, key: str, score: str, prompt_set: str) -> Problems:
