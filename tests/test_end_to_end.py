@@ -49,6 +49,10 @@ SMALL: dict[str, Any] = {
     "report": {"method": "lrp"},
     "transfer": {"items": 30, "resamples": 500},
     "overlap": {"resamples": 200, "repeats": 2},
+    "faithfulness": {
+        **{"scores": ["lrp", "gradient"], "neurons": 60, "prompts": 6},
+        **{"num_neurons": [3, 10], "resamples": 200},
+    },
 }
 
 
@@ -96,7 +100,7 @@ def test_every_stage_ran_and_the_numbers_are_there(finished: tuple[Path, str]) -
     behaviours = ["toxicity", "gender", "race"]
     expected = {"prepare", "transfer", "overlap", "report"}
     expected |= {f"attribute@{name}" for name in SMALL["prompt_sets"]}
-    for stage in ("gate", "differential", "sweep", "select", "evaluate"):
+    for stage in ("gate", "differential", "sweep", "select", "evaluate", "faithfulness"):
         expected |= {f"{stage}@{behaviour}" for behaviour in behaviours}
     assert ran(output) == expected
     for behaviour in behaviours:

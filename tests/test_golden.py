@@ -796,6 +796,42 @@ def test_reduction_is_positive_where_completions_score_less(project: Project) ->
 # --- transfer ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("behaviour", "split"), [("rude", "tune"), ("bias", "test")])
+def test_faithfulness_removes_neurons_one_by_one_from_held_out_prompts(
+    project: Project, behaviour: str, split: str
+) -> None:
+    metrics = project.metrics(f"faithfulness/{behaviour}")
+    name = PARAMS["behaviours"][behaviour]["prompts"]
+    rows = [row for row in project.rows(name, split) if row["id"] in metrics["prompts"]]
+    assert len(rows) == PARAMS["faithfulness"]["prompts"]
+
+    def target(model: Naive) -> float:
+        if behaviour == "rude":
+            return mean(float(model.log_p(encode(row["text"])).mean()) for row in rows)
+        return mean(model.sentence(a) - model.sentence(b) for a, b in (row["pair"] for row in rows))
+
+    neurons = project.csv(f"faithfulness/{behaviour}/neurons")
+    before = target(Naive(project.folder))
+    after = [
+        target(Naive(project.folder, ((int(r["layer"]), int(r["neuron"]), 0.0),))) for r in neurons
+    ]
+    effects = [float(r["effect"]) for r in neurons]
+    assert effects == pytest.approx([before - y for y in after], rel=1e-3, abs=1e-5)
+    explained = PARAMS["prompt_sets"][name]["target"]
+    plain = [relevance(Naive(project.folder).model, r, explained, nullcontext()) for r in rows]
+    for r in neurons:
+        expected = mean(float(each[int(r["layer"]), int(r["neuron"])]) for each in plain)
+        assert float(r["gradient"]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    for score, found in metrics["agreement"].items():
+        rank = stats.spearmanr([float(r[score]) for r in neurons], effects)[0]
+        assert found["all"]["spearman"]["value"] == pytest.approx(rank)
+    strongest = sorted(neurons, key=lambda r: -float(r["effect"]))[:5]
+    circuit = tuple((int(r["layer"]), int(r["neuron"]), 0.0) for r in strongest)
+    fall = metrics["additivity"]["effect"]["5"]
+    assert fall["together"] == pytest.approx(before - target(Naive(project.folder, circuit)), 1e-3)
+    assert fall["sum"] == pytest.approx(sum(float(r["effect"]) for r in strongest))
+
+
 def test_transfer_refuses_general_text_that_a_circuit_was_chosen_on(
     project: Project, tmp_path: Path
 ) -> None:

@@ -82,7 +82,7 @@ def test_verify_names_every_file_that_has_a_flipped_bit(project: Path) -> None:
     names = [name for manifest in Ledger().manifests for name in manifest.wrote]
     assert {Path(name).parts[1] for name in names if name.startswith("outputs")} == {
         *("prompts", "scores", "gate", "differential", "sweep", "circuits", "stability"),
-        *("evaluation", "transfer", "overlap", "report"),
+        *("evaluation", "transfer", "overlap", "faithfulness", "report"),
     }
     for name in names[::7]:
         before = Path(name).read_bytes()

@@ -55,6 +55,7 @@ STAGES = (
     ("evaluate", "behaviours"),
     ("transfer", None),
     ("overlap", None),
+    ("faithfulness", "behaviours"),
     ("report", None),
 )
 
@@ -93,6 +94,7 @@ PARAMS: dict[str, Any] = {
             "scorers": ["profanity"],
             "on_fail": "warn",
             "instruments": INSTRUMENTS["rude"],
+            "faithfulness": True,
         },
         "bias": {
             "prompts": "bias",
@@ -101,6 +103,7 @@ PARAMS: dict[str, Any] = {
             "second": "second",
             "on_fail": "warn",
             "instruments": INSTRUMENTS["bias"],
+            "faithfulness": True,
         },
     },
     "methods": {
@@ -168,6 +171,15 @@ PARAMS: dict[str, Any] = {
         "protect": 0.2,
         "resamples": 100,
         "repeats": 2,
+        "seed": 0,
+    },
+    "faithfulness": {
+        "scores": ["lrp", "gradient", "activation", "lrp@max-logit"],
+        "neurons": 30,
+        "prompts": 7,
+        "num_neurons": [2, 5],
+        "batch_tokens": 60,
+        "resamples": 200,
         "seed": 0,
     },
     "report": {"method": "lrp"},
@@ -397,6 +409,12 @@ def summaries(folder: Path) -> dict[str, dict[str, Any]]:
         if quantity in ("ppl_delta", "nll_shift", "ss", "margin")
     }
     found["overlap"] = overlap(folder)
+    for name in BEHAVIOURS:
+        measured = read_json(metrics / f"faithfulness/{name}.json")
+        found["faithfulness"][name] = {
+            score: [interval(rows["all"]["spearman"]), interval(measured["area"][score])]
+            for score, rows in measured["agreement"].items()
+        }
     cards = {name: (folder / name / "README.md").read_text() for name in BEHAVIOURS}
     found["export"] = {
         name: {

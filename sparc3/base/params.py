@@ -74,7 +74,7 @@ class PromptSet:
     source: str
     count: Count | None  # null: every row, in the source's order
     seeds: tuple[Seed, ...] = (0,)
-    target: Literal["max-logit", "likelihood", "pair"] = "max-logit"
+    target: Literal["max-logit", "contrast-logit", "likelihood", "pair"] = "max-logit"
     where: dict[str, Any] = field(default_factory=dict)
     min_tokens: Count | None = None
     max_tokens: Count | None = None
@@ -96,6 +96,7 @@ class Behaviour:
     second: str | None = None
     sealed: str | None = None
     scorers: tuple[str, ...] = ()
+    faithfulness: bool = False  # whether scores are set beside true effects of its neurons
     on_fail: Literal["warn", "stop"] = "stop"
 
 
@@ -241,6 +242,17 @@ class Overlap:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Faithfulness:
+    scores: tuple[str, ...]
+    neurons: Count
+    prompts: Count
+    num_neurons: tuple[Count, ...]
+    batch_tokens: Count
+    resamples: Resamples
+    seed: Seed
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Report:
     method: str
 
@@ -292,6 +304,7 @@ class Params:
     evaluate: Evaluate
     transfer: Transfer
     overlap: Overlap
+    faithfulness: Faithfulness
     report: Report
     confirm: Confirm
     cluster: Cluster | None = None

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from sparc3.measure.likelihood import CHUNK
 from sparc3.model import families
 from sparc3.model.loading import DTYPES
-from sparc3.relevance.attribution import POSITIONS_AT_ONCE
+from sparc3.relevance.attribution import AT_THE_END, POSITIONS_AT_ONCE
 from sparc3.relevance.scores import PRODUCTS_AT_ONCE, SCORES
 
 COMPLETIONS_AT_ONCE = 200  # of generate.complete
@@ -144,12 +144,16 @@ def attribution(
     batch = max(batch_tokens, longest)
     at_once = min(len(prompts), max(1, batch * len(prompts) // tokens))
     rows = [SCORES[name] for name in names if SCORES[name].gradient]
-    gradients, at = {row.gradient for row in rows}, [row.at for row in rows]
-    operations = max(1, len(gradients)) * forward(model, lengths)
+    at = [row.at for row in rows]
+    # A path is walked for every layer, from there on: half of the layers on average.
+    walks = sum(row.steps for row in rows) * (model.layers + 1) // 2
+    passes = len({row.gradient for row in rows} - {"path"}) + walks
+    operations = max(1, passes) * forward(model, lengths)
     memory: float = model.scores(at_once, len(names))
     if rows:
-        explained = len(prompts) if target == "max-logit" else tokens - len(lengths)
-        operations += len(gradients) * backward(model, lengths) + 4 * model.head * explained
+        explained = len(prompts) if target in AT_THE_END else tokens - len(lengths)
+        heads = 1 + 2 * walks  # all layers' paths need their own
+        operations += passes * backward(model, lengths) + 4 * model.head * explained * heads
         memory += saved(model, batch, longest, set(at))
         memory += 4 * 4 * POSITIONS_AT_ONCE * model.vocabulary
     else:

@@ -55,7 +55,13 @@ REACHED = 0.35  # of a card's peak
 REACHED_CPU = 0.8  # of this machine's own products
 DRAWING = 0.7  # of what whole sequences reach, when completions are drawn token by token
 MOST_CARDS = 16
-BATCHED = ("attribute", "sweep", "evaluate", "transfer")  # sections with batch_tokens
+BATCHED = (
+    "attribute",
+    "sweep",
+    "evaluate",
+    "transfer",
+    "faithfulness",
+)  # sections with batch_tokens
 CONFIGS = Path("profiles/configs")
 
 
@@ -137,6 +143,7 @@ class Plan:
             **{f"sweep@{name}": self._sweep(name) for name in behaviours},
             **{f"evaluate@{name}": self._evaluate(name) for name in behaviours},
             "transfer": self._transfer(),
+            **{f"faithfulness@{name}": self._faithfulness(name) for name in behaviours},
         }
         kind = self.job.partition("@")[0]
         return {
@@ -257,6 +264,24 @@ class Plan:
         if held_out == "test":
             seen = "test" if blocked else "attribute"
             parts += self._measured(name, seen, evaluate, again, again)
+        return cost.together(parts)
+
+    def _faithfulness(self, name: str) -> Work:
+        """Scores, each neuron of the sample alone, and circuits of every size."""
+        settings, prompt_set = self.params.faithfulness, self.params.behaviours[name].prompts
+        spec, shares = self.params.prompt_sets[prompt_set], self.params.prepare.splits
+        split = "test" if spec.blocks is not None or not shares["tune"] else "tune"
+        tokens, parts = self.tokens(prompt_set, split, settings.prompts), []
+        if not tokens or not self.params.behaviours[name].faithfulness:
+            return Work()
+        for target, scores in by_target(settings.scores, spec.target).items():
+            prompts = [[n, n] if target == "pair" else [n] for n in tokens]
+            batch = settings.batch_tokens
+            parts.append(cost.attribution(self.model, prompts, [*scores.values()], target, batch))
+        circuits = (3 * len(settings.scores) + 1) * len(settings.num_neurons)
+        packed = [2 * n for n in tokens] if spec.target == "pair" else tokens
+        times = 2 + settings.neurons + circuits
+        parts.append(cost.likelihood(self.model, times, packed, settings.batch_tokens))
         return cost.together(parts)
 
     def _measured(

@@ -20,6 +20,7 @@ from sparc3.reporting.tables import (
     TABLE,
     cells,
     confirm_table,
+    faithfulness_table,
     headline,
     interval,
     verdict,
@@ -30,6 +31,7 @@ from sparc3.stages.table import STAGES
 LARGE = ("llama3-8b", "llama3-8b-sound")  # profiles whose costs are foretold
 FIGURE = FOLDER / "answer.svg"  # the report's main one
 SHOWN = Path("docs/answer.svg")  # its copy, in git
+EFFECTS = Path("docs/faithfulness.svg")  # likewise of the first behaviour whose effects are taken
 ALT = "How much of each behaviour every method removes, with intervals, cost and verdict"
 
 BLOCKS = {  # by the page that holds them
@@ -39,6 +41,7 @@ BLOCKS = {  # by the page that holds them
     Path("docs/published.md"): ("published",),
     Path("docs/leaderboard.md"): ("leaderboard",),
     Path("docs/scorers.md"): ("scorers",),
+    Path("docs/faithfulness.md"): ("faithfulness",),
 }
 RESULTS = Path("profiles/results")  # metrics of finished runs, in git
 RUNS = {  # that the leaderboard compares, beside the default
@@ -120,6 +123,7 @@ def run(params: Params) -> None:
     figure, record = read_text(FIGURE), metrics_path("confirm")
     table = cells(params)
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
+    measured = [name for name, spec in params.behaviours.items() if spec.faithfulness]
     costs = latest_metrics(COST)
     blocks = {name: read_text(path) for name, path in TABLES.items()} | {
         "answer": f"![{ALT}]({SHOWN})\n\n{answer_table(params, table)}",
@@ -129,8 +133,13 @@ def run(params: Params) -> None:
         "published": markdown(CLAIMS, claim_rows(params, table)),
         "leaderboard": leaderboard(runs(params)),
         "scorers": scorers_text(params),
+        "faithfulness": "\n".join(
+            f"**{name}**\n\n{markdown(*faithfulness_table(name))}" for name in measured
+        ),
     }
     write_text(SHOWN, figure)
+    if measured:
+        write_text(EFFECTS, read_text(FOLDER / f"faithfulness-{measured[0]}.svg"))
     for page, names in BLOCKS.items():
         text = read_text(page)
         for name in names:

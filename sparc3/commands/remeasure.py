@@ -83,7 +83,7 @@ def prompt_sets(params: Params, behaviour: str) -> list[str]:
 def measured(
     params: Params, behaviour: str, model: PreTrainedModel, names: Collection[str]
 ) -> dict[str, float]:
-    """What `promised` names, of a model; completions are written only if one of `names` is theirs."""
+    """What `promised` names, of a model; completions are written if one of `names` is theirs."""
     spec, split = params.behaviours[behaviour], _split(params, behaviour)
     tokenizer, rows = loading.tokenizer(params.model), rows_of(params, behaviour).get(split, {})
     setting = setting_of(params, behaviour, {split: {"": flat(rows)}}, tokenizer)

@@ -434,6 +434,26 @@ def _weighted_ranks(values: Array) -> Callable[[Array], Array]:
     return ranks
 
 
+def correlation(x: npt.ArrayLike, y: npt.ArrayLike, resamples: int = RESAMPLES) -> Estimate:
+    """Pearson correlation over units (unit,), which are resampled; 0 where one is constant."""
+    a, b = (table[:, 0] for table in _tables(x=x, y=y))
+
+    def pearson(weights: Array) -> Array:
+        total = weights.sum(axis=1, keepdims=True)
+        u, v = (row - (weights * row).sum(axis=1, keepdims=True) / total for row in (a, b))
+        return _weighted_cosine(u, v, weights)
+
+    return bootstrap(pearson, [len(a)], resamples, width=len(a))
+
+
+def _weighted_cosine(u: Array, v: Array, weights: Array) -> Array:
+    """Cosines of rows (resample, unit), each unit by its weight; 0 for a row of zeros."""
+    total = weights.sum(axis=1)
+    uu, vv, uv = ((weights * s * t).sum(axis=1) / total for s, t in ((u, u), (v, v), (u, v)))
+    spread = np.sqrt(uu * vv)
+    return np.clip(np.divide(uv, spread, out=np.zeros_like(uv), where=spread > 0), -1, 1)
+
+
 def rank_agreement(
     x: npt.ArrayLike,
     y: npt.ArrayLike,
@@ -454,9 +474,7 @@ def rank_agreement(
         total = rows.sum(axis=1)
         # Weighted mid-ranks have mean total / 2: u and v have mean 0, and are 0 for a constant.
         u, v = (ranks(rows) / total[:, None] - 0.5 for ranks in (ranks_a, ranks_b))
-        uu, vv, uv = ((rows * s * t).sum(axis=1) / total for s, t in ((u, u), (v, v), (u, v)))
-        spread = np.sqrt(uu * vv)
-        return np.clip(np.divide(uv, spread, out=np.zeros_like(uv), where=spread > 0), -1, 1)
+        return _weighted_cosine(u, v, rows)
 
     n = int(codes.max(initial=-1)) + 1
     agreement = bootstrap(spearman, [n], resamples, width=len(a))

@@ -364,6 +364,28 @@ def overlap(
         axis.set_title(title, fontsize=9)
 
 
+def faithfulness(
+    path: Path,
+    rows: Sequence[Row],
+    titles: tuple[str, str],
+    depths: Mapping[str, Mapping[str, float]],
+    drawn: Mapping[str, Look],
+) -> None:
+    """Scores beside the true effects of removing neurons: forests of the two titles, and between
+    them the correlation by part of depth, `depths` by score.
+    """
+    size = 12.5, 1.3 + 0.32 * len(rows)
+    with drawing(path, columns=3, size=size) as (_, (axis, middle, beside)):
+        forest(axis, titles[0], rows, drawn, (-1.05, 1.05))
+        forest(beside, titles[1], rows, drawn)
+        for name, values in depths.items():
+            look = drawn[name]
+            style = {"color": look.colour, "marker": look.marker, "ls": look.line, "lw": 1.2}
+            middle.plot(list(values), list(values.values()), ms=6, mfc="white", **style)
+        middle.axhline(0, color="black", lw=0.8)
+        middle.set(ylim=(-1.05, 1.05), xlabel="third of depth", ylabel="Spearman's correlation")
+
+
 def layers(path: Path, method: str, counts: Sequence[int], look: Look) -> None:
     """Removed neurons by layer."""
     with drawing(path, size=(7, 2.5)) as (_, (axis,)):

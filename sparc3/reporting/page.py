@@ -187,11 +187,13 @@ def behaviour_part(
         "headline": tables.headline(params, name, rows[0]),
         "table": tables.behaviour_table(params, name, rows),
         "figures": {
-            kind: figure(f"{kind}-{name}") for kind in ("forest", "dose", "prompts", "layers")
+            kind: figure(f"{kind}-{name}")
+            for kind in ("forest", "dose", "prompts", "layers", "faithfulness")
         },
         "completions": side_by_side(params, name),
         "neurons": read_json(folder / "neurons.json"),
         "groups": tables.group_table(params, name),
+        "faithfulness": tables.faithfulness_table(name),
         "folder": folder,
         "sweep": sweep_path(name),
         "source": source("evaluate", name),

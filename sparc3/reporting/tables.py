@@ -37,6 +37,7 @@ PREFIXES = {  # of a circuit's differences, by where they were measured
     "second": "second_",
 }
 CONFIRMATORY, EXPLORATORY, CONTROL = "confirmatory", "exploratory", "control"
+ENDS = ("value", "low", "high")
 ALPHA = 0.05  # of each family of tests, and of a rank among random draws
 BROKEN = 5.0  # points that the share of degenerate completions may rise by
 
@@ -490,3 +491,28 @@ def transfer_matrix(params: Params) -> tuple[dict[str, int], list[list[dict[str,
         for pruned in params.behaviours
     ]
     return {title: value.digits for title, (_, value) in columns.items()}, rows
+
+
+def faithfulness_table(behaviour: str) -> tuple[list[str], list[list[str]]]:
+    """A line for every score: how far it agrees with true effects; without prompts none."""
+    found = read_json(metrics_path("faithfulness", behaviour))
+    header = ["score", "Spearman", "Pearson", "early", "middle", "late", "same sign, %"]
+    header += ["precision of the top tenth, %", "high scores' effect - low scores'"]
+    lines = []
+    for name, parts in found.get("agreement", {}).items():
+        whole = parts["all"]
+        shares = [{k: 100 * whole[key][k] for k in ENDS} for key in ("sign", "precision")]
+        lines.append(
+            [
+                name,
+                interval(whole["spearman"], 2),
+                interval(whole["pearson"], 2),
+                *(
+                    f"{parts[part]['spearman']['value']:.2f}"
+                    for part in ("early", "middle", "late")
+                ),
+                *(interval(share, 0) for share in shares),
+                interval(found["area"][name], 2),
+            ]
+        )
+    return header, lines

@@ -333,6 +333,7 @@ def check_scores(params: Params) -> Problems:
         ("differential.importance", params.differential.importance),
         *((f"methods.{n}.score", m.score) for n, m in methods if m.score != "random"),
         *(("attribute.scores", score) for score in params.attribute.scores),
+        *(("faithfulness.scores", score) for score in params.faithfulness.scores),
     ]
     for name, spec in params.prompt_sets.items():
         if spec.scores == ():
@@ -345,10 +346,12 @@ def check_scores(params: Params) -> Problems:
                 f"{key} names {score!r}; expected any of {', '.join(SCORES)}, alone or with "
                 f"one of @{', @'.join(TARGETS)}"
             )
-    for name, spec in params.prompt_sets.items():
-        for score in scores_of(params, name):
-            if score.endswith("@pair"):
-                yield from _paired("a score", score, f"prompt set {name}", spec)
+    read = [(name, score) for name in params.prompt_sets for score in scores_of(params, name)]
+    scores = params.faithfulness.scores
+    read += [(spec.prompts, score) for spec in params.behaviours.values() for score in scores]
+    for name, score in read:
+        if score.endswith("@pair"):
+            yield from _paired("a score", score, f"prompt set {name}", params.prompt_sets[name])
     general, importance = params.differential.general, params.differential.importance
     yield from _computed(params, "differential.importance", importance, general)
     for behaviour in params.behaviours.values():

@@ -106,6 +106,29 @@ def draw_behaviour(
     figures.layers(folder / f"layers-{behaviour}", spec.method, counts, look)
 
 
+def draw_faithfulness(params: Params, behaviour: str, looks: dict[str, Any], folder: Path) -> None:
+    """A score is drawn as the first method that ranks by it."""
+    from sparc3.reporting import figures
+
+    found = read_json(metrics_path("faithfulness", behaviour))
+    if not found["prompts"]:
+        return
+    by_score = {m.score: looks[name] for name, m in reversed(params.methods.items())}
+    titles = (
+        "Spearman's correlation with\nthe effect of each neuron alone",
+        "high scores' effect - low scores'",
+    )
+    rows, depths = [], {}
+    for name, parts in found["agreement"].items():
+        shown = {titles[0]: parts["all"]["spearman"], titles[1]: found["area"][name]}
+        rows.append(figures.Row(name, shown))
+        depths[name] = {
+            part: row["spearman"]["value"] for part, row in parts.items() if part != "all"
+        }
+    drawn = {name: by_score.get(name, looks[name]) for name in found["agreement"]}
+    figures.faithfulness(folder / f"faithfulness-{behaviour}", rows, titles, depths, drawn)
+
+
 def draw_between(params: Params, looks: dict[str, Any], folder: Path) -> None:
     """What compares behaviours: transfer, overlap, correlations; and how stable circuits are."""
     from sparc3.reporting import figures
@@ -151,13 +174,17 @@ def draw(params: Params, table: list[dict[str, Any]], folder: Path) -> None:
     from sparc3.reporting import figures  # matplotlib takes a second to import
 
     controls = {name: is_control(method) for name, method in params.methods.items()}
-    steered = dict.fromkeys(params.steer.interventions, False)
-    looks = figures.looks({**controls, **steered, BAN: True})
+    names = {**controls, **dict.fromkeys(params.steer.interventions, False), BAN: True}
+    for behaviour in params.behaviours:
+        found = read_json(metrics_path("faithfulness", behaviour)).get("agreement", {})
+        names |= {name: False for name in found if name not in names}
+    looks = figures.looks(names)
     panels, bands = {}, {}
     for behaviour in params.behaviours:
         cells_of = [row for row in table if row["behaviour"] == behaviour]
         rows = forest_rows(params, cells_of)
         draw_behaviour(params, behaviour, rows, looks, folder)
+        draw_faithfulness(params, behaviour, looks, folder)
         judged = [r for r in rows if SHARE in r.found and r.method != params.evaluate.control]
         if judged:
             heading = f"{behaviour}: unpruned {page.level(params, behaviour)}"

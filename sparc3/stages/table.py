@@ -93,9 +93,19 @@ STAGES: dict[str, Stage] = {
         reads=("prepare", "attribute", "differential"),
         products=("overlap",),
     ),
+    "faithfulness": Stage(
+        "do scores know what removing neurons does?",
+        "behaviour",
+        model=True,
+        reads=("prepare",),
+        products=("faithfulness/{}",),
+    ),
     "report": Stage(
         "summary, tables, figures, published numbers",
-        reads=("prepare", "gate", "sweep", "select", "steer", "evaluate", "transfer", "overlap"),
+        reads=(
+            *("prepare", "gate", "sweep", "select", "steer", "evaluate", "transfer", "overlap"),
+            "faithfulness",
+        ),
         products=("report",),
     ),
 }
