@@ -136,12 +136,24 @@ class Naive:
         return sum(scored) / len(scored)
 
     def windowed(self, row: Row) -> list[float]:
-        window, stride, ids = EVALUATE["window"], EVALUATE["stride"], encode(row["text"])
-        scored = []
-        for t in range(1, len(ids)):
-            begin = next(b for b in range(0, len(ids), stride) if b + window > t)
-            scored.append(-float(self.log_p(ids[begin : begin + window])[t - begin - 1]))
-        return scored
+        return [-float(self.log_p(ids)[at]) for ids, at in windows(row)]
+
+    def divergences(self, row: Row, other: "Naive") -> list[float]:
+        """KL(this || other) of the distribution of every token but the first."""
+        found = []
+        for ids, at in windows(row):
+            p, q = (model.logits(ids)[at].softmax(-1) for model in (self, other))
+            found.append(float((p * (p / q).log()).sum()))
+        return found
+
+
+def windows(row: Row) -> list[tuple[list[int], int]]:
+    """Of every token but the first the window that it is predicted in, and where."""
+    window, stride, ids = EVALUATE["window"], EVALUATE["stride"], encode(row["text"])
+    begins = [
+        next(b for b in range(0, len(ids), stride) if b + window > t) for t in range(1, len(ids))
+    ]
+    return [(ids[b : b + window], t - b) for t, b in enumerate(begins)]
 
 
 START = whole.WORDS.index("[start]")  # stands before every sentence of a pair
@@ -407,6 +419,8 @@ def test_sweep_prunes_the_most_negative_and_reads_the_tune_split(
         else:
             assert float(point["objective"]) == close(objective(model))
         assert float(point["ppl_error"]) == close(standard_error(before, model, general))
+        every = [kl for row in general for kl in before.divergences(row, model)]
+        assert float(point["kl"]) == close(mean(every))
 
 
 def standard_error(before: Naive, after: Naive, rows: Sequence[Row]) -> float:
@@ -536,6 +550,76 @@ def test_evaluate_reads_every_kind_of_general_text_through_windows(
                 assert found["baseline"]["perplexity"] == close(math.exp(before))
             of_all = project.circuit(behaviour, name) if name in CIRCUITS else ()
             assert row["num_neurons"] == len(of_all)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_kl_is_of_whole_distributions_on_all_kinds_of_general_text(
+    project: Project, models: Models, behaviour: str
+) -> None:
+    found = project.metrics(f"evaluate/{behaviour}")["circuits"]
+    rows = [
+        r for text in EVALUATE["general"] for r in project.rows(text, "test", EVALUATE["texts"])
+    ]
+    for name in (OWN[behaviour], CONTROLS[0], *([BAN] if behaviour == "rude" else [])):
+        after = models[behaviour, name, ""]
+        every = [kl for r in rows for kl in models[behaviour, "none", ""].divergences(r, after)]
+        assert found[name]["kl"]["mean"]["value"] == close(mean(every))
+        assert found[name]["kl"]["mean"]["n"] == len(rows)
+        largest = sorted(every, reverse=True)[math.floor(0.05 * len(every))]
+        assert found[name]["kl"]["percentile_95"]["value"] == close(largest)
+        for part in found[name]["kl"].values():
+            assert part["low"] <= part["value"] <= part["high"]
+    assert "kl" not in found[CONTROLS[1]]
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_steer_takes_the_strength_that_does_best_within_the_budget(
+    project: Project, behaviour: str
+) -> None:
+    """And what it learnt on each block's prompts; of a set with blocks the largest strength."""
+    points = project.csv(f"interventions/{behaviour}/points")
+    named = PARAMS["steer"]["interventions"]["act"]
+    assert [float(p["strength"]) for p in points] == [0, *named["strengths"]]
+    own = points[1:]
+    within = [p for p in own if float(p["ppl_delta"]) + float(p["ppl_error"]) <= BUDGET]
+    best = (
+        max(within, key=lambda p: float(p["objective"]))
+        if within
+        else min(own, key=lambda p: float(p["ppl_delta"]) + float(p["ppl_error"]))
+    )
+    assert project.metrics(f"steer/{behaviour}")["act.strength"] == float(best["strength"])
+    learnt = {}
+    for block in ["", *(TESTED if behaviour == "bias" else [])]:
+        path = project.folder / f"outputs/interventions/{behaviour}/{block}/act.safetensors"
+        arrays, about = read_tensors(path)
+        assert float(about["strength"]) == float(best["strength"])
+        learnt[block] = arrays["model.layers.0.mlp.up_proj/shift"]
+        used = {
+            i for ids in read_json(path.with_suffix(".json"))["chosen_on"].values() for i in ids
+        }
+        prompts = PARAMS["behaviours"][behaviour]["prompts"]
+        assert used.issuperset(row["id"] for row in project.before(prompts, block))
+        model, first = Naive(project.folder).model, "model.layers.0.mlp.up_proj"
+        if behaviour == "rude":
+            texts = project.rows("rude", "attribute"), project.rows("general-rude", "attribute")
+            sides = [[encode(row["text"]) for row in rows] for rows in texts]
+        else:
+            rows = project.before(prompts, block)
+            sides = [[[START, *encode(row["pair"][n])] for row in rows] for n in (0, 1)]
+        one, other = (
+            np.mean([mean_output(model, ids, first) for ids in side], 0) for side in sides
+        )
+        np.testing.assert_allclose(learnt[block], other - one, rtol=1e-3, atol=1e-5)
+
+
+def mean_output(model: Any, ids: list[int], site: str) -> np.ndarray:
+    """Of a module, over a text's tokens."""
+    kept: list[torch.Tensor] = []
+    hook = model.get_submodule(site).register_forward_hook(lambda *given: kept.append(given[2]))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    hook.remove()
+    return kept[0][0].mean(0).numpy()
 
 
 def splits_of(name: str, behaviour: str) -> list[tuple[str, str]]:
