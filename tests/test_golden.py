@@ -11,10 +11,11 @@ import json
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from whole import BEHAVIOURS, BLOCKS, CIRCUITS, CONTROLS, DRAWN, PARAMS
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, read_jsonl, read_tensors
+from sparc3.circuits.intervention import read_intervention
 from sparc3.circuits.overlap import joined
 from sparc3.relevance.lrp import attnlrp
 from sparc3.stages import transfer
@@ -75,6 +77,16 @@ class Project(NamedTuple):
         rows = self.csv(f"circuits/{behaviour}/{block}/{name}")
         return tuple((int(r["layer"]), int(r["neuron"]), float(r["scale"])) for r in rows)
 
+    def shifts(self, behaviour: str, block: str = "") -> dict[str, torch.Tensor]:
+        """What `act` adds to the outputs of modules, by their names."""
+        path = self.folder / f"outputs/interventions/{behaviour}/{block}/act.safetensors"
+        arrays, about = read_tensors(path)
+        return {
+            name.partition("/")[0]: float(about["strength"]) * torch.from_numpy(array)
+            for name, array in arrays.items()
+            if name.endswith("/shift")
+        }
+
     def differential(self, behaviour: str, method: str, block: str = "") -> np.ndarray:
         path = self.folder / f"outputs/differential/{behaviour}/{method}.safetensors"
         return read_tensors(path)[0][block or "differential"]
@@ -95,16 +107,25 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 class Naive:
-    """The model without some neurons, or with some tokens made less likely; texts are read one at
-    a time.
+    """The model without some neurons, with some tokens made less likely, or with outputs of modules
+    shifted; texts are read one at a time.
     """
 
-    def __init__(self, folder: Path, removed: Neurons = (), banned: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        removed: Neurons = (),
+        banned: Sequence[int] = (),
+        shifts: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
         self.banned = list(banned)
         for layer, neuron, scale in removed:
             with torch.no_grad():
                 self.model.model.layers[layer].mlp.down_proj.weight[:, neuron] *= scale
+        for site, by in shifts.items():
+            module = self.model.get_submodule(site)
+            module.register_forward_hook(lambda module, given, y, by=by: y + by)
         self.seen: dict[tuple[int, ...], np.ndarray] = {}
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
@@ -246,6 +267,8 @@ def models(project: Project) -> Models:
     found = {("rude", BAN, ""): banned}
     for behaviour, block in CASES:
         found[behaviour, "none", block] = intact
+        shifts = project.shifts(behaviour, block)
+        found[behaviour, "act", block] = Naive(project.folder, shifts=shifts)
         for name in CIRCUITS:
             removed = project.circuit(behaviour, name, block)
             found[behaviour, name, block] = Naive(project.folder, removed)
@@ -536,7 +559,7 @@ def test_evaluate_reads_every_kind_of_general_text_through_windows(
         assert max(len(encode(row["text"])) for row in rows) > EVALUATE["window"]
         before = models[behaviour, "none", ""].windowed_nll(rows)
         assert found["baseline"][f"perplexity_{text}"] == close(math.exp(before))
-        for name in (*CIRCUITS, *([BAN] if behaviour == "rude" else [])):
+        for name in (*CIRCUITS, "act", *([BAN] if behaviour == "rude" else [])):
             row = found["circuits"][name]
             drawn = 1 if place else len(CONTROLS) if behaviour == "rude" else EVALUATE["drawn"]
             if name in CONTROLS[drawn:]:
@@ -560,7 +583,7 @@ def test_kl_is_of_whole_distributions_on_all_kinds_of_general_text(
     rows = [
         r for text in EVALUATE["general"] for r in project.rows(text, "test", EVALUATE["texts"])
     ]
-    for name in (OWN[behaviour], CONTROLS[0], *([BAN] if behaviour == "rude" else [])):
+    for name in (OWN[behaviour], "act", CONTROLS[0], *([BAN] if behaviour == "rude" else [])):
         after = models[behaviour, name, ""]
         every = [kl for r in rows for kl in models[behaviour, "none", ""].divergences(r, after)]
         assert found[name]["kl"]["mean"]["value"] == close(mean(every))
@@ -610,6 +633,24 @@ def test_steer_takes_the_strength_that_does_best_within_the_budget(
             np.mean([mean_output(model, ids, first) for ids in side], 0) for side in sides
         )
         np.testing.assert_allclose(learnt[block], other - one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_an_intervention_is_exported_as_its_file_with_what_was_measured(
+    project: Project, behaviour: str
+) -> None:
+    folder = project.folder / f"{behaviour}-act"
+    kept = project.folder / f"outputs/interventions/{behaviour}/act.safetensors"
+    assert (folder / "intervention.safetensors").read_bytes() == kept.read_bytes()
+    row = project.metrics(f"evaluate/{behaviour}")["circuits"]["act"]
+    text = (folder / "README.md").read_text()
+    assert f"at strength {row['strength']:g}." in text
+    shown = {each["measure"]: each["change"] for each in whole.table(text)}
+    assert shown["kl.mean"] == f"{row['kl']['mean']['value']:.4g}"
+    intact, given = Naive(project.folder), encode(project.rows("general", "test")[0]["text"])
+    steered = Naive(project.folder, shifts=project.shifts(behaviour)).logits(given)
+    with read_intervention(folder / "intervention.safetensors").on(intact.model):
+        torch.testing.assert_close(intact.logits(given), steered, rtol=1e-4, atol=1e-4)
 
 
 def mean_output(model: Any, ids: list[int], site: str) -> np.ndarray:
@@ -793,7 +834,7 @@ def completions_of(project: Project, circuit: str, part: str) -> list[Row]:
     return [row for row in every if (row["circuit"], row["split"]) == (circuit, part)]
 
 
-WRITERS = ["none", *EVALUATE["completed"][:-1], "lrp", *CONTROLS[:DRAWN], BAN]
+WRITERS = ["none", *EVALUATE["completed"][:-1], "lrp", "act", *CONTROLS[:DRAWN], BAN]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -1035,12 +1076,13 @@ def test_the_result_table_shows_the_evaluation(project: Project) -> None:
         else:
             columns |= {"beyond word ban": (("against_ban", key), digits)}
         circuits = project.metrics(f"evaluate/{behaviour}")["circuits"]
-        methods = [*PARAMS["methods"], *([BAN] if behaviour == "rude" else [])]
+        methods = [*PARAMS["methods"], "act", *([BAN] if behaviour == "rude" else [])]
         assert [row["method"].split(" ")[0] for row in rows] == methods
         for row, method in zip(rows, methods, strict=True):
             names = CONTROLS if method == "random-layer-matched" else [method]
-            of_all = () if method == BAN else project.circuit(behaviour, names[0])
-            assert row["neurons"] == str(len(of_all))
+            of_all = () if method in (BAN, "act") else project.circuit(behaviour, names[0])
+            strength = f"strength {circuits[method]['strength']:g}" if method == "act" else ""
+            assert row["neurons"] == (strength or str(len(of_all)))
             text, cost = worst_text(circuits, names)
             assert row["perplexity %, worst text"] == f"{shown(cost)} {text}"
             over = cost["value"] > BUDGET

@@ -309,6 +309,7 @@ def export(params: Params) -> None:
     module = import_module("sparc3.commands.export")
     for behaviour in BEHAVIOURS:
         module.run(params, behaviour, PARAMS["behaviours"][behaviour]["method"], Path(behaviour))
+        module.run(params, behaviour, "act", Path(f"{behaviour}-act"))
 
 
 # --- reading it ----------------------------------------------------------------------------

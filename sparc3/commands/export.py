@@ -1,6 +1,8 @@
 """Export: the pruned model as a folder that plain transformers loads, with its model card.
 
 python -m sparc3 export --behaviour toxicity --method lrp --folder exported/toxicity
+
+Of an intervention: its file and a card, for the model's weights are as they were.
 """
 
 import shutil
@@ -9,14 +11,15 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from sparc3.base.artifacts import circuit_path, metrics_path
+from sparc3.base.artifacts import circuit_path, intervention_path, metrics_path
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, read_json, replacing, usual_rights, write_text
 from sparc3.base.params import Params
 from sparc3.circuits.ablate import prune_weights
 from sparc3.circuits.circuit import read_circuit
+from sparc3.circuits.intervention import read_intervention
 from sparc3.model import loading
-from sparc3.reporting.card import Evidence, card
+from sparc3.reporting.card import Evidence, card, intervention_card
 
 
 def beyond(behaviour: str, method: str) -> tuple[dict[str, Any] | None, float | None]:
@@ -28,14 +31,35 @@ def beyond(behaviour: str, method: str) -> tuple[dict[str, Any] | None, float | 
     return row.get("in_sample", row.get("test")), scalars.get(f"{method}.agreement")
 
 
+def write_steered(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, float]:
+    """intervention.safetensors and README.md. InputError: evaluated at another strength."""
+    source, metrics = intervention_path(behaviour, method), metrics_path("evaluate", behaviour)
+    strength = read_intervention(source).strength
+    found = read_json(metrics)["circuits"].get(method) if metrics.is_file() else None
+    if found is not None and found["strength"] != strength:
+        raise InputError(
+            f"{metrics}: {method} at strength {found['strength']:g}, but {strength:g} in {source}; "
+            "run the evaluate stage again (dvc repro)"
+        )
+    text = intervention_card(params, behaviour, method, strength, Evidence(found))
+    with replacing(folder, folder=True) as temporary:
+        shutil.copyfile(source, temporary / "intervention.safetensors")
+        write_text(temporary / "README.md", text)
+        usual_rights(temporary)
+    return {"strength": strength}
+
+
 def run(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, float]:
     """Write the model pruned by a circuit: safetensors, tokenizer, README.md and circuit.csv.
 
     `method` names the circuit of `behaviour` (a control with several draws has one for each), and
-    `folder` must be new or empty. It appears when it is complete. Returns the numbers of neurons.
+    `folder` must be new or empty. It appears when it is complete. Returns the numbers of neurons;
+    of an intervention its strength.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: there is something already; name a new or an empty folder")
+    if method in params.steer.interventions:
+        return write_steered(params, behaviour, method, folder)
     source = circuit_path(behaviour, method)
     circuit = read_circuit(source)
     metrics = metrics_path("evaluate", behaviour)
