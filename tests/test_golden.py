@@ -11,10 +11,11 @@ import json
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from whole import BEHAVIOURS, BLOCKS, CIRCUITS, CONTROLS, DRAWN, PARAMS
 
 from sparc3.base.errors import InputError
 from sparc3.base.files import read_json, read_jsonl, read_tensors
+from sparc3.circuits.intervention import read_intervention
 from sparc3.circuits.overlap import joined
 from sparc3.relevance.lrp import attnlrp
 from sparc3.stages import transfer
@@ -75,6 +77,16 @@ class Project(NamedTuple):
         rows = self.csv(f"circuits/{behaviour}/{block}/{name}")
         return tuple((int(r["layer"]), int(r["neuron"]), float(r["scale"])) for r in rows)
 
+    def shifts(self, behaviour: str, block: str = "") -> dict[str, torch.Tensor]:
+        """What `act` adds to the outputs of modules, by their names."""
+        path = self.folder / f"outputs/interventions/{behaviour}/{block}/act.safetensors"
+        arrays, about = read_tensors(path)
+        return {
+            name.partition("/")[0]: float(about["strength"]) * torch.from_numpy(array)
+            for name, array in arrays.items()
+            if name.endswith("/shift")
+        }
+
     def differential(self, behaviour: str, method: str, block: str = "") -> np.ndarray:
         path = self.folder / f"outputs/differential/{behaviour}/{method}.safetensors"
         return read_tensors(path)[0][block or "differential"]
@@ -95,16 +107,25 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 class Naive:
-    """The model without some neurons, or with some tokens made less likely; texts are read one at
-    a time.
+    """The model without some neurons, with some tokens made less likely, or with outputs of modules
+    shifted; texts are read one at a time.
     """
 
-    def __init__(self, folder: Path, removed: Neurons = (), banned: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        removed: Neurons = (),
+        banned: Sequence[int] = (),
+        shifts: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
         self.banned = list(banned)
         for layer, neuron, scale in removed:
             with torch.no_grad():
                 self.model.model.layers[layer].mlp.down_proj.weight[:, neuron] *= scale
+        for site, by in shifts.items():
+            module = self.model.get_submodule(site)
+            module.register_forward_hook(lambda module, given, y, by=by: y + by)
         self.seen: dict[tuple[int, ...], np.ndarray] = {}
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
@@ -136,12 +157,24 @@ class Naive:
         return sum(scored) / len(scored)
 
     def windowed(self, row: Row) -> list[float]:
-        window, stride, ids = EVALUATE["window"], EVALUATE["stride"], encode(row["text"])
-        scored = []
-        for t in range(1, len(ids)):
-            begin = next(b for b in range(0, len(ids), stride) if b + window > t)
-            scored.append(-float(self.log_p(ids[begin : begin + window])[t - begin - 1]))
-        return scored
+        return [-float(self.log_p(ids)[at]) for ids, at in windows(row)]
+
+    def divergences(self, row: Row, other: "Naive") -> list[float]:
+        """KL(this || other) of the distribution of every token but the first."""
+        found = []
+        for ids, at in windows(row):
+            p, q = (model.logits(ids)[at].softmax(-1) for model in (self, other))
+            found.append(float((p * (p / q).log()).sum()))
+        return found
+
+
+def windows(row: Row) -> list[tuple[list[int], int]]:
+    """Of every token but the first the window that it is predicted in, and where."""
+    window, stride, ids = EVALUATE["window"], EVALUATE["stride"], encode(row["text"])
+    begins = [
+        next(b for b in range(0, len(ids), stride) if b + window > t) for t in range(1, len(ids))
+    ]
+    return [(ids[b : b + window], t - b) for t, b in enumerate(begins)]
 
 
 START = whole.WORDS.index("[start]")  # stands before every sentence of a pair
@@ -234,6 +267,8 @@ def models(project: Project) -> Models:
     found = {("rude", BAN, ""): banned}
     for behaviour, block in CASES:
         found[behaviour, "none", block] = intact
+        shifts = project.shifts(behaviour, block)
+        found[behaviour, "act", block] = Naive(project.folder, shifts=shifts)
         for name in CIRCUITS:
             removed = project.circuit(behaviour, name, block)
             found[behaviour, name, block] = Naive(project.folder, removed)
@@ -409,6 +444,8 @@ def test_sweep_prunes_the_most_negative_and_reads_the_tune_split(
             assert float(point["objective"]) == close(objective(model))
             assert (float(point["objective_error"]) > 0) == bool(removed)
         assert float(point["ppl_error"]) == close(standard_error(before, model, general))
+        every = [kl for row in general for kl in before.divergences(row, model)]
+        assert float(point["kl"]) == close(mean(every))
 
 
 def standard_error(before: Naive, after: Naive, rows: Sequence[Row]) -> float:
@@ -524,7 +561,7 @@ def test_evaluate_reads_every_kind_of_general_text_through_windows(
         assert max(len(encode(row["text"])) for row in rows) > EVALUATE["window"]
         before = models[behaviour, "none", ""].windowed_nll(rows)
         assert found["baseline"][f"perplexity_{text}"] == close(math.exp(before))
-        for name in (*CIRCUITS, *([BAN] if behaviour == "rude" else [])):
+        for name in (*CIRCUITS, "act", *([BAN] if behaviour == "rude" else [])):
             row = found["circuits"][name]
             drawn = 1 if place else len(CONTROLS) if behaviour == "rude" else EVALUATE["drawn"]
             if name in CONTROLS[drawn:]:
@@ -538,6 +575,94 @@ def test_evaluate_reads_every_kind_of_general_text_through_windows(
                 assert found["baseline"]["perplexity"] == close(math.exp(before))
             of_all = project.circuit(behaviour, name) if name in CIRCUITS else ()
             assert row["num_neurons"] == len(of_all)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_kl_is_of_whole_distributions_on_all_kinds_of_general_text(
+    project: Project, models: Models, behaviour: str
+) -> None:
+    found = project.metrics(f"evaluate/{behaviour}")["circuits"]
+    rows = [
+        r for text in EVALUATE["general"] for r in project.rows(text, "test", EVALUATE["texts"])
+    ]
+    for name in (OWN[behaviour], "act", CONTROLS[0], *([BAN] if behaviour == "rude" else [])):
+        after = models[behaviour, name, ""]
+        every = [kl for r in rows for kl in models[behaviour, "none", ""].divergences(r, after)]
+        assert found[name]["kl"]["mean"]["value"] == close(mean(every))
+        assert found[name]["kl"]["mean"]["n"] == len(rows)
+        largest = sorted(every, reverse=True)[math.floor(0.05 * len(every))]
+        assert found[name]["kl"]["percentile_95"]["value"] == close(largest)
+        for part in found[name]["kl"].values():
+            assert part["low"] <= part["value"] <= part["high"]
+    assert "kl" not in found[CONTROLS[1]]
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_steer_takes_the_strength_that_does_best_within_the_budget(
+    project: Project, behaviour: str
+) -> None:
+    """And what it learnt on each block's prompts; of a set with blocks the largest strength."""
+    points = project.csv(f"interventions/{behaviour}/points")
+    named = PARAMS["steer"]["interventions"]["act"]
+    assert [float(p["strength"]) for p in points] == [0, *named["strengths"]]
+    own = points[1:]
+    within = [p for p in own if float(p["ppl_delta"]) + float(p["ppl_error"]) <= BUDGET]
+    best = (
+        max(within, key=lambda p: float(p["objective"]))
+        if within
+        else min(own, key=lambda p: float(p["ppl_delta"]) + float(p["ppl_error"]))
+    )
+    assert project.metrics(f"steer/{behaviour}")["act.strength"] == float(best["strength"])
+    learnt = {}
+    for block in ["", *(TESTED if behaviour == "bias" else [])]:
+        path = project.folder / f"outputs/interventions/{behaviour}/{block}/act.safetensors"
+        arrays, about = read_tensors(path)
+        assert float(about["strength"]) == float(best["strength"])
+        learnt[block] = arrays["model.layers.0.mlp.up_proj/shift"]
+        used = {
+            i for ids in read_json(path.with_suffix(".json"))["chosen_on"].values() for i in ids
+        }
+        prompts = PARAMS["behaviours"][behaviour]["prompts"]
+        assert used.issuperset(row["id"] for row in project.before(prompts, block))
+        model, first = Naive(project.folder).model, "model.layers.0.mlp.up_proj"
+        if behaviour == "rude":
+            texts = project.rows("rude", "attribute"), project.rows("general-rude", "attribute")
+            sides = [[encode(row["text"]) for row in rows] for rows in texts]
+        else:
+            rows = project.before(prompts, block)
+            sides = [[[START, *encode(row["pair"][n])] for row in rows] for n in (0, 1)]
+        one, other = (
+            np.mean([mean_output(model, ids, first) for ids in side], 0) for side in sides
+        )
+        np.testing.assert_allclose(learnt[block], other - one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_an_intervention_is_exported_as_its_file_with_what_was_measured(
+    project: Project, behaviour: str
+) -> None:
+    folder = project.folder / f"{behaviour}-act"
+    kept = project.folder / f"outputs/interventions/{behaviour}/act.safetensors"
+    assert (folder / "intervention.safetensors").read_bytes() == kept.read_bytes()
+    row = project.metrics(f"evaluate/{behaviour}")["circuits"]["act"]
+    text = (folder / "README.md").read_text()
+    assert f"at strength {row['strength']:g}." in text
+    shown = {each["measure"]: each["change"] for each in whole.table(text)}
+    assert shown["kl.mean"] == f"{row['kl']['mean']['value']:.4g}"
+    intact, given = Naive(project.folder), encode(project.rows("general", "test")[0]["text"])
+    steered = Naive(project.folder, shifts=project.shifts(behaviour)).logits(given)
+    with read_intervention(folder / "intervention.safetensors").on(intact.model):
+        torch.testing.assert_close(intact.logits(given), steered, rtol=1e-4, atol=1e-4)
+
+
+def mean_output(model: Any, ids: list[int], site: str) -> np.ndarray:
+    """Of a module, over a text's tokens."""
+    kept: list[torch.Tensor] = []
+    hook = model.get_submodule(site).register_forward_hook(lambda *given: kept.append(given[2]))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    hook.remove()
+    return kept[0][0].mean(0).numpy()
 
 
 def splits_of(name: str, behaviour: str) -> list[tuple[str, str]]:
@@ -711,7 +836,7 @@ def completions_of(project: Project, circuit: str, part: str) -> list[Row]:
     return [row for row in every if (row["circuit"], row["split"]) == (circuit, part)]
 
 
-WRITERS = ["none", *EVALUATE["completed"][:-1], "lrp", *CONTROLS[:DRAWN], BAN]
+WRITERS = ["none", *EVALUATE["completed"][:-1], "lrp", "act", *CONTROLS[:DRAWN], BAN]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -989,12 +1114,13 @@ def test_the_result_table_shows_the_evaluation(project: Project) -> None:
         else:
             columns |= {"beyond word ban": (("against_ban", key), digits)}
         circuits = project.metrics(f"evaluate/{behaviour}")["circuits"]
-        methods = [*PARAMS["methods"], *([BAN] if behaviour == "rude" else [])]
+        methods = [*PARAMS["methods"], "act", *([BAN] if behaviour == "rude" else [])]
         assert [row["method"].split(" ")[0] for row in rows] == methods
         for row, method in zip(rows, methods, strict=True):
             names = CONTROLS if method == "random-layer-matched" else [method]
-            of_all = () if method == BAN else project.circuit(behaviour, names[0])
-            assert row["neurons"] == str(len(of_all))
+            of_all = () if method in (BAN, "act") else project.circuit(behaviour, names[0])
+            strength = f"strength {circuits[method]['strength']:g}" if method == "act" else ""
+            assert row["neurons"] == (strength or str(len(of_all)))
             text, cost = worst_text(circuits, names)
             assert row["perplexity %, worst text"] == f"{shown(cost)} {text}"
             over = cost["value"] > BUDGET

@@ -347,7 +347,7 @@ def test_sections_are_merged_by_key_and_tables_by_row(tmp_path: Path) -> None:
         "evaluate": {"items": 9},
         "prepare": {"splits": {"attribute": 1.0}},
         "prompt_sets": {"race": {"source": "stereoset", "count": 3}},
-        "methods": {"aura": None, "new": {"score": "random"}},
+        "methods": {"max-activation-auroc": None, "new": {"score": "random"}},
         "cluster": {"device": "CPU"},
     }
     tree = laid(tmp_path, changes)
@@ -357,7 +357,10 @@ def test_sections_are_merged_by_key_and_tables_by_row(tmp_path: Path) -> None:
     assert tree["prepare"] == {"splits": {"attribute": 1.0}}  # a value below a key is whole
     assert tree["prompt_sets"]["race"] == {"source": "stereoset", "count": 3}  # and so is a row
     assert tree["prompt_sets"]["gender"] == TREE["prompt_sets"]["gender"]
-    assert list(tree["methods"]) == [*(n for n in TREE["methods"] if n != "aura"), "new"]
+    assert list(tree["methods"]) == [
+        *(n for n in TREE["methods"] if n != "max-activation-auroc"),
+        "new",
+    ]
     assert tree["cluster"] == {"device": "CPU"}
     untouched = set(TREE) - set(changes)
     assert {key: tree[key] for key in untouched} == {key: TREE[key] for key in untouched}
@@ -366,9 +369,9 @@ def test_sections_are_merged_by_key_and_tables_by_row(tmp_path: Path) -> None:
 def test_a_profile_that_names_every_row_gives_the_order(tmp_path: Path) -> None:
     backwards = dict(reversed(TREE["methods"].items())) | {"new": {"score": "random"}}
     assert list(laid(tmp_path, {"methods": backwards})["methods"]) == list(backwards)
-    backwards["aura"] = None
+    backwards["max-activation-auroc"] = None
     assert list(laid(tmp_path, {"methods": backwards})["methods"]) == [
-        name for name in backwards if name != "aura"
+        name for name in backwards if name != "max-activation-auroc"
     ]
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from sparc3.base.artifacts import circuit_names
 from sparc3.base.errors import InputError
-from sparc3.base.params import Method
+from sparc3.base.params import Budget, Method
 from sparc3.circuits.choose import choose, choose_per_layer, protected, scales
 from sparc3.circuits.methods import noise
 from sparc3.stages.checks import load
@@ -77,6 +77,8 @@ ROWS = [
         "protect": str(q),
         "ppl_delta": str(p),
         "ppl_error": "0.2",
+        "kl": str(k / 1000),
+        "kl_error": "0.0015",
         "objective": str(o),
     }
     for m, k, q, p, o in [
@@ -92,14 +94,18 @@ ROWS = [
 
 
 def test_best_point_maximises_within_the_budget() -> None:
-    assert best_point(ROWS, "a", None, None, 1.0) == (50, 0.2)
-    assert best_point(ROWS, "a", None, None, 2.0) == (99, 0.2)
-    assert best_point(ROWS, "a", None, 0.5, 1.0) == (50, 0.5)
-    assert best_point(ROWS, "a", 10, None, 1.0) == (10, 0.2)
+    one, two = Budget(perplexity=1.0), Budget(perplexity=2.0)
+    assert best_point(ROWS, "a", None, None, one) == (50, 0.2)
+    assert best_point(ROWS, "a", None, None, two) == (99, 0.2)
+    assert best_point(ROWS, "a", None, 0.5, one) == (50, 0.5)
+    assert best_point(ROWS, "a", 10, None, one) == (10, 0.2)
+    # A budget of KL as well: 50 neurons, with the standard error, break it.
+    assert best_point(ROWS, "a", None, None, Budget(perplexity=2.0, kl=0.052)) == (50, 0.2)
+    assert best_point(ROWS, "a", None, None, Budget(perplexity=2.0, kl=0.051)) == (10, 0.2)
     # Nothing within the budget: the cheapest.
-    assert best_point(ROWS, "b", None, None, 1.0) == (10, 0.2)
+    assert best_point(ROWS, "b", None, None, one) == (10, 0.2)
     with pytest.raises(InputError, match="no point for method a with num_neurons=7"):
-        best_point(ROWS, "a", 7, None, 1.0)
+        best_point(ROWS, "a", 7, None, one)
 
 
 def test_noise_depends_on_seed_and_name_only() -> None:
@@ -118,7 +124,7 @@ def test_a_method_has_a_circuit_per_draw() -> None:
     [
         (None, "lrp", "sweep.num_neurons"),
         (7, "lrp", "select.num_neurons"),
-        (7, "aura", "methods.aura"),
+        (7, "max-activation-auroc", "methods.max-activation-auroc"),
     ],
 )
 def test_a_choice_knows_the_key_that_asked(fixed: int | None, method: str, key: str) -> None:
@@ -128,6 +134,6 @@ def test_a_choice_knows_the_key_that_asked(fixed: int | None, method: str, key: 
         sweep=replace(params.sweep, num_neurons=(3,), protect=(0.2,)),
         select=replace(params.select, num_neurons=fixed, protect=None),
     )
-    followed = Choice(7, 0.1, "select.num_neurons") if method == "aura" else None
+    followed = Choice(7, 0.1, "select.num_neurons") if method == "max-activation-auroc" else None
     found = choice(params, method, followed, [], np.zeros((2, 9)))
     assert found == (fixed or 3, 0.1 if followed else 0.2, key)

@@ -52,6 +52,7 @@ STAGES = (
     ("differential", "behaviours"),
     ("sweep", "behaviours"),
     ("select", "behaviours"),
+    ("steer", "behaviours"),
     ("evaluate", "behaviours"),
     ("transfer", None),
     ("overlap", None),
@@ -143,6 +144,7 @@ PARAMS: dict[str, Any] = {
         "resamples": 20,
         "seed": 0,
     },
+    "steer": {"interventions": {"act": {"kind": "mean-act", "strengths": [0.2, 1.0]}}},
     "evaluate": {
         "general": ["general", "news"],
         "texts": 7,
@@ -322,6 +324,7 @@ def export(params: Params) -> None:
         with patch.object(module, "check", lambda written, _: remeasure.run(written)):
             method = PARAMS["behaviours"][behaviour]["method"]
             module.run(params, behaviour, method, Path(behaviour))
+            module.run(params, behaviour, "act", Path(f"{behaviour}-act"))
 
 
 # --- reading it ----------------------------------------------------------------------------
@@ -385,7 +388,7 @@ def summaries(folder: Path) -> dict[str, dict[str, Any]]:
             }
         found["sweep"][name] = {
             f"{r['method']} {r['num_neurons']} {float(r['protect']):g}": [
-                float(r[key]) for key in ("ppl_delta", "ppl_error", "objective")
+                float(r[key]) for key in ("ppl_delta", "ppl_error", "kl", "objective")
             ]
             for r in read_csv(folder / f"outputs/sweep/{name}.csv")
         }
@@ -397,6 +400,7 @@ def summaries(folder: Path) -> dict[str, dict[str, Any]]:
             },
             "stability": {k: v for k, v in stability.items() if k.endswith("stability")},
         }
+        found["steer"][name] = read_json(metrics / f"steer/{name}.json")
         found["evaluate"][name] = evaluation(folder, name)
         rows = result_rows(folder)[name]
         found["report"][name] = {r["method"]: [r["neurons"], r["verdict"]] for r in rows}
@@ -433,12 +437,16 @@ def evaluation(folder: Path, behaviour: str) -> dict[str, Any]:
     wanted = ("reduction", "nll_shift", "margin", "icat", "emt", "improved")
     for circuit in (PARAMS["behaviours"][behaviour]["method"], "most-positive", CONTROLS[0]):
         row = measured["circuits"][circuit]
-        found[circuit] = {"ppl_delta": interval(row["ppl_delta"])} | {
-            f"{part}.{key}": interval(row[part][key])
-            for part in ("test", "in_sample", "against_control", "second")
-            for key in wanted
-            if key in row.get(part, {})
-        }
+        found[circuit] = (
+            {"ppl_delta": interval(row["ppl_delta"])}
+            | {f"kl.{key}": interval(value) for key, value in row.get("kl", {}).items()}
+            | {
+                f"{part}.{key}": interval(row[part][key])
+                for part in ("test", "in_sample", "against_control", "second")
+                for key in wanted
+                if key in row.get(part, {})
+            }
+        )
     texts = [
         r["text"] for r in read_jsonl(folder / f"outputs/evaluation/{behaviour}/completions.jsonl")
     ]

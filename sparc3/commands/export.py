@@ -2,6 +2,8 @@
 
 python -m sparc3 export --behaviour toxicity --method lrp --folder exported/toxicity
 python -m sparc3 export --behaviour toxicity --method lrp --as adapter --folder toxicity-adapter
+
+Of an intervention: its file and a card, for the model's weights are as they were.
 """
 
 import dataclasses
@@ -19,18 +21,25 @@ import yaml
 from transformers import GenerationConfig, PreTrainedModel
 
 import sparc3
-from sparc3.base.artifacts import circuit_path, metrics_path, model_files, prompts_path
+from sparc3.base.artifacts import (
+    circuit_path,
+    intervention_path,
+    metrics_path,
+    model_files,
+    prompts_path,
+)
 from sparc3.base.errors import InputError
 from sparc3.base.files import digest, read_json, replacing, usual_rights, write_json, write_text
 from sparc3.base.params import Params
 from sparc3.circuits.ablate import prune_weights, pruned
 from sparc3.circuits.adapter import write_adapter
 from sparc3.circuits.circuit import Circuit, read_circuit
+from sparc3.circuits.intervention import read_intervention
 from sparc3.commands import remeasure
 from sparc3.commands.remeasure import EXACT, EXPECTED, INPUTS, PARAMS, PROBE
 from sparc3.model import families, loading
 from sparc3.model.checkpoint import TERMS
-from sparc3.reporting.card import Edit, Evidence, card
+from sparc3.reporting.card import Edit, Evidence, card, intervention_card
 from sparc3.reporting.terms import base_of, notice
 
 log = logging.getLogger(__name__)
@@ -48,6 +57,24 @@ def beyond(behaviour: str, method: str) -> tuple[dict[str, Any] | None, float | 
     row = found.get("circuits", {}).get(method, {})
     row = row if row.get("sha256") == digest(circuit_path(behaviour, method)) else {}
     return row.get("in_sample", row.get("test")), scalars.get(f"{method}.agreement")
+
+
+def write_steered(params: Params, behaviour: str, method: str, folder: Path) -> dict[str, float]:
+    """intervention.safetensors and README.md. InputError: evaluated at another strength."""
+    source, metrics = intervention_path(behaviour, method), metrics_path("evaluate", behaviour)
+    strength = read_intervention(source).strength
+    found = read_json(metrics)["circuits"].get(method) if metrics.is_file() else None
+    if found is not None and found["strength"] != strength:
+        raise InputError(
+            f"{metrics}: {method} at strength {found['strength']:g}, but {strength:g} in {source}; "
+            "run the evaluate stage again (dvc repro)"
+        )
+    text = intervention_card(params, behaviour, method, strength, Evidence(found))
+    with replacing(folder, folder=True) as temporary:
+        shutil.copyfile(source, temporary / "intervention.safetensors")
+        write_text(temporary / "README.md", text)
+        usual_rights(temporary)
+    return {"strength": strength}
 
 
 def evaluation(behaviour: str, method: str, circuit: Circuit) -> dict[str, Any] | None:
@@ -74,10 +101,13 @@ def run(
     measured; it appears when it gives the numbers that it promises.
 
     `method` names the circuit of `behaviour` (a control with several draws has one for each), and
-    `folder` must be new or empty. Returns the numbers of neurons. InputError: it does not.
+    `folder` must be new or empty. Returns the numbers of neurons; of an intervention its strength.
+    InputError: it does not.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: there is something already; name a new or an empty folder")
+    if method in params.steer.interventions:
+        return write_steered(params, behaviour, method, folder)
     source, given = circuit_path(behaviour, method), Path(params.model.path)
     circuit = read_circuit(source)
     results = evaluation(behaviour, method, circuit)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from sparc3.base.artifacts import circuit_names, prompts_path, read_prompts
+from sparc3.base.artifacts import names_of, prompts_path, read_prompts
 from sparc3.base.errors import InputError
 from sparc3.base.params import (
     FIRST,
@@ -33,6 +33,7 @@ from sparc3.base.params import (
 )
 from sparc3.base.secrets import first_line, hub_token
 from sparc3.circuits.methods import swept
+from sparc3.circuits.responses import DEPTHS
 from sparc3.commands import cost
 from sparc3.commands.cost import Shape, Work
 from sparc3.measure import likelihood
@@ -141,6 +142,7 @@ class Plan:
             **{f"attribute@{name}": self._attribute(name) for name in sets},
             **{stage: self._contrast() for stage in ("differential", "select", "overlap")},
             **{f"sweep@{name}": self._sweep(name) for name in behaviours},
+            **{f"steer@{name}": self._steer(name) for name in behaviours},
             **{f"evaluate@{name}": self._evaluate(name) for name in behaviours},
             "transfer": self._transfer(),
             **{f"faithfulness@{name}": self._faithfulness(name) for name in behaviours},
@@ -208,10 +210,18 @@ class Plan:
         return Work(held=2 * self.model.scores(prompts))
 
     def _sweep(self, name: str) -> Work:
+        params, sweep, spec = self.params, self.params.sweep, self.params.behaviours[name]
+        methods = len(swept(params.methods, spec.method))
+        return self._tuned(name, methods * len(sweep.protect) * len(sweep.num_neurons))
+
+    def _steer(self, name: str) -> Work:
+        """As if each intervention had a variant for every depth; learning them costs less."""
+        rows = self.params.steer.interventions.values()
+        return self._tuned(name, sum(len(DEPTHS) * len(row.strengths) for row in rows))
+
+    def _tuned(self, name: str, points: int) -> Work:
         params, sweep = self.params, self.params.sweep
         spec = params.behaviours[name]
-        methods = len(swept(params.methods, spec.method))
-        points = methods * len(sweep.protect) * len(sweep.num_neurons)
         if not points:
             return Work()
         texts = self.tokens(params.differential.general, "tune", sweep.texts)
@@ -237,7 +247,8 @@ class Plan:
         behaviour, batch, parts = params.behaviours[name], evaluate.batch_tokens, []
         writes = any(instrument.writes for instrument in instruments_of(behaviour).values())
         banned = bool(evaluate.ban) and writes
-        draws = {method: len(circuit_names(method, m)) for method, m in params.methods.items()}
+        steered = params.steer.interventions
+        draws = {method: len(names_of(params, method)) for method in (*params.methods, *steered)}
 
         def models(methods: Iterable[str], most: int | None) -> int:
             drawn = (draws[method] for method in methods)
@@ -245,7 +256,8 @@ class Plan:
 
         every = models(draws, None)
         again = models(evaluate.in_sample, evaluate.drawn) if evaluate.in_sample else 0
-        completed = models({behaviour.method, *(evaluate.completed or ())}, evaluate.drawn)
+        written = {behaviour.method, *(evaluate.completed or ()), *steered}
+        completed = models(written, evaluate.drawn)
         set_off = any(instrument.set_off for instrument in instruments_of(behaviour).values())
         first = every if set_off else models(draws, evaluate.drawn)
         for place, general in enumerate(evaluate.general):

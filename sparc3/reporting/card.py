@@ -195,17 +195,44 @@ def _index(params: Params, edit: Edit, evidence: Evidence) -> dict[str, Any]:
     return {"model-index": [{"name": title(edit), "results": results}]} if results else {}
 
 
+def _measured(behaviour: str, evidence: Evidence) -> str:
+    if evidence.evaluation is None:
+        return f"`metrics/evaluate/{behaviour}.json` was not there when this was written."
+    return f"{LEGEND}\n\n{evaluation_table(evidence.evaluation)}"
+
+
+def intervention_card(
+    params: Params, behaviour: str, method: str, strength: float, evidence: Evidence
+) -> str:
+    """The card of an intervention, which leaves the model's weights as they are."""
+    path = params.model.path
+    return f"""# {method} against {behaviour}, for {Path(path).name}
+
+What sparc3's method `{method}` ({params.steer.interventions[method].kind}) learnt for {path}, in
+{params.model.dtype}, at strength {strength:g}. No weight is changed; within the block the model is:
+
+```python
+from pathlib import Path
+
+from sparc3.circuits.intervention import read_intervention
+
+with read_intervention(Path("intervention.safetensors")).on(model):
+    ...
+```
+
+## Evaluation
+
+{_measured(behaviour, evidence)}
+"""
+
+
 def card(params: Params, edit: Edit, evidence: Evidence) -> str:
     """The model card."""
     behaviour, method, circuit = edit.behaviour, edit.method, edit.circuit
     model, base, adapter = params.model, edit.base, edit.form == "adapter"
     removed = int((circuit.scales == 0).sum())
     dampened = len(circuit) - removed
-    measured = (
-        f"`metrics/evaluate/{behaviour}.json` was not there when this was written."
-        if evidence.evaluation is None
-        else f"{LEGEND}\n\n{evaluation_table(evidence.evaluation)}"
-    )
+    measured = _measured(behaviour, evidence)
     if evidence.agreement is not None:
         measured += f"\n{PROCEDURE.format(agreement=100 * evidence.agreement)}\n"
     if evidence.sealed is not None:

@@ -93,6 +93,7 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
         "family": family(params, behaviour, method),
         "draws": len(circuits),
         "num_neurons": circuits[0]["num_neurons"],
+        "strength": circuits[0].get("strength"),
         "differences": differences,
         "change": differences.get(change),
         "against": differences.get(f"against_control_{change}"),
@@ -297,6 +298,12 @@ def interval(difference: dict[str, float] | None, digits: int = 1, gap: str = " 
     return f"{value}{gap}[{low}, {high}]"
 
 
+def size(row: Mapping[str, Any]) -> str:
+    """How many neurons, or how strong an intervention."""
+    steered = row["strength"] is not None
+    return f"strength {row['strength']:g}" if steered else str(row["num_neurons"])
+
+
 def level(estimate: Mapping[str, float] | None) -> str:
     """`0.010 [0.009, 0.012]`, or a dash where nothing was measured."""
     if estimate is None:
@@ -345,7 +352,7 @@ def behaviour_table(
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("method", lambda r: r["method"] + (f" ({r['draws']} draws)" if r["draws"] > 1 else "")),
         ("family", lambda row: row["family"]),
-        ("neurons", lambda row: str(row["num_neurons"])),
+        ("neurons", size),
         ("perplexity %, worst text", lambda r: f"{difference('ppl_worst')(r)} {r['worst']}"),
         ("KL, nats", lambda r: level(r["differences"].get("kl"))),
         ("KL, 95th percentile", lambda r: level(r["differences"].get("kl_95"))),

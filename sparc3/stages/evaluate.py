@@ -22,7 +22,7 @@ from sparc3.base.params import Behaviour, Params, private_of
 from sparc3.circuits import choose
 from sparc3.circuits.ablate import Edit
 from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, refuse_leak
-from sparc3.circuits.intervention import read_intervention
+from sparc3.circuits.intervention import Intervention, read_intervention
 from sparc3.circuits.methods import BAN
 from sparc3.measure import inference, neurons, word_ban
 from sparc3.measure.instrument import (
@@ -408,7 +408,10 @@ def measure(
         except InputError as error:
             hint = "evaluate.prompts and evaluate.items say how many are read"
             raise InputError(f"evaluate: {behaviour}, circuit {name}: {error}; {hint}") from None
-        results[name] = {"method": method, "num_neurons": count, **changes}
+        about = {"method": method, "num_neurons": count}
+        if isinstance(edit := by_block[""], Intervention):
+            about["strength"] = edit.strength
+        results[name] = about | changes
     return setting, by_name, results
 
 
