@@ -75,7 +75,7 @@ def main() -> None:
     for (method, part, k), after in zip(grid, tuned, strict=True):
         cost = perplexity.percent(whole.general, after.general)
         cost += perplexity.percent_error(whole.general, after.general, None)
-        if cost <= params.select.ppl_budget:
+        if cost <= params.select.budget.perplexity:
             points.setdefault((method, part), []).append((nll.shift(whole, after), k))
     chosen = {(*key, max(found)[1]): grid[*key, max(found)[1]] for key, found in points.items()}
     importance = read_differential(given.behaviour, METHODS[0])[1]

@@ -93,7 +93,7 @@ def test_the_leaderboard_says_what_the_files_say() -> None:
             removed = f"{value:+.0f} [{ends[0]:+.0f}, {ends[-1]:+.0f}]"
             assert at["removed, %"] == removed, row
             assert at["neurons"] == str(circuits[names[0]]["num_neurons"])
-            dampened = method in ("aura-published", "aura-dampened")
+            dampened = method in ("max-activation-auroc-all", "max-activation-auroc-dampened")
             if method != "word-ban":
                 assert int(at["bytes"].replace(",", "")) == int(at["neurons"]) * (
                     8 if dampened else 4

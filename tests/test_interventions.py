@@ -201,7 +201,9 @@ def test_dampening_outputs_is_scaling_their_rows_of_the_weights(family) -> None:
         site, _, kind = name.rpartition("/")
         if kind == "scale":
             module = other.get_submodule(site)
-            families.incoming(module).mul_(torch.from_numpy(array)[:, None])
+            families.incoming(families.Rows(module, slice(None))).mul_(
+                torch.from_numpy(array)[:, None]
+            )
             bias = dict(module.named_parameters()).get("bias")
             if bias is not None:
                 bias.mul_(torch.from_numpy(array))

@@ -399,7 +399,7 @@ def measure(
         results[BAN] = about | result(by_name, BAN, [], setting, evaluate.resamples)
     sizes = {n: len(e) if isinstance(e := c.edits[""], Circuit) else 0 for n, c in circuits.items()}
     draws = circuit_names(evaluate.control, params.methods[evaluate.control])
-    for name, (method, _, _) in circuits.items():
+    for name, (method, by_block, _) in circuits.items():
         count = sizes[name]
         of_size = method != evaluate.control and count == sizes[draws[0]]
         rivals = [*(draws if of_size else ()), *([BAN] if BAN in by_name else ())]

@@ -151,7 +151,7 @@ def percent(before: Reading, after: Reading) -> float:
     return 100 * float(np.expm1(mean_nll(after) - mean_nll(before)))
 
 
-def percent_error(before: Reading, after: Reading, groups: Sequence[str]) -> float:
+def percent_error(before: Reading, after: Reading, groups: Sequence[str] | None) -> float:
     """Standard error of `percent` over groups of texts, in percent; at least 2 groups (InputError).
 
     Delta method for a ratio of sums: the rise of a group's summed likelihood against its tokens.
