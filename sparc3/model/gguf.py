@@ -8,6 +8,7 @@ one tensor in float32. The same bytes on every run and machine.
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
     or a tensor that transformers' model has no place for.
     """
     import torch  # here, so that a fetch with nothing to do takes a second
-    import transformers
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -37,10 +37,10 @@ def convert(gguf: Path, folder: Path, dtype: str = "float32", shard: int = SHARD
 
     if not gguf.is_file():
         raise InputError(f"{gguf}: file not found; give the path of a GGUF file")
-    if int(transformers.__version__.partition(".")[0]) > 4:
+    if int((found := version("transformers")).partition(".")[0]) > 4:
         problem = "its tables of GGUF are others than those that the conversion was checked with"
         remedy = "convert with transformers 4.57 (make env); the folder is read with either"
-        raise InputError(f"{gguf}: transformers is {transformers.__version__}: {problem}; {remedy}")
+        raise InputError(f"{gguf}: transformers is {found}: {problem}; {remedy}")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, **LOCAL}
     try:
         config = AutoConfig.from_pretrained(**source)
