@@ -73,6 +73,7 @@ def write_project(folder: Path) -> None:
     tree["behaviours"]["bias"]["second"] = None
     (folder / "params.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     shutil.copytree(whole.ROOT / "sparc3", folder / "sparc3")
+    (folder / "prompts").mkdir()  # of one's own: none
     for name in ("dvc.yaml", "requirements.txt"):
         shutil.copy(whole.ROOT / name, folder)
     for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
