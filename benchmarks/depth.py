@@ -1,11 +1,11 @@
 """Where does a behaviour live? Circuits confined to each third of depth, on held-out prompts.
 
-    python -m benchmarks.depth [--behaviour NAME] [--sizes K ...] [--texts N]
+    python -m benchmarks.depth [--behaviour NAME] [--sizes K ...] [--prompts N] [--texts N]
 
-After a run, in its folder. Of every method's circuits of each size, of all layers or of one third,
-the one is taken whose NLL shift on the tune split is largest within the perplexity budget; it is
-then measured on the test split, beside as many random neurons of the same layers. A table for
-docs/faithfulness.md.
+After a run, in its folder. Circuits of every method and size, of all layers or of one third, beside
+as many random neurons of the same layers, none of them protected ones: the rise of the NLL of the
+tune split's prompts beyond that of general text, whose perplexity is the cost. Nothing is chosen on
+them. A table for docs/faithfulness.md.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def circuits(params: Params, values: Array, importance: Array, k: int) -> dict[s
 
 
 def measure(
-    params: Params, behaviour: str, split: str, every: list[Circuit], texts: int
+    params: Params, behaviour: str, every: list[Circuit], prompts: int, texts: int
 ) -> list[Measured]:
     """The whole model, and it without each circuit, on the behaviour's prompts and general text."""
     spec = params.behaviours[behaviour]
@@ -49,8 +49,8 @@ def measure(
     samples = [
         perplexity.encode(rows, tokenizer)
         for rows in (
-            read_prompts(spec.prompts, split),
-            read_prompts(params.differential.general, split)[:texts],
+            read_prompts(spec.prompts, "tune")[:prompts],
+            read_prompts(params.differential.general, "tune")[:texts],
         )
     ]
     read = [nll.read(model, [INTACT, *every], sample, how) for sample in samples]
@@ -61,35 +61,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--behaviour", default="toxicity")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 30, 60, 125])
+    parser.add_argument("--prompts", type=int, default=52)
     parser.add_argument("--texts", type=int, default=48)
     given = parser.parse_args()
     params = load()
-    grid = {}
+    grid, values, importance = {}, np.empty((0, 0)), np.empty((0, 0))
     for method in METHODS:
         values, importance = read_differential(given.behaviour, method)
         for k in given.sizes:
             for part, circuit in circuits(params, values, importance, k).items():
                 grid[method, part, k] = circuit
-    whole, *tuned = measure(params, given.behaviour, "tune", [*grid.values()], given.texts)
-    points = {}
-    for (method, part, k), after in zip(grid, tuned, strict=True):
-        cost = perplexity.percent(whole.general, after.general)
-        cost += perplexity.percent_error(whole.general, after.general, None)
-        if cost <= params.select.budget.perplexity:
-            points.setdefault((method, part), []).append((nll.shift(whole, after), k))
-    chosen = {(*key, max(found)[1]): grid[*key, max(found)[1]] for key, found in points.items()}
-    importance = read_differential(given.behaviour, METHODS[0])[1]
-    largest = max(k for *_, k in chosen)
-    drawn = circuits(params, noise(0, "depth", importance.shape), importance, largest)
-    chosen |= {("random", part, largest): circuit for part, circuit in drawn.items()}
-    whole, *tested = measure(params, given.behaviour, "test", [*chosen.values()], given.texts)
+    for k in given.sizes:
+        for part, circuit in circuits(
+            params, noise(0, "depth", values.shape), importance, k
+        ).items():
+            grid["random", part, k] = circuit
+    whole, *without = measure(params, given.behaviour, [*grid.values()], given.prompts, given.texts)
     lines = []
-    for (method, part, k), after in zip(chosen, tested, strict=True):
+    for (method, part, k), after in zip(grid, without, strict=True):
         shift = nll.shift_interval(whole, after, 10_000)
         cost = perplexity.percent(whole.general, after.general)
         spread = f"{shift.value:+.3f} [{shift.low:+.3f}, {shift.high:+.3f}]"
-        lines.append([part, method, str(k), spread, f"{cost:+.2f}"])
-    print(markdown(["layers", "method", "neurons", "NLL shift, nats", "perplexity, %"], lines))
+        lines.append([str(k), method, part, spread, f"{cost:+.2f}"])
+    print(markdown(["neurons", "method", "layers", "NLL shift, nats", "perplexity, %"], lines))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import yaml
 from scipy.stats import spearmanr
 
 from sparc3.base.errors import InputError
-from sparc3.base.files import read_json, read_jsonl
+from sparc3.base.files import markdown, read_json, read_jsonl
 from sparc3.base.params import Scorer, parse
 from sparc3.commands import readme
 from sparc3.commands.readme import BLOCKS, TABLES, page_with
@@ -24,7 +24,7 @@ from sparc3.prompts.sources import SOURCES, narrow, source_of
 from sparc3.relevance.scores import TARGETS
 from sparc3.reporting.leaderboard import leaderboard, said
 from sparc3.reporting.published import CONSISTENT, INCONSISTENT, claims, reduction_error
-from sparc3.reporting.tables import confirm_table
+from sparc3.reporting.tables import confirm_table, faithfulness_table
 from sparc3.stages.checks import check, load
 from sparc3.stages.table import STAGES
 
@@ -143,6 +143,18 @@ def test_the_page_of_results_shows_the_sealed_sets() -> None:
     )
     text = PAGES[str(page)]
     assert page_with(page, text, "confirm", shown) == text
+
+
+def test_the_page_of_faithfulness_shows_what_was_measured() -> None:
+    page = "docs/faithfulness.md"
+    asked = [name for name, spec in PARAMS.behaviours.items() if spec.faithfulness]
+    tables = [f"**{name}**\n\n{markdown(*faithfulness_table(name))}" for name in asked]
+    shown = page_with(Path(page), PAGES[page], "faithfulness", "\n".join(tables))
+    assert shown == PAGES[page]
+    found = read_json(ROOT / f"metrics/faithfulness/{asked[0]}.json")["agreement"]
+    rank = {name: parts["all"]["spearman"] for name, parts in found.items()}
+    assert rank["gradient"]["low"] > rank["lrp"]["high"]  # what the page concludes
+    assert found["lrp"]["early"]["spearman"]["value"] < found["lrp"]["late"]["spearman"]["value"]
 
 
 def test_the_readme_answers_with_the_own_methods_of_the_default_run() -> None:

@@ -92,7 +92,7 @@ SCORES: dict[str, Score] = {
     "relp": Score(_input_times_gradient, gradient="relp"),
     "lrp-abs": Score(_weight_times_gradient, gradient="attnlrp", at="weights"),
     "gradient": Score(_input_times_gradient, gradient="plain"),
-    "integrated-gradients": Score(_input_times_gradient, gradient="path", steps=4),
+    "integrated-gradients": Score(_input_times_gradient, gradient="path", steps=3),
     "activation": Score(_mean_absolute, gradient=None),
     "max-activation": Score(_maximum, gradient=None),
     "wanda": Score(_wanda, gradient=None),

@@ -37,7 +37,7 @@ PREFIXES = {  # of a circuit's differences, by where they were measured
     "second": "second_",
 }
 CONFIRMATORY, EXPLORATORY, CONTROL = "confirmatory", "exploratory", "control"
-ENDS = ("value", "low", "high")
+ENDS, THIRDS = ("value", "low", "high"), ("early", "middle", "late")
 ALPHA = 0.05  # of each family of tests, and of a rank among random draws
 BROKEN = 5.0  # points that the share of degenerate completions may rise by
 
@@ -500,13 +500,19 @@ def transfer_matrix(params: Params) -> tuple[dict[str, int], list[list[dict[str,
     return {title: value.digits for title, (_, value) in columns.items()}, rows
 
 
+def most_faithful(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Scores and their agreement with true effects, of the metrics; the most faithful first."""
+    agreement = found.get("agreement", {})
+    return sorted(agreement.items(), key=lambda item: -item[1]["all"]["spearman"]["value"])
+
+
 def faithfulness_table(behaviour: str) -> tuple[list[str], list[list[str]]]:
     """A line for every score: how far it agrees with true effects; without prompts none."""
     found = read_json(metrics_path("faithfulness", behaviour))
     header = ["score", "Spearman", "Pearson", "early", "middle", "late", "same sign, %"]
     header += ["precision of the top tenth, %", "high scores' effect - low scores'"]
     lines = []
-    for name, parts in found.get("agreement", {}).items():
+    for name, parts in most_faithful(found):
         whole = parts["all"]
         shares = [{k: 100 * whole[key][k] for k in ENDS} for key in ("sign", "precision")]
         lines.append(
@@ -514,10 +520,7 @@ def faithfulness_table(behaviour: str) -> tuple[list[str], list[list[str]]]:
                 name,
                 interval(whole["spearman"], 2),
                 interval(whole["pearson"], 2),
-                *(
-                    f"{parts[part]['spearman']['value']:.2f}"
-                    for part in ("early", "middle", "late")
-                ),
+                *(f"{parts[part]['spearman']['value']:.2f}" for part in THIRDS),
                 *(interval(share, 0) for share in shares),
                 interval(found["area"][name], 2),
             ]

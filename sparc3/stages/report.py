@@ -119,12 +119,10 @@ def draw_faithfulness(params: Params, behaviour: str, looks: dict[str, Any], fol
         "high scores' effect - low scores'",
     )
     rows, depths = [], {}
-    for name, parts in found["agreement"].items():
+    for name, parts in tables.most_faithful(found):
         shown = {titles[0]: parts["all"]["spearman"], titles[1]: found["area"][name]}
         rows.append(figures.Row(name, shown))
-        depths[name] = {
-            part: row["spearman"]["value"] for part, row in parts.items() if part != "all"
-        }
+        depths[name] = {part: parts[part]["spearman"]["value"] for part in tables.THIRDS}
     drawn = {name: by_score.get(name, looks[name]) for name in found["agreement"]}
     figures.faithfulness(folder / f"faithfulness-{behaviour}", rows, titles, depths, drawn)
 
