@@ -164,7 +164,7 @@ def test_divergence_equals_the_naive_way(family, batch_tokens, chunk, monkeypatc
     monkeypatch.setattr(likelihood, "CHUNK", chunk)
     model = tiny.model(family)
     circuits = [tiny.circuit(1), INTACT, tiny.circuit(0, 2), tiny.circuit(2, scale=0.9)]
-    sequences, done = tiny.sequences(LENGTHS), []
+    sequences, done = tiny.sequences([n for n in LENGTHS if n > 1]), []
     found = divergences(model, circuits, sequences, batch_tokens, done.append)
     assert sum(done) == len(circuits) * len(sequences)
     for circuit, by_sequence in zip(circuits, found, strict=True):

@@ -53,7 +53,7 @@ def test_a_reduction_is_in_percent_of_what_the_unpruned_model_has(found: dict[st
 def test_every_method_is_there_but_controls_and_dvc_sees_the_own_ones(
     found: dict[str, Any],
 ) -> None:
-    tested = {"lrp", "gradient-t", "aura", "aura-published"}
+    tested = {"lrp", "gradient-t", "aura", "aura-published", "act"}
     assert len(found["methods"]) == len(whole.BEHAVIOURS) * len(tested)
     assert {row["method"] for row in found["methods"]} == tested
     own = {(row["behaviour"], row["method"]) for row in found["methods"][:2]}
