@@ -64,7 +64,7 @@ def measure(
     model: Any, prompts: list[Prompt], targets: list[Target], count: int
 ) -> list[list[str]]:
     """A line for every target and variant."""
-    found = {
+    found: dict[tuple[Target, str], Array] = {
         (target, name): relevance(model, prompts, rules, target)
         for target in targets
         for name, rules in VARIANTS.items()

@@ -55,7 +55,8 @@ def lost(
 def test_each_neurons_effect_is_that_of_a_model_without_it(family: str) -> None:
     model = tiny.model(family)
     neurons = np.array([0, 5, 23, 24, 30, 50, 71])  # of all three layers, several of one
-    for prompts, targets in ((texts(), TARGETS), (pairs(), ["pair"])):
+    of_pairs: list[Target] = ["pair"]
+    for prompts, targets in ((texts(), TARGETS), (pairs(), of_pairs)):
         batches = [batch_of(model, prompts, target) for target in targets]
         counted: list[int] = []
         found = faithfulness.alone(model, batches, neurons, 60, counted.append)

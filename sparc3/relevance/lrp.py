@@ -124,7 +124,7 @@ def _activated(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     return _Activation.apply(f, z) if _rules.activation else f(z)
 
 
-def _patch_attention(module: ModuleType) -> bool:
+def _patch_attention(module: Any) -> bool:
     """As lxt's, for other shares than AttnLRP's."""
 
     def sharing(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,7 +144,9 @@ def _patch_attention(module: ModuleType) -> bool:
 
 def _shared(x: Tensor, share: float) -> Tensor:
     """x, of whose gradient only a share is left."""
-    return divide_gradient(x, 1 / share) if share else stop_gradient(x)
+    if not share:
+        return stop_gradient(x)
+    return divide_gradient(x, 1 / share)  # pyright: ignore[reportArgumentType]  # of any number
 
 
 _gated_mlp = partial(patch_method, _gated_mlp_forward)
