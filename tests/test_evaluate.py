@@ -49,7 +49,8 @@ def test_draws_that_did_not_complete_are_no_rivals_of_completions() -> None:
         return Outcome({"general": likelihood([20.0] * 8, [10] * 8)}, {"test": readings}, None)
 
     texts = Sample([str(i) for i in range(8)], ["t"] * 8, [])
-    instruments = {"completions": INSTRUMENTS["completions"](load().behaviours["toxicity"])}
+    behaviour = replace(load().behaviours["toxicity"], scorers=("profanity",))
+    instruments = {"completions": INSTRUMENTS["completions"](behaviour)}
     setting = Setting(instruments, {"test": {"": {"completions": texts}}}, {"general": texts})
     rivals = [outcome(0.4), outcome(0.3), outcome(None)]
     found = against(outcome(0.5), outcome(0.1), rivals, setting, FEW)

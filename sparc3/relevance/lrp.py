@@ -165,7 +165,9 @@ def _attention(forward: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
 
 def _shared(x: Tensor, share: float) -> Tensor:
     """x, of whose gradient only a share is left."""
-    return _patches.divide_gradient(x, 1 / share) if share else _patches.stop_gradient(x)
+    if not share:
+        return _patches.stop_gradient(x)
+    return _patches.divide_gradient(x, 1 / share)
 
 
 # Layers that need no rule: linear in their input, or, in evaluation, not there.

@@ -9,7 +9,7 @@ h is the vector that enters the MLP output projection (one coordinate per neuron
 | lrp-abs        | sum_j |w_ij dy/dw_ij| under AttnLRP, w the incoming weights of `up`     |
 | gradient       | as lrp, with the plain gradient                                         |
 | integrated-    | as gradient, whose mean is taken while all neurons of a layer go        |
-| gradients      | together from 0 to h (Sundararajan et al. 2017); costs layers x steps   |
+| gradients      | together from 0 to h (Sundararajan et al. 2017); costs layers x steps / 2|
 |                | times as much, and says little where a norm follows the MLP (Gemma 3)   |
 | activation     | mean_t |h_ti|                                                           |
 | max-activation | max_t h_ti (what AurA ranks by)                                         |

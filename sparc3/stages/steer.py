@@ -90,7 +90,7 @@ def tuned(
                 points.append({"intervention": name, "variant": place, "strength": strength})
                 edits.append(replace(variant, strength=strength))
     for point in points:
-        point["objective"] = point["strength"]
+        point["objective"], point["objective_error"] = point["strength"], 0.0
     found = sweep.measure(params, behaviour, instruments, edits, model, tokenizer)
     sweep.add(points, instruments, *found)
     return points
