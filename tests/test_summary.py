@@ -73,7 +73,9 @@ def test_the_table_says_the_same(found: dict[str, Any], finished: Path) -> None:
         for row in found["methods"]:
             if row["behaviour"] == behaviour:
                 assert row["verdict"] == table[row["method"]]["verdict"]
-                assert str(row["neurons"]) == table[row["method"]]["neurons"]
+                steered = row["strength"] is not None
+                size = f"strength {row['strength']:g}" if steered else str(row["neurons"])
+                assert size == table[row["method"]]["neurons"]
                 cost = table[row["method"]]["perplexity %, worst text"]
                 assert cost.startswith(f"{row['perplexity']['value']:+.1f} [")
                 assert cost.endswith(row["text"])
@@ -92,9 +94,10 @@ def test_show_prints_a_line_each_and_no_colour_in_a_pipe(
     assert "\033" not in said
     assert max(map(len, said.splitlines())) <= COLUMNS
     for row in found["methods"]:
-        (line,) = re.findall(rf"^.*  {row['behaviour']} +{row['method']} +.*neurons.*$", said, re.M)
+        steered = row["strength"] is not None
+        size = f"strength {row['strength']:g}" if steered else f"{row['neurons']:,} neurons"
+        (line,) = re.findall(rf"^.*  {row['behaviour']} +{row['method']} +{size} .*$", said, re.M)
         assert line.startswith(short(row["verdict"]))
-        assert f" {row['neurons']:,} neurons" in line
         if row["reduction"]:
             low, high = -row["reduction"]["high"], -row["reduction"]["low"]
             assert f"[{round(low):+d}, {round(high):+d}]" in line

@@ -46,6 +46,7 @@ def _row(params: Params, row: dict[str, Any]) -> dict[str, Any]:
         "own": row["family"] == CONFIRMATORY,
         "split": first_split(params),
         "neurons": row["num_neurons"],
+        "strength": row["strength"],
         "of": about["layers"] * about["width"],
         "quantity": primary[1].title.split()[0].strip(",") if primary else "",
         "reduction": reduction,
@@ -104,7 +105,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         short(row["verdict"]),
         row["behaviour"],
         row["method"],
-        f"{row['neurons']:,} neurons",
+        f"strength {row['strength']:g}" if row.get("strength") else f"{row['neurons']:,} neurons",
         effect,
         f"perplexity {row['perplexity']['value']:+.1f} %",
     ]
