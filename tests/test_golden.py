@@ -1168,7 +1168,7 @@ def test_groups_hold_what_the_verdict_is_of(project: Project) -> None:
 def test_the_report_holds_the_table_and_every_figure(project: Project) -> None:
     folder = project.folder / "outputs/report"
     assert (project.folder / "metrics/table.md").read_text() in (folder / "report.md").read_text()
-    kinds = ("forest", "dose", "prompts", "layers")
+    kinds = ("forest", "dose", "prompts", "layers", "faithfulness")
     of_each = {f"{kind}-{name}" for name in BEHAVIOURS for kind in kinds}
     of_all = {"answer", "transfer", "overlap", "correlations", "stability"}
     assert {*project.figures} == {*of_each, *of_all}

@@ -306,7 +306,7 @@ def big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(big: Path, capsys: Any) -> None:
-    assert main(["plan", "--device", "A100-40"]) == 0
+    assert main(["plan", "--device", "A100-80"]) == 0
     full = of_llama(checks.load())
     model = full.params.model
     assert fits(full.changed(model=replace(model, dtype="bfloat16")), "L4")
