@@ -49,7 +49,7 @@ def test_one_that_was_killed_goes_on_and_a_release_is_read_once(asked: list[str]
     scalars = confirm.run(params)
     assert asked == ["toxicity", "gender", "race", "race"]
     assert scalars == {f"{name}.lrp.margin": 1.0 for name in ("toxicity", "gender", "race")}
-    with pytest.raises(InputError, match=r"were read for 0\.1\.0; raise the version"):
+    with pytest.raises(InputError, match=r"were read for 0\.2\.0; raise the version"):
         confirm.run(params)
 
 
@@ -63,9 +63,9 @@ def test_what_is_not_committed_or_begun_elsewhere_is_refused(asked: list[str]) -
     git("commit", "-qam", "two")
     with pytest.raises(InputError, match="raise the version"):
         confirm.run(params)
-    text = Path("pyproject.toml").read_text().replace('version = "0.1.0"', 'version = "0.2.0"')
+    text = Path("pyproject.toml").read_text().replace('version = "0.2.0"', 'version = "0.3.0"')
     Path("pyproject.toml").write_text(text)
     git("commit", "-qam", "three")
     confirm.run(params)
-    assert read_json(confirm.RECORD)["release"] == "0.2.0"
+    assert read_json(confirm.RECORD)["release"] == "0.3.0"
     assert asked[3:] == ["toxicity", "gender", "race"]
