@@ -18,6 +18,7 @@ from sparc3.prompts.sources import SOURCES
 
 TASKS = Path(__file__).parent.parent / "examples/lm_eval"
 LIMIT = 5
+QUESTIONS = [f"sparc3_{name}" for name in ("siqa", "piqa", "openbookqa", "commonsenseqa")]
 EVALUATE: Any = lm_eval.simple_evaluate  # whose decorator hides its arguments
 # Every tenth neuron of two late layers: enough to move a likelihood.
 CIRCUIT = Circuit(
@@ -62,7 +63,7 @@ def test_the_harness_finds_the_likelihoods_of_base_and_edited_model(
                 "prefix_token_id": begin,
                 **peft,
             },
-            tasks=[*pairs, "sparc3_siqa"],
+            tasks=[*pairs, *QUESTIONS],
             task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
             device="cpu",
             limit=LIMIT,
@@ -78,8 +79,8 @@ def test_the_harness_finds_the_likelihoods_of_base_and_edited_model(
             )
             np.testing.assert_allclose(theirs, ours, rtol=1e-4)
             assert found["results"][task]["acc,none"] == np.mean(ours[:, 0] > ours[:, 1])
-        docs = [sample["doc"] for sample in found["samples"]["sparc3_siqa"]]
-        targets = [int(sample["target"]) for sample in found["samples"]["sparc3_siqa"]]
-        for doc, target in zip(docs, targets, strict=True):
-            options = doc["options"].split("\n")
-            assert options[target] == doc["answer"]
+        for task in QUESTIONS:
+            for sample in found["samples"][task]:
+                doc = sample["doc"]
+                options = doc["options"].strip().split("\n")
+                assert options[int(sample["target"])].strip() == doc["answer"].strip()

@@ -28,6 +28,18 @@ def options(doc: Doc) -> list[str]:
     return [re.sub(r"^[A-Z]\. ", "", line) for line in doc["options"].strip().split("\n")]
 
 
+def whole(docs: Dataset) -> Dataset:
+    """Of questions those whose answer is the option that its letter names; in the file of
+    CommonsenseQA six are cut wrongly.
+    """
+
+    def answered(doc: Doc) -> bool:
+        lines, place = doc["options"].strip().split("\n"), gold(doc)
+        return place < len(lines) and lines[place].strip() == doc["answer"].strip()
+
+    return docs.filter(answered)
+
+
 def gold(doc: Doc) -> int:
     """Which option the answer, repeated in full, is."""
     return ord(doc["answer"][0]) - ord("A")
