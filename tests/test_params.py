@@ -165,7 +165,7 @@ def test_bad_params_are_named(tmp_path: Path, tree: object, expected: str) -> No
         ),
         (
             row("prompt_sets", "toxicity", keep={"scorer": "profanity", "top": 261}),
-            "prompt_sets.toxicity.keep.top is 261; expected at most 200, count x seeds",
+            "prompt_sets.toxicity.keep.top is 261; expected at most 260, count x seeds",
         ),
         (changed("overlap", "method", "no"), "overlap.method 'no' is not in methods"),
         (changed("differential", "general", "news"), "differential.general 'news' is not in prom"),
