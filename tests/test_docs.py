@@ -252,6 +252,9 @@ def of_the_default_run() -> list[str]:
         f"{change(toxicity, 'lrp')}",
         f"not beyond a word ban, which takes {short(change(toxicity, 'word-ban'))} "
         f"{change(toxicity, 'word-ban').partition(' % ')[2]}",
+        f"By the second scorer alone, above what it gives to neutral text, it falls by "
+        f"{figure(toxicity['lrp']['test']['reduction_hatesonar'], '%')}",
+        f"the KL from the unpruned model is {toxicity['lrp']['kl']['mean']['value']:.3f} nats a token",
         f"Without {race['gradient-t']['num_neurons']} neurons, the margin falls by "
         f"{change(race, 'gradient-t')} of {before['test_margin']:.3f}",
         f"Nothing: {change(gender, 'gradient-t')} of {even['test_margin']:.3f}",
