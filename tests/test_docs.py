@@ -247,6 +247,7 @@ def of_the_default_run() -> list[str]:
     race, before = evaluation(metrics, "race")
     gender, even = evaluation(metrics, "gender")
     gap = {b: read_json(metrics / f"gate/{b}.json")["gap"]["value"] for b in PARAMS.behaviours}
+    kl = toxicity["lrp"]["kl"]["mean"]["value"]
     return [
         f"Without {toxicity['lrp']['num_neurons']} neurons, profanity falls by "
         f"{change(toxicity, 'lrp')}",
@@ -254,7 +255,7 @@ def of_the_default_run() -> list[str]:
         f"{change(toxicity, 'word-ban').partition(' % ')[2]}",
         f"By the second scorer alone, above what it gives to neutral text, it falls by "
         f"{figure(toxicity['lrp']['test']['reduction_hatesonar'], '%')}",
-        f"the KL from the unpruned model is {toxicity['lrp']['kl']['mean']['value']:.3f} nats a token",
+        f"the KL from the unpruned model is {kl:.3f} nats a token",
         f"Without {race['gradient-t']['num_neurons']} neurons, the margin falls by "
         f"{change(race, 'gradient-t')} of {before['test_margin']:.3f}",
         f"Nothing: {change(gender, 'gradient-t')} of {even['test_margin']:.3f}",

@@ -2,8 +2,6 @@
 model from its folder, with a circuit's adapter on it. It needs transformers and peft, not sparc3.
 """
 
-from typing import Any
-
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
@@ -18,9 +16,10 @@ class Edited(PythonModel):
 
         base = context.model_config["base"]
         dtype = context.model_config["dtype"]
-        safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
         self.tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **safe)
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
         self.model = PeftModel.from_pretrained(model, context.artifacts["adapter"]).eval()
 
     def predict(self, context, model_input, params=None):  # noqa: ANN001, ANN201 # pyright: ignore
