@@ -120,13 +120,13 @@ def publish(
         for name, (there, everywhere) in json.loads(path.read_bytes()).items():
             before = found.get(name, [0.0, 0.0])
             found[name] = [before[0] + there, before[1] + everywhere]
-    shutil.rmtree(partial / FIRST)
     for leftover in partial.glob("*/.*"):  # of a write that was killed
         leftover.unlink()
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         folder.replace(tempfile.mkdtemp(dir=partial.parent))
     partial.replace(folder)
+    shutil.rmtree(folder / FIRST)  # only now: one that is killed before goes on with it
     shutil.rmtree(partial.parent)
     return {name: there / everywhere for name, (there, everywhere) in found.items() if everywhere}
 
