@@ -64,8 +64,7 @@ def pipeline_run(
         params: nested or flat, of the whole pipeline; logged on the parent and on every row.
         whole: the parent; it is named by the DVC experiment, else by its name and when it began.
         rows: by what finds them again, `behaviour/method`; in the order of the table.
-        page: from what every stage run cost (name, commit, seconds, MB), the name and text of an
-            artifact of the parent.
+        page: from every stage run's (name, commit, seconds, MB), name and text of an artifact.
         products: digest of what each stage wrote, by the stage run's name (`evaluate@toxicity`),
             as given to `set_product`. The latest finished run with that name and digest made it: it
             is linked by the tag `stage.NAME`, and nested under the parent unless it has one.
