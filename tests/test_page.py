@@ -14,7 +14,7 @@ from sparc3.base.files import read_json, read_jsonl, write_jsonl
 from sparc3.measure.instrument import Value, paired, reduced
 from sparc3.reporting import figures, page, tables
 from sparc3.reporting.figures import DESTROYED, Row
-from sparc3.stages import report
+from sparc3.stages import report, sweep
 from sparc3.stages.checks import load
 
 HOSTILE = (
@@ -172,17 +172,8 @@ def test_a_destroyed_model_is_named_and_does_not_set_the_scale(
 def test_a_destroying_dose_is_named_and_does_not_set_the_scale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    columns = (
-        "method",
-        "protect",
-        "num_neurons",
-        "ppl_delta",
-        "ppl_error",
-        "objective",
-        "objective_error",
-    )
     points = [
-        dict(zip(columns, map(str, row), strict=True))
+        dict(zip(sweep.COLUMNS, map(str, row), strict=True))
         for row in (
             ("none", 0.0, 0, 0.0, 0.0, 0.0, 0.0),
             ("lrp", 0.2, 10, 0.1, 0.05, 0.2, 0.01),
