@@ -64,7 +64,8 @@ def write_project(folder: Path, changes: Mapping[str, Any] | None = None) -> Pat
         "overlap": tree["overlap"] | {"num_neurons": 10},
         "prompt_sets": {name: {"source": "news", "count": n} for name, n in SETS.items()},
         "behaviours": {
-            "talk": tree["behaviours"]["toxicity"] | {"prompts": "talk", "reference": "general"}
+            "talk": tree["behaviours"]["toxicity"]
+            | {"prompts": "talk", "reference": "general", "scorers": ["profanity"]}
         },
         "attribute": tree["attribute"]
         | {"scores": ["activation"], "batch_tokens": 20, "shard_prompts": 2},

@@ -144,7 +144,7 @@ def test_without_lxt_only_lrp_is_missing(project: Path) -> None:
     done = run(["lrp"])
     assert done.returncode == 2
     assert (
-        "lrp-abs need the package lxt, which is not installed; install it by: python -m pip inst"
+        "lrp and its variants need the package lxt, which is not installed; install it by: python"
         in done.stderr
     )
     assert "Traceback" not in done.stderr

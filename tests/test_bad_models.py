@@ -324,7 +324,8 @@ def test_every_call_that_loads_says_that_no_code_of_others_is_run():
                 continue
             where = f"{file.name}:{node.lineno}"
             assert ast.unparse(node.func) not in ("pickle.load", "joblib.load"), where
-            if node.func.attr == "from_pretrained":
+            of_code = ast.unparse(node.func.value) != "PeftModel"  # an adapter has none
+            if node.func.attr == "from_pretrained" and of_code:
                 calls += 1
                 given = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 spread = [ast.unparse(k.value) for k in node.keywords if k.arg is None]

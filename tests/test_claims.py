@@ -436,7 +436,7 @@ def test_every_fact_of_the_set_up_is_needed_somewhere() -> None:
 
 def test_the_published_set_up_is_that_of_its_profile() -> None:
     profile = yaml.safe_load(Path("profiles/llama3-8b.yaml").read_text())
-    assert profile["fetch"]["repository"] == MODEL["repository"]
+    assert profile["model"]["path"].startswith(f"models/{MODEL['repository']}@")
     assert profile["select"]["num_neurons"] == LLAMA["neurons_toxicity"]  # no budget
     assert profile["prepare"]["splits"]["test"] == 0  # in sample
 

@@ -31,6 +31,7 @@ from sparc3.base.files import (
     locked,
     read_csv,
     read_jsonl,
+    read_tensors,
     read_text,
     replacing,
     usual_rights,
@@ -173,6 +174,19 @@ def umask(mask: int):
         yield
     finally:
         os.umask(before)
+
+
+def test_equal_tensors_are_equal_bytes(tmp_path: Path):
+    tensors = {"ü": np.arange(3, dtype=np.float32), "b": np.zeros((0, 2), np.float64)}
+    about = {f"name {n}": f'ä "{n}"' for n in range(8)}
+    written = set()
+    for n in range(8):
+        write_tensors(tmp_path / f"{n}.safetensors", tensors, about)
+        written.add((tmp_path / f"{n}.safetensors").read_bytes())
+    assert len(written) == 1
+    found, metadata = read_tensors(tmp_path / "0.safetensors")
+    assert metadata == about
+    assert {n: a.tolist() for n, a in found.items()} == {n: a.tolist() for n, a in tensors.items()}
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o027, 0o077])

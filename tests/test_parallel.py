@@ -222,6 +222,9 @@ def test_killed_after_the_last_shard_and_run_again(project: Path) -> None:
     for name, content in expected.items():
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         (part / name).write_bytes(content)
+    (part / "first-token").mkdir()
+    for name in expected:
+        (part / "first-token" / Path(name).name).with_suffix(".json").write_text("{}")
     finished = times(part)
     attribute.run(checks.load(), "general")
     assert small.files(scores_folder("general")) == expected

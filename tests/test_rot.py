@@ -29,6 +29,7 @@ READ = [
     ("outputs/differential/rude/lrp.safetensors", "overlap", {}),
     ("outputs/sweep/rude.csv", "select", {"behaviour": "rude"}),
     ("outputs/circuits/rude/lrp.csv", "evaluate", {"behaviour": "rude"}),
+    ("outputs/interventions/rude/act.safetensors", "evaluate", {"behaviour": "rude"}),
     ("outputs/circuits/bias/block-1/lrp.json", "evaluate", {"behaviour": "bias"}),
     ("outputs/circuits/bias/gradient-t.json", "transfer", {}),
     ("outputs/evaluation/rude/groups.csv", "report", {}),
@@ -82,7 +83,7 @@ def test_verify_names_every_file_that_has_a_flipped_bit(project: Path) -> None:
     names = [name for manifest in Ledger().manifests for name in manifest.wrote]
     assert {Path(name).parts[1] for name in names if name.startswith("outputs")} == {
         *("prompts", "scores", "gate", "differential", "sweep", "circuits", "stability"),
-        *("evaluation", "transfer", "overlap", "faithfulness", "report"),
+        *("evaluation", "transfer", "overlap", "faithfulness", "report", "interventions"),
     }
     for name in names[::7]:
         before = Path(name).read_bytes()

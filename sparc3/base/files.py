@@ -209,7 +209,17 @@ def write_tensors(
     contiguous = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
     blob = save(contiguous, metadata=dict(metadata) if metadata else None)
     with replacing(path) as temporary:
-        temporary.write_bytes(blob)
+        temporary.write_bytes(_ordered(blob))
+
+
+def _ordered(blob: bytes) -> bytes:
+    """Safetensors with its metadata in alphabetical order: the library's is another each time."""
+    end = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return blob[:8] + text.ljust(end - 8) + blob[end:]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:

@@ -107,9 +107,9 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
 
 
 def _file(params: Params, behaviour: str, name: str) -> Path | None:
-    """The circuit's, or the intervention's."""
+    """The circuit's, or the description of an intervention, whose tensors lie beside it."""
     if name in params.steer.interventions:
-        return intervention_path(behaviour, name)
+        return intervention_path(behaviour, name).with_suffix(".json")
     return None if name == BAN else circuit_path(behaviour, name)
 
 
