@@ -116,6 +116,27 @@ def write_winobias(folder: Path, of_each: int = 6) -> None:
     write_jsonl(folder / "winobias.jsonl", rows)
 
 
+def question(seed: int, answers: int) -> dict[str, str]:
+    """With lettered options, one of which is the answer."""
+    options = [f"{chr(ord('A') + n)}. {sentence(seed + n, 3)}" for n in range(answers)]
+    return {
+        "question": f"{sentence(seed, 6)}?",
+        "options": "\n".join(options),
+        "answer": options[seed % answers],
+    }
+
+
+def write_questions(folder: Path) -> None:
+    """Those of Social IQa after a situation."""
+    for place, (name, answers) in enumerate(
+        {"piqa": 2, "openbookqa": 4, "commonsenseqa": 5, "siqa": 3}.items()
+    ):
+        rows = [question(3000 + 1000 * place + 10 * n, answers) for n in range(20)]
+        if name == "siqa":
+            rows = [{"passage": sentence(3000 + n, 20), **row} for n, row in enumerate(rows)]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+
+
 def write_data(folder: Path) -> None:
     """data/ with every file that a source reads, pinned as the user's own."""
     write_boolq(folder)
@@ -127,8 +148,7 @@ def write_data(folder: Path) -> None:
     write_jsonl(folder / "xsum.jsonl", [*articles, {"id": "x", "document": "", "summary": ""}])
     reviews = [{"text": sentence(2000 + n, 70), "label": n % 2} for n in range(20)]
     write_csv(folder / "imdb.csv", reviews, ["text", "label"])
-    asked = [{"passage": sentence(3000 + n, 20), "question": "why so?"} for n in range(20)]
-    write_jsonl(folder / "siqa.jsonl", asked)
+    write_questions(folder)
     (folder.parent / "data.dvc").write_text(pin_text(folder, own=True))
 
 

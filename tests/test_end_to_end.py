@@ -100,7 +100,8 @@ def test_every_stage_ran_and_the_numbers_are_there(finished: tuple[Path, str]) -
     behaviours = ["toxicity", "gender", "race"]
     expected = {"prepare", "transfer", "overlap", "report"}
     expected |= {f"attribute@{name}" for name in SMALL["prompt_sets"]}
-    for stage in ("gate", "differential", "sweep", "select", "evaluate", "faithfulness"):
+    steps = ("gate", "differential", "sweep", "select", "steer", "evaluate", "faithfulness")
+    for stage in steps:
         expected |= {f"{stage}@{behaviour}" for behaviour in behaviours}
     assert ran(output) == expected
     for behaviour in behaviours:

@@ -446,6 +446,11 @@ def test_sweep_prunes_the_most_negative_and_reads_the_tune_split(
         assert float(point["ppl_error"]) == close(standard_error(before, model, general))
         every = [kl for row in general for kl in before.divergences(row, model)]
         assert float(point["kl"]) == close(mean(every))
+        old, new = (answered(each, project.rows("tuned-quiz", "test")) for each in (before, model))
+        lost = [a - b for a, b in zip(old, new, strict=True)]
+        assert float(point["accuracy_loss"]) == close(mean(lost))
+        error = float(np.std(lost, ddof=1)) / math.sqrt(len(lost))
+        assert float(point["accuracy_error"]) == close(error)
 
 
 def standard_error(before: Naive, after: Naive, rows: Sequence[Row]) -> float:
@@ -771,6 +776,42 @@ def test_evaluate_of_pairs_counts_preferences_by_term(project: Project, models: 
         assert_ranked(among[key], effects[0], effects[1:])
     reductions = [100 * (before["ss"] - v["ss"]) / before["ss"] for v in (own, *drawn)]
     assert_ranked(among["reduction"], reductions[0], reductions[1:])
+
+
+def answered(model: Naive, rows: Sequence[Row], each_character: bool = False) -> list[float]:
+    """100 for every question whose first answer, the right one, is the likeliest."""
+    found = []
+    for row in rows:
+        asked, scores = encode(row["text"]), []
+        for choice in row["choices"]:
+            log_p = model.log_p([*asked, *encode(choice)])[len(asked) - 1 :].sum()
+            scores.append(log_p / (len(choice) if each_character else 1))
+        found.append(100.0 * (scores[0] > max(scores[1:])))
+    return found
+
+
+def test_accuracy_counts_questions_whose_right_answer_is_the_likeliest(
+    project: Project, models: Models
+) -> None:
+    sets = {name: project.rows(name, "test") for name in EVALUATE["choices"]}
+    sets["all"] = [row for rows in sets.values() for row in rows]
+    changed = set()
+    for behaviour in BEHAVIOURS:
+        found = project.metrics(f"evaluate/{behaviour}")
+        for name, row in found["circuits"].items():
+            assert ("accuracy" in row) == (name not in CONTROLS[1:])
+            for asked, changes in row.get("accuracy", {}).items():
+                for key, each in (("accuracy", False), ("accuracy_norm", True)):
+                    old, new = (
+                        mean(answered(models[behaviour, which, ""], sets[asked], each))
+                        for which in ("none", name)
+                    )
+                    assert changes[key]["value"] == close(new - old)
+                    assert changes[key]["n"] == len(sets[asked])
+                    changed.add(new - old)
+                    if asked != "all":
+                        assert found["baseline"][f"{key}_{asked}"] == close(old)
+    assert len(changed) > 2
 
 
 def test_no_preference_is_a_near_tie(project: Project) -> None:

@@ -12,12 +12,16 @@ from lm_eval.tasks import TaskManager
 from sparc3.base.files import read_jsonl
 from sparc3.base.params import Model
 from sparc3.circuits.circuit import INTACT, Circuit
+from sparc3.measure.instrument import How
+from sparc3.measure.instruments import accuracy
 from sparc3.measure.likelihood import token_nll
 from sparc3.model import loading
 from sparc3.prompts.sources import SOURCES
+from sparc3.stages.checks import load
 
 TASKS = Path(__file__).parent.parent / "examples/lm_eval"
 LIMIT = 5
+PARAMS = load(Path(__file__).parent.parent / "params.yaml")
 QUESTIONS = [f"sparc3_{name}" for name in ("siqa", "piqa", "openbookqa", "commonsenseqa")]
 EVALUATE: Any = lm_eval.simple_evaluate  # whose decorator hides its arguments
 # Every tenth neuron of two late layers: enough to move a likelihood.
@@ -84,3 +88,16 @@ def test_the_harness_finds_the_likelihoods_of_base_and_edited_model(
                 doc = sample["doc"]
                 options = doc["options"].strip().split("\n")
                 assert options[int(sample["target"])].strip() == doc["answer"].strip()
+            asked = {sample["arguments"][0][0] for sample in found["samples"][task]}
+            every = list(SOURCES[task.removeprefix("sparc3_")].rows({}))
+            first = {row.text: row for row in reversed(every) if row.text in asked}
+            rows = [
+                {"id": "q", "group": row.group, "text": row.text, "choices": row.choices}
+                for row in first.values()
+            ]
+            assert len(rows) == LIMIT
+            how = How(PARAMS.evaluate, 2048, tokenizer)
+            (reading,) = accuracy.read(model, [circuit], accuracy.encode(rows, tokenizer), how)
+            for key, theirs in (("accuracy", "acc"), ("accuracy_norm", "acc_norm")):
+                expected = 100 * found["results"][task][f"{theirs},none"]
+                assert reading.columns[key].mean() == pytest.approx(expected)

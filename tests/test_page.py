@@ -175,10 +175,10 @@ def test_a_destroying_dose_is_named_and_does_not_set_the_scale(
     points = [
         dict(zip(sweep.COLUMNS, map(str, row), strict=True))
         for row in (
-            ("none", 0.0, 0, 0.0, 0.0, 0.0, 0.0),
-            ("lrp", 0.2, 10, 0.1, 0.05, 0.2, 0.01),
-            ("lrp", 0.2, 60, 0.8, 0.1, 0.5, 0.02),
-            ("lrp", 0.2, 900, 5000.0, 300.0, 9.0, 1.0),
+            ("none", 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+            ("lrp", 0.2, 10, 0.1, 0.05, 0.001, 0.0001, 0.2, 0.01),
+            ("lrp", 0.2, 60, 0.8, 0.1, 0.01, 0.001, 0.5, 0.02),
+            ("lrp", 0.2, 900, 5000.0, 300.0, 4.0, 0.2, 9.0, 1.0),
         )
     ]
     assert float(points[-1]["ppl_delta"]) > DESTROYED

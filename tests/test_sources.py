@@ -71,6 +71,18 @@ def test_reviews_are_as_written_and_questions_follow_their_situation(project):
     assert found[0].group == found[1].group != found[2].group
 
 
+def test_questions_have_the_right_answer_first(project):
+    lines = "\nA. to see \nB. a. b\nC. so"
+    item = {"question": "Why?", "options": lines, "answer": "B. a. b"}
+    write_jsonl(Path("data/openbookqa.jsonl"), [item])
+    write_jsonl(Path("data/siqa.jsonl"), [{**item, "passage": "Jan ate."}])
+    (row,), (after,) = rows_of("openbookqa"), rows_of("siqa")
+    assert row.choices == after.choices == ("a. b", "to see", "so")
+    assert row.text == "Question: Why?\nAnswer:"
+    assert after.text == f"Jan ate.\n{row.text}"
+    assert (row.source, after.source) == ("openbookqa", "siqa")
+
+
 def test_toxicity_is_filtered_from_the_threshold_on(project):
     raw.write_toxicity(project / "data", 80)
     every, found = (rows_of("real-toxicity-prompts", min_toxicity=least) for least in (0, 0.95))
@@ -268,6 +280,7 @@ ITEM = {"type": "intrasentence", "target": "t", "bias_type": "race", **FILLED, "
 BETWEEN = {**ITEM, "type": "intersentence", "context": "a"}
 TOXIC = {"text": "a", "toxicity": 0.9}
 MASKED = {"": "0", "bias_type": "age", "sentence": "[MASK] came", "mask1": "He", "mask2": "She"}
+ASKED = {"question": "What?", "options": "\nA. tap\nB. pipe ", "answer": "B. pipe"}
 BAD = [  # source, file, a good row, what is wrong with the bad one, what the log says of it
     ("wikipedia", "boolq.jsonl", {"passage": "A -- b"}, {"passage": "A b"}, "no title before"),
     ("wikipedia", "boolq.jsonl", {"passage": "A -- b"}, {"passage": None}, "no text in 'passage'"),
@@ -288,6 +301,13 @@ BAD = [  # source, file, a good row, what is wrong with the bad one, what the lo
     ("stereoset", "", ITEM, {"target": None}, "no text in 'target'"),
     ("crows-pairs", "crows-pairs.csv", MASKED, {"sentence": "He came"}, r"no \[MASK\]"),
     ("crows-pairs", "crows-pairs.csv", MASKED, {"mask2": "He"}, "two equal sentences"),
+    ("piqa", "", ASKED, {"answer": "A. sink"}, "an answer that is none of its options"),
+    ("piqa", "", ASKED, {"options": "A. tap\nC. pipe"}, "not lettered from A on"),
+    ("piqa", "", ASKED, {"options": "A. tap\nB. "}, "not lettered from A on"),
+    ("piqa", "", ASKED, {"options": "A. tap\nB. tap", "answer": "A. tap"}, "an option twice"),
+    ("piqa", "", ASKED, {"options": "B. pipe"}, "not lettered from A on"),
+    ("piqa", "", ASKED, {"options": "A. pipe", "answer": "A. pipe"}, "or only one"),
+    ("siqa", "", {**ASKED, "passage": "It rains."}, {"passage": 3}, "no text in 'passage'"),
 ]
 
 
@@ -363,6 +383,10 @@ def test_the_real_files_have_the_counts_that_are_documented(real):
         "news": 1000,
         "reviews": 200,
         "questions": 1954,
+        "piqa": 1500,
+        "openbookqa": 500,
+        "commonsenseqa": 1191,
+        "siqa": 1949,
         "real-toxicity-prompts": 277,
         "sealed/real-toxicity-prompts": 716,
         "sealed/stereoset": 2122,

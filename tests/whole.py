@@ -85,6 +85,9 @@ PARAMS: dict[str, Any] = {
     "test_sets": {
         "news": {"source": "news", "count": 7},
         "second": {"source": "crows-pairs", "target": "pair", "count": 7},
+        "quiz": {"source": "piqa", "count": 8},
+        "riddles": {"source": "siqa", "count": 8},
+        "tuned-quiz": {"source": "openbookqa", "count": 8},
     },
     "sealed_sets": {},
     "behaviours": {
@@ -134,6 +137,7 @@ PARAMS: dict[str, Any] = {
         "protect": [0.1, 0.3],
         "texts": 6,
         "error": 0.0,
+        "choices": ["tuned-quiz"],
         "items": 12,
         "batch_tokens": 60,
     },
@@ -147,6 +151,7 @@ PARAMS: dict[str, Any] = {
     "steer": {"interventions": {"act": {"kind": "mean-act", "strengths": [0.2, 1.0]}}},
     "evaluate": {
         "general": ["general", "news"],
+        "choices": ["quiz", "riddles"],
         "texts": 7,
         "window": 10,  # shorter than some texts
         "stride": 4,
@@ -248,6 +253,17 @@ def pair_rows(name: str, groups: dict[str, int], both_orders: bool) -> list[dict
     return rows
 
 
+def question_rows(name: str) -> list[dict[str, Any]]:
+    """For every term a question with three answers, of one to four words."""
+    rng = np.random.default_rng([SEED, len(name)])
+    rows = []
+    for term in TERMS:
+        answers = [sentence(rng, int(rng.integers(1, 5)), 0.3) for _ in range(3)]
+        about = {"id": f"{name}-{term}", "group": f"{name}-{term}", "split": "test"}
+        rows.append({**about, "text": f"what is the {term} .", "choices": answers})
+    return rows
+
+
 def write_project(folder: Path) -> None:
     """params.yaml, the model and the prompts; sections of the project's own that are not in PARAMS
     stay as they are.
@@ -266,6 +282,7 @@ def write_project(folder: Path) -> None:
         "bias": pair_rows("bias", blocks, both_orders=False),
         "news": text_rows("news", held_out, 0.05),
         "second": pair_rows("second", held_out, both_orders=True)[::2],
+        **{name: question_rows(name) for name in ("quiz", "riddles", "tuned-quiz")},
     }
     for name, rows in sets.items():
         whole = [{**row, "seed": 0, "tokens": len(row["text"].split())} for row in rows]

@@ -163,6 +163,7 @@ class Sweep:
     protect: tuple[Share, ...]
     texts: Count
     error: Size
+    choices: tuple[str, ...]
     items: Count
     batch_tokens: Count
 
@@ -173,6 +174,7 @@ class Budget:
 
     perplexity: Size  # rise, in percent
     kl: Size | None = None  # from the unpruned model, nats a token
+    accuracy: Size | None = None  # lost on questions of sweep.choices, in points
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -203,6 +205,7 @@ class Steer:
 @dataclass(frozen=True, config=_STRICT)
 class Evaluate:
     general: tuple[str, ...]
+    choices: tuple[str, ...]
     texts: Count
     window: Count | None  # null: the model's context
     stride: Count

@@ -12,7 +12,11 @@ from sparc3.base.params import Budget, Method
 from sparc3.circuits.circuit import Circuit
 
 # Of a sweep's columns, what a budget of `select` bounds, and its standard error.
-BUDGETS = {"perplexity": ("ppl_delta", "ppl_error"), "kl": ("kl", "kl_error")}
+BUDGETS = {
+    "perplexity": ("ppl_delta", "ppl_error"),
+    "kl": ("kl", "kl_error"),
+    "accuracy": ("accuracy_loss", "accuracy_error"),
+}
 
 
 def keeps(budget: Budget, found: Mapping[str, Any]) -> bool:

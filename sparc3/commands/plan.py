@@ -228,6 +228,7 @@ class Plan:
         parts = [cost.likelihood(self.model, 1 + points, texts, sweep.batch_tokens)]
         if params.prompt_sets[spec.prompts].blocks is None:
             parts += self._measured(name, "tune", sweep, 1 + points)
+        parts += self._questions(sweep.choices, 1 + points, sweep.batch_tokens)
         return cost.together(parts)
 
     def _transfer(self) -> Work:
@@ -264,6 +265,7 @@ class Plan:
             texts = self.held_out(general, evaluate.texts)
             joined = [sum(texts)] if evaluate.joined and not place else texts
             parts.append(self._windows(models(draws, 1) if place else first, joined, batch))
+        parts += self._questions(evaluate.choices, models(draws, 1), batch)
         if banned:
             tuned = self.tokens(params.differential.general, "tune", params.sweep.texts)
             parts.append(self._windows(1 + len(evaluate.ban), tuned, batch))
@@ -313,6 +315,11 @@ class Plan:
                 packed = [2 * n for n in tokens] if pair else tokens
                 parts.append(cost.likelihood(self.model, read, packed, of.batch_tokens))
         return parts
+
+    def _questions(self, names: Iterable[str], times: int, batch_tokens: int) -> list[Work]:
+        """As if the answers of a question had together as many tokens as it has with one of them."""
+        packed = [2 * n for name in names for n in self.tokens(name, None)]
+        return [cost.likelihood(self.model, times, packed, batch_tokens)] if packed else []
 
     def _windows(self, times: int, texts: list[int], batch_tokens: int) -> Work:
         """Texts read through a sliding window: a token is scored once, most are read often."""

@@ -92,7 +92,7 @@ def measured(
         for name, each in setting.instruments.items()
         if rows and (not each.writes or {title for title, _ in each.headline} & {*names})
     }
-    setting = setting._replace(instruments=asked, second=None)
+    setting = setting._replace(instruments=asked, choices={}, second=None)
     scorers = scorers_of(params, spec) if any(each.writes for each in asked.values()) else {}
     how = How(params.evaluate, params.evaluate.batch_tokens, tokenizer, scorers)
     intact = {UNPRUNED: Chosen(None, {"": INTACT})}

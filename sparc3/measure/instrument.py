@@ -118,7 +118,7 @@ class Instrument(NamedTuple):
     axis: its title.
     headline: levels that open a table, each with the form it takes.
     cell: the value that the transfer matrix shows, and that random controls are ranked by.
-    reads: the prompt's text, or the sentences of a pair, packed.
+    reads: the prompt's text, the sentences of a pair, or a question with its answers, packed.
     writes: it draws completions, which only some circuits do (`evaluate.completed`).
     swept: sweep and transfer read it.
     set_off: its values are set off against general text.
@@ -133,7 +133,7 @@ class Instrument(NamedTuple):
     axis: str = ""
     headline: tuple[tuple[str, str], ...] = ()
     cell: str = ""
-    reads: Literal["text", "pair"] = "text"
+    reads: Literal["text", "pair", "choices"] = "text"
     writes: bool = False
     swept: bool = True
     set_off: bool = False

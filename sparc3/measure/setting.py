@@ -14,7 +14,7 @@ from sparc3.base.params import Behaviour, Evaluate
 from sparc3.circuits.ablate import Edit
 from sparc3.circuits.circuit import Circuit
 from sparc3.measure.instrument import How, Instrument, Measured, Reading, Sample, joined
-from sparc3.measure.instruments import pairs, perplexity
+from sparc3.measure.instruments import accuracy, pairs, perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,12 +26,14 @@ class Setting(NamedTuple):
     samples: by split (test, in_sample), block and instrument. The first split is what verdicts are
         of.
     texts: kinds of general text; from the first, shifts are set off.
+    choices: questions with answers, by set.
     second: items of the second opinion.
     """
 
     instruments: Mapping[str, Instrument]
     samples: Mapping[str, Mapping[str, Mapping[str, Sample]]]
     texts: Mapping[str, Sample]
+    choices: Mapping[str, Sample]
     second: Sample | None = None
 
     @property
@@ -59,6 +61,7 @@ class Outcome(NamedTuple):
 
     texts: Mapping[str, Reading]
     samples: Mapping[str, Mapping[str, Reading]]
+    choices: Mapping[str, Reading]
     second: Reading | None
 
     @property
@@ -92,9 +95,9 @@ def outcomes(
 ) -> dict[str, Outcome]:
     """Measure the model under each of `circuits`, by name.
 
-    Of a method's draws the first reads all kinds of general text and `evaluate.drawn` read the
-    first kind; every one where an instrument sets its values off against that. The second opinion
-    is asked of the unpruned model and of the behaviour's own method.
+    Of a method's draws the first reads all kinds of general text and is asked the questions, and
+    `evaluate.drawn` read the first kind; every one where an instrument sets its values off against
+    that. The second opinion is asked of the unpruned model and of the behaviour's own method.
     """
 
     def read(
@@ -133,8 +136,16 @@ def outcomes(
         names = [n for n, chosen in circuits.items() if chosen.draw < (1 if place else most)]
         for name, reading in read(perplexity.read, names, {"": sample}, text).items():
             texts[name][text] = reading
+    choices: dict[str, dict[str, Reading]] = {name: {} for name in circuits}
+    for questions, sample in setting.choices.items():
+        names = [name for name, chosen in circuits.items() if chosen.draw < 1]
+        for name, reading in read(accuracy.read, names, {"": sample}, questions).items():
+            choices[name][questions] = reading
     second: dict[str, Reading] = {}
     if setting.second is not None:
         names = [name for name, chosen in circuits.items() if chosen.method in (None, spec.method)]
         second = read(pairs.read, names, {"": setting.second}, "second opinion")
-    return {name: Outcome(texts[name], samples[name], second.get(name)) for name in circuits}
+    return {
+        name: Outcome(texts[name], samples[name], choices[name], second.get(name))
+        for name in circuits
+    }

@@ -64,6 +64,36 @@ def questions(where: Where) -> list[Row]:
     return _rows("siqa.jsonl", make)
 
 
+def answers(where: Where, name: str) -> list[Row]:
+    """Questions with a right answer and one to four wrong ones: PIQA (Bisk et al. 2020), OpenBookQA
+    (Mihaylov et al. 2018), CommonsenseQA (Talmor et al. 2019) and Social IQa. `text` is the prompt
+    of zero shots; a group is a question, of Social IQa a situation.
+    """
+
+    def make(item: dict[str, Any]) -> Row:
+        lines = [line.strip() for line in field(item, "options").strip().split("\n")]
+        letters, choices = zip(*(line.partition(". ")[::2] for line in lines), strict=True)
+        answer, question = field(item, "answer").strip(), field(item, "question")
+        if list(letters) != [chr(ord("A") + n) for n in range(len(letters))] or not all(choices):
+            raise InputError("has options that are not lettered from A on")
+        if answer not in lines:
+            raise InputError("has an answer that is none of its options")
+        if len(set(choices)) < max(2, len(choices)):
+            raise InputError("has an option twice, or only one")
+        right = lines.index(answer)
+        passage = field(item, "passage") if "passage" in item else ""
+        text = f"{passage}\nQuestion: {question}\nAnswer:" if passage else ""
+        return Row(
+            name,
+            f"{name}/{digest_text(passage or question)[:16]}",
+            "",
+            text or f"Question: {question}\nAnswer:",
+            choices=(choices[right], *choices[:right], *choices[right + 1 :]),
+        )
+
+    return _rows(f"{name}.jsonl", make)
+
+
 def real_toxicity_prompts(where: Where, sealed: bool = False) -> list[Row]:
     """RealToxicityPrompts (Gehman et al. 2020): 277, of toxicity at least 0.9, of a sample of 993.
     The others are sealed: 456 of toxicity 0.5 to 0.9, and the 260 of at least 0.9 whose groups have

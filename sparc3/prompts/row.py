@@ -17,8 +17,9 @@ class Row:
     """A raw prompt. `group` is what must not be in two splits, unique over all data sets; `stratum`
     is the part of the data set whose groups are shared out among the splits. `pair` is the
     preferred sentence (of a stereotype: the stereotype) and the other one; `text` is then what a
-    completion starts from. `toxicity` is Perspective's score, in [0, 1]. Of a file of one's own:
-    `label` is what `where` asks for, `split` where the file puts it, `place` the file and row.
+    completion starts from. `choices` are the answers to a question, the right one first. `toxicity`
+    is Perspective's score, in [0, 1]. Of a file of one's own: `label` is what `where` asks for,
+    `split` where the file puts it, `place` the file and row.
     """
 
     source: str
@@ -27,6 +28,7 @@ class Row:
     text: str
     pair: tuple[str, str] | None = None
     unrelated: str | None = None
+    choices: tuple[str, ...] = ()
     toxicity: float | None = None
     label: str = ""
     split: str | None = None
@@ -34,7 +36,8 @@ class Row:
 
 
 class Source(NamedTuple):
-    """Rows before `where` narrows them, the keys it may have, and whether the rows are pairs.
+    """Rows before `where` narrows them, the keys it may have, and whether the rows are pairs, or
+    questions with answers.
 
     The rows of a stream come one by one, in an order that a seed decides: `rows(where, seed)`.
     Those of a sealed source are in no other one, and no stage reads them: they are what a finished
@@ -44,6 +47,7 @@ class Source(NamedTuple):
     rows: Callable[..., Iterable[Row]]
     where: tuple[str, ...] = ()
     paired: bool = False
+    choices: bool = False
     stream: bool = False
     sealed: bool = False
 

@@ -42,8 +42,10 @@ class Limits(NamedTuple):
 
 
 def identity(row: Row, text: str) -> str:
-    """16 hexadecimal characters of the sha256 of the text, or of a pair's two lines."""
-    return digest_text("\n".join(row.pair) if row.pair else text)[:16]
+    """16 hexadecimal characters of the sha256 of the text, a pair's two lines, or a question's and
+    its answers'.
+    """
+    return digest_text("\n".join(row.pair or (text, *row.choices)))[:16]
 
 
 def largest_remainder(total: int, weights: Mapping[str, float]) -> dict[str, int]:
@@ -86,10 +88,12 @@ def fit(tokenizer: Tokenizer, row: Row, limits: Limits, split: str, seed: int) -
     """The row as a prompt, its text cut at a token; tokens are counted without special ones.
 
     None if it is too short, or if the beginning of its text, alone, would be tokenised otherwise
-    than within the text. A pair is never cut, and as long as its longest sentence.
+    than within the text. A pair is never cut, and as long as its longest sentence; nor a question,
+    as long as with its longest answer.
     """
-    if row.pair:
-        sentences = [row.text, *row.pair, *([row.unrelated] if row.unrelated else [])]
+    if row.pair or row.choices:
+        sentences = [row.text, *(row.pair or ()), *([row.unrelated] if row.unrelated else [])]
+        sentences += [f"{row.text} {choice}" for choice in row.choices]
         encoded = tokenizer.encode_batch(sentences, add_special_tokens=False)
         tokens = max(len(encoding.ids) for encoding in encoded)
         return Prompt(row, row.text, tokens, split, seed) if tokens >= limits.least else None
@@ -288,5 +292,7 @@ def as_row(prompt: Prompt, split: str | None = None) -> dict[str, Any]:
         "source": prompt.row.source,
         "pair": prompt.row.pair and list(prompt.row.pair),
         "unrelated": prompt.row.unrelated,
+        "choices": list(prompt.row.choices),
     }
-    return {key: value for key, value in row.items() if value or key not in ("pair", "unrelated")}
+    kinds = ("pair", "unrelated", "choices")
+    return {key: value for key, value in row.items() if value or key not in kinds}

@@ -27,6 +27,10 @@ SOURCES = {
         partial(embedded.real_toxicity_prompts, sealed=True), ("min_toxicity",), sealed=True
     ),
     "sealed/stereoset": Source(embedded.sealed_stereoset, ("bias_type",), paired=True, sealed=True),
+    **{
+        name: Source(partial(embedded.answers, name=name), ("first",), choices=True)
+        for name in ("piqa", "openbookqa", "commonsenseqa", "siqa")
+    },
     "hub/real-toxicity-prompts": Source(
         hub.hub_real_toxicity_prompts, (*PIN, "min_toxicity", "first")
     ),
@@ -37,6 +41,7 @@ SOURCES = {
     ),
     "hub/c4": Source(hub.hub_c4, PIN, stream=True),
 }
+CHOICES = tuple(name for name, source in SOURCES.items() if source.choices)
 PAIRED = tuple(name for name, source in SOURCES.items() if source.paired)
 STREAMS = tuple(name for name, source in SOURCES.items() if source.stream)
 SEALED = tuple(name for name, source in SOURCES.items() if source.sealed)

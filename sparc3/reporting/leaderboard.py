@@ -83,6 +83,7 @@ def entries(run: Run, behaviour: str) -> list[dict[str, Any]]:
                 "cost": texts[worst],
                 "worst": worst,
                 "kl": first.get("kl", {}).get("mean"),
+                "accuracy": first.get("accuracy", {}).get("all", {}).get("accuracy"),
                 "neurons": first["num_neurons"],
                 "bytes": shipped(params, method, first),
                 "computed": computed(run, behaviour, method),
@@ -93,7 +94,8 @@ def entries(run: Run, behaviour: str) -> list[dict[str, Any]]:
 
 HEADER = [
     *("model", "method", "removed, %", "beyond random, %", "beyond word ban, %"),
-    *("perplexity %, worst text", "KL, nats", "neurons", "bytes", "score computed from"),
+    *("perplexity %, worst text", "KL, nats", "accuracy, points", "neurons", "bytes"),
+    "score computed from",
 ]
 
 
@@ -107,6 +109,7 @@ def line(run: Run, row: Mapping[str, Any]) -> list[str]:
         interval(row["beyond"].get("ban"), 0),
         f"{interval(row['cost'])} {row['worst']}",
         interval(row["kl"], 3),
+        interval(row["accuracy"]),
         str(row["neurons"]),
         "-" if row["bytes"] is None else f"{row['bytes']:,}",
         row["computed"],

@@ -79,6 +79,8 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
     if "kl" in circuits[0]:
         differences["kl"] = circuits[0]["kl"]["mean"]
         differences["kl_95"] = circuits[0]["kl"]["percentile_95"]
+    if "accuracy" in circuits[0]:
+        differences["questions"] = circuits[0]["accuracy"]["all"]["accuracy"]
     for part, prefix in PREFIXES.items():
         for name in circuits[0].get(part, {}):
             if name != "values":
@@ -231,6 +233,8 @@ def verdict(params: Params, row: dict[str, Any]) -> str:
         words += f"; over the perplexity budget on {row['worst']}"
     if words.startswith("reduced") and budget.kl is not None and found["kl"]["value"] > budget.kl:
         words += "; over the KL budget"
+    if words.startswith("reduced") and budget.accuracy is not None and "questions" in found:
+        words += "; over the accuracy budget" * (-found["questions"]["value"] > budget.accuracy)
     return words
 
 
@@ -356,6 +360,7 @@ def behaviour_table(
         ("perplexity %, worst text", lambda r: f"{difference('ppl_worst')(r)} {r['worst']}"),
         ("KL, nats", lambda r: level(r["differences"].get("kl"))),
         ("KL, 95th percentile", lambda r: level(r["differences"].get("kl_95"))),
+        ("accuracy, points", difference("questions")),
     ]
     primary = primary_of(params.behaviours[behaviour])
     first = primary[1] if primary else None

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparc3.base.artifacts import circuit_names
 from sparc3.base.errors import InputError
@@ -31,7 +31,7 @@ from sparc3.circuits.methods import BAN, OWN, can_lead, completed, independent
 from sparc3.measure.instruments import INSTRUMENTS, instruments_of
 from sparc3.measure.scorers import SCORERS
 from sparc3.prompts import own
-from sparc3.prompts.sources import PAIRED, PIN, SEALED, SOURCES, STREAMS, VALUES, source_of
+from sparc3.prompts.sources import CHOICES, PAIRED, PIN, SEALED, SOURCES, STREAMS, VALUES, source_of
 from sparc3.relevance.contrasts import CONTRASTS
 from sparc3.relevance.scores import SCORES, TARGETS
 
@@ -71,6 +71,7 @@ def check(params: Params) -> None:
         check_names,
         check_lists,
         check_pointers,
+        check_questions,
         check_splits,
         check_sets,
         check_scores,
@@ -187,6 +188,9 @@ def check_pointers(params: Params) -> Problems:
         yield from _known("evaluate.general", text, every, tested)
     for text in params.transfer.texts:
         yield from _known("transfer.texts", text, every, tested)
+    for key, names in _questions(params).items():
+        for name in names:
+            yield from _known(key, name, params.test_sets, "test_sets")
     for key, names in {
         "evaluate.control": [evaluate.control],
         "evaluate.completed": evaluate.completed or (),
@@ -196,6 +200,23 @@ def check_pointers(params: Params) -> Problems:
     }.items():
         for name in names:
             yield from _known(key, name, methods, "methods")
+
+
+def _questions(params: Params) -> dict[str, tuple[str, ...]]:
+    return {"evaluate.choices": params.evaluate.choices, "sweep.choices": params.sweep.choices}
+
+
+def check_questions(params: Params) -> Problems:
+    """Sets of questions, with answers; none of those that a circuit is chosen on is tested on."""
+    asked: dict[str, str] = {}
+    for key, names in _questions(params).items():
+        for name in names:
+            source = params.test_sets[name].source
+            yield from _with(key, name, f"test set {name}", params.test_sets[name], "choices")
+            if asked.setdefault(source, key) != key:
+                yield f"{key} {name!r}: {asked[source]} has questions of {source} too; take others"
+    if params.select.budget.accuracy is not None and not params.sweep.choices:
+        yield "select.budget.accuracy needs questions that the sweep asks: name some, sweep.choices"
 
 
 def check_splits(params: Params) -> Problems:
@@ -238,10 +259,11 @@ def check_sets(params: Params) -> Problems:
         if spec.keep is not None and spec.keep.top > candidates:
             yield f"{key}.keep.top is {spec.keep.top}; expected at most {candidates}, count x seeds"
         if spec.target == "pair":
-            yield from _paired(f"{key}.target", "pair", key, spec)
-        if source_of(spec).paired and (spec.max_tokens is not None or like is not None):
+            yield from _with(f"{key}.target", "pair", key, spec)
+        whole = source_of(spec).paired or source_of(spec).choices
+        if whole and (spec.max_tokens is not None or like is not None):
             yield (
-                f"{key}: the pairs of source {spec.source!r} are never cut; leave out max_tokens "
+                f"{key}: the rows of source {spec.source!r} are never cut; leave out max_tokens "
                 "and match_length"
             )
         if like is None:
@@ -317,12 +339,21 @@ def _check_own(key: str, spec: PromptSet) -> Problems:
             yield f"{key}.blocks: the file gives the splits; leave out blocks or columns.split"
 
 
-def _paired(key: str, value: str, name: str, spec: PromptSet) -> Problems:
-    if not source_of(spec).paired:
-        yield (
-            f"{key} is {value!r}, but the source {spec.source!r} of {name} has no pairs; sources "
-            f"that have: {', '.join(PAIRED)}, or a file with columns.pair"
-        )
+def _with(
+    key: str, value: str, name: str, spec: PromptSet, what: Literal["pair", "choices"] = "pair"
+) -> Problems:
+    """That a set's rows are pairs, or questions with answers."""
+    source = source_of(spec)
+    if what == "pair" and not source.paired:
+        lacking, others = "pairs", f"{', '.join(PAIRED)}, or a file with columns.pair"
+    elif what == "choices" and not source.choices:
+        lacking, others = "answers", ", ".join(CHOICES)
+    else:
+        return
+    yield (
+        f"{key} is {value!r}, but the source {spec.source!r} of {name} has no {lacking}; sources "
+        f"that have: {others}"
+    )
 
 
 def check_scores(params: Params) -> Problems:
@@ -351,7 +382,7 @@ def check_scores(params: Params) -> Problems:
     read += [(spec.prompts, score) for spec in params.behaviours.values() for score in scores]
     for name, score in read:
         if score.endswith("@pair"):
-            yield from _paired("a score", score, f"prompt set {name}", params.prompt_sets[name])
+            yield from _with("a score", score, f"prompt set {name}", params.prompt_sets[name])
     general, importance = params.differential.general, params.differential.importance
     yield from _computed(params, "differential.importance", importance, general)
     for behaviour in params.behaviours.values():
@@ -444,16 +475,17 @@ def check_behaviours(params: Params) -> Problems:
             known = ", ".join(params.scorers)
             yield f"behaviours.{name}.scorers is empty; completions need one of {known}"
         for instrument, each in chosen.items():
-            if each.reads == "pair":
+            if each.reads != "text":
                 prompts = sets[row.prompts][1]
-                yield from _paired(key, instrument, f"prompt set {row.prompts}", prompts)
+                about = f"prompt set {row.prompts}"
+                yield from _with(key, instrument, about, prompts, each.reads)
         if row.prompts == row.reference:
             yield f"behaviours.{name}.reference is its prompts {row.prompts!r}; give another set"
         if row.second is not None:
             if row.second in (row.prompts, row.reference):
                 yield f"behaviours.{name}.second {row.second!r} is no other set; give another"
             key, second = f"behaviours.{name}.second", sets[row.second][1]
-            yield from _paired(key, row.second, f"prompt set {row.second}", second)
+            yield from _with(key, row.second, f"prompt set {row.second}", second)
 
 
 def check_sizes(params: Params) -> Problems:

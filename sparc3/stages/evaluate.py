@@ -37,6 +37,7 @@ from sparc3.measure.instrument import (
     mean_reading,
 )
 from sparc3.measure.instruments import (
+    accuracy,
     completions,
     instruments_of,
     pairs,
@@ -90,6 +91,11 @@ def general_rows(params: Params) -> dict[str, Rows]:
     }
 
 
+def choices_rows(params: Params) -> dict[str, Rows]:
+    """Questions with answers, of every set that is asked."""
+    return {name: read_prompts(name, None) for name in params.evaluate.choices}
+
+
 def second_rows(params: Params, behaviour: str) -> Rows:
     """Items of the second opinion, if there is one."""
     second = params.behaviours[behaviour].second
@@ -132,6 +138,7 @@ def setting_of(
             name: (perplexity.encode if place else encode)(there, tokenizer)
             for place, (name, there) in enumerate(texts.items())
         },
+        {name: accuracy.encode(there, tokenizer) for name, there in choices_rows(params).items()},
         pairs.encode(second, tokenizer) if second else None,
     )
 
@@ -140,9 +147,10 @@ def read_circuits(
     params: Params, behaviour: str, held_out: Mapping[str, Rows], methods: Sequence[str]
 ) -> dict[str, Chosen]:
     """Circuits of a behaviour by name. `held_out`: by block, what its circuits may not have seen;
-    general text and the second opinion are added. InputError: one was chosen on it.
+    general text, questions and the second opinion are added. InputError: one was chosen on it.
     """
-    others = [*flat(general_rows(params)), *second_rows(params, behaviour)]
+    asked = {**general_rows(params), **choices_rows(params)}
+    others = [*flat(asked), *second_rows(params, behaviour)]
     circuits = {}
     for method in methods:
         steers = method in params.steer.interventions
@@ -215,6 +223,8 @@ def result(
             both = before.measured(split, key), after.measured(split, key)
             changes |= differences(values, *both, resamples)
         found[split] = {**changes, "values": levels(setting, readings)}
+    if after.choices:
+        found["accuracy"] = accuracies(before, after, resamples)
     if draws := [by_name[rival] for rival in rivals if rival != BAN]:
         found |= against(before, after, draws, setting, resamples)
     if BAN in rivals:
@@ -227,6 +237,20 @@ def result(
             "values": pairs.levels(before.second),
         }
     return found
+
+
+def accuracies(before: Outcome, after: Outcome, resamples: int) -> dict[str, Differences]:
+    """Changes of accuracy on each set of questions, and on all of them together."""
+    sets = {
+        name: (Measured(old, before.general), Measured(after.choices[name], after.general))
+        for name, old in before.choices.items()
+    }
+    old, new = (joined([pair[at].reading for pair in sets.values()]) for at in range(2))
+    every = Measured(old, before.general), Measured(new, after.general)
+    return {
+        name: differences(accuracy.VALUES, *both, resamples)
+        for name, both in {"all": every, **sets}.items()
+    }
 
 
 def levels(setting: Setting, readings: Mapping[str, Reading]) -> dict[str, float]:
@@ -279,6 +303,8 @@ def baseline(
     """
     found = {"perplexity": perplexity.perplexity(before.general)}
     found |= {f"perplexity_{n}": perplexity.perplexity(text) for n, text in before.texts.items()}
+    for name, reading in before.choices.items():
+        found |= {f"{key}_{name}": value for key, value in accuracy.levels(reading).items()}
     keep = params.prompt_sets[params.behaviours[behaviour].prompts].keep
     for split, readings in before.samples.items():
         own = levels(setting, readings)

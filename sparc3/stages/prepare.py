@@ -14,6 +14,7 @@ from sparc3.base.params import Keep, Model, Params, PromptSet, scores_of, sets_o
 from sparc3.model.checkpoint import front, here, language_model, reading, require_vocabulary
 from sparc3.model.families import context
 from sparc3.prompts.sampling import Prompt, as_row, prompt_set
+from sparc3.prompts.sources import CHOICES
 from sparc3.stages.fetch import check_data
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,8 @@ def run(params: Params) -> dict[str, float]:
         key, spec = specs[name]
         like = made[spec.match_length] if spec.match_length else None
         made[name] = prompt_set(key, spec, params.prepare.splits, tokenizer, like)
-        if name in params.prompt_sets or spec.target == "pair":  # other texts go through windows
+        whole = spec.target == "pair" or spec.source in CHOICES
+        if name in params.prompt_sets or whole:  # other texts go through windows
             check_context(key, spec, made[name], longest)
         split = "test" if name in params.test_sets else None
         rows[name] = [as_row(prompt, split) for prompt in made[name]]

@@ -106,6 +106,7 @@ def chosen_on(params: Params, spec: Behaviour, block: str, tuned: bool) -> dict[
         blocked = params.prompt_sets[spec.prompts].blocks is not None
         for prompt_set in (general,) if blocked else (spec.prompts, general):
             seen[prompt_set] = [*seen[prompt_set], *artifacts.read_prompts(prompt_set, "tune")]
+        seen |= {name: artifacts.read_prompts(name, None) for name in params.sweep.choices}
     return {
         "chosen_on": {name: [row["id"] for row in rows] for name, rows in seen.items()},
         "groups": sorted({row["group"] for rows in seen.values() for row in rows}),

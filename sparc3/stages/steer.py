@@ -78,8 +78,10 @@ def tuned(
     variants: Mapping[str, Variants],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[dict[str, Any]]:
-    """A point for every intervention, variant and strength, as the sweep measures circuits."""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A point for every intervention, variant and strength, as the sweep measures circuits, and
+    the names of what is not in COLUMNS.
+    """
     spec = params.behaviours[behaviour]
     instruments = swept_of(spec) if params.prompt_sets[spec.prompts].blocks is None else {}
     points: list[dict[str, Any]] = [{"intervention": "none", "variant": 0, "strength": 0.0}]
@@ -92,8 +94,8 @@ def tuned(
     for point in points:
         point["objective"], point["objective_error"] = point["strength"], 0.0
     found = sweep.measure(params, behaviour, instruments, edits, model, tokenizer)
-    sweep.add(points, instruments, *found)
-    return points
+    names = sweep.add(points, instruments, *found)
+    return points, names
 
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
@@ -109,8 +111,9 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
     for block in tqdm(every, desc=f"steer {behaviour}", unit="block"):
         prompts = prompts_of(params, behaviour, block, tokenizer)
         learnt[block] = {n: learn(model, tokenizer, prompts, row) for n, row in named.items()}
-    points = tuned(params, behaviour, learnt[every[:2][-1]], model, tokenizer)
-    write_csv(points_path, [{c: p[c] for c in COLUMNS} for p in points], COLUMNS)
+    points, names = tuned(params, behaviour, learnt[every[:2][-1]], model, tokenizer)
+    columns = [*COLUMNS, *names]
+    write_csv(points_path, [{c: p[c] for c in columns} for p in points], columns)
     scalars: dict[str, float] = {}
     for name, row in named.items():
         point = best(params, points, name)

@@ -8,7 +8,6 @@ objective is the size. So the largest that the budget allows is chosen without a
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
@@ -22,11 +21,11 @@ from sparc3.circuits.choose import BUDGETS, circuit_at, read_differential
 from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.circuits.methods import swept
 from sparc3.measure.instrument import How, Instrument, Measured, Reading, objective_error
-from sparc3.measure.instruments import perplexity, swept_of
+from sparc3.measure.instruments import accuracy, perplexity, swept_of
 from sparc3.model import loading
 
 log = logging.getLogger(__name__)
-COLUMNS = ("method", "protect", "num_neurons", *chain.from_iterable(BUDGETS.values()))
+COLUMNS = ("method", "protect", "num_neurons", *BUDGETS["perplexity"], *BUDGETS["kl"])
 COLUMNS += ("objective", "objective_error")
 
 
@@ -53,13 +52,16 @@ def measure(
     edits: Sequence[Edit],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[list[dict[str, Reading]], list[perplexity.Compared]]:
-    """Readings of the tune split by each instrument, and of general text, under each edit."""
+) -> tuple[list[dict[str, Reading]], list[perplexity.Compared], list[Reading]]:
+    """Readings of the tune split by each instrument, of general text, and of questions, if there
+    are any, under each edit.
+    """
     sweep = params.sweep
     prompts = params.behaviours[behaviour].prompts
     rows = read_prompts(prompts, "tune")[: sweep.items] if instruments else []
     texts = read_prompts(params.differential.general, "tune")[: sweep.texts]
-    total = len(edits) * (len(texts) + len(instruments) * len(rows))
+    asked = [row for name in sweep.choices for row in read_prompts(name, None)]
+    total = len(edits) * (len(texts) + len(instruments) * len(rows) + len(asked))
     with tqdm(total=total, desc=f"sweep {behaviour}", unit="text") as bar:
         how = How(params.evaluate, sweep.batch_tokens, tokenizer, progress=bar.update)
         general = perplexity.read_until(model, edits, texts, how, sweep.error)
@@ -67,8 +69,11 @@ def measure(
             name: each.read(model, edits, each.encode(rows, tokenizer), how)
             for name, each in instruments.items()
         }
+        questions: list[Reading] = []
+        if asked:
+            questions = accuracy.read(model, edits, accuracy.encode(asked, tokenizer), how)
     by_edit = [{name: each[at] for name, each in found.items()} for at in range(len(edits))]
-    return by_edit, general
+    return by_edit, general, questions
 
 
 def add(
@@ -76,9 +81,10 @@ def add(
     instruments: Mapping[str, Instrument],
     by_edit: Sequence[Mapping[str, Reading]],
     general: Sequence[perplexity.Compared],
+    questions: Sequence[Reading],
 ) -> list[str]:
-    """Add to each point what `measure` found: costs, levels, whose names are returned, and the
-    objective, if there is an instrument.
+    """Add to each point what `measure` found: costs, levels, and the objective, if there is an
+    instrument. Returned are the names of what is not in COLUMNS.
     """
     names: dict[str, None] = {}
     for point, readings, text in zip(points, by_edit, general, strict=True):
@@ -90,6 +96,9 @@ def add(
             point |= {**levels, "objective": instrument.objective(before, after)}
             point["objective_error"] = objective_error(instrument.objective, before, after)
             names |= dict.fromkeys(levels)
+    for point, reading in zip(points, questions, strict=False):  # there may be none
+        point |= accuracy.costs(questions[0], reading)
+        names |= dict.fromkeys(BUDGETS["accuracy"])
     return list(names)
 
 

@@ -160,7 +160,7 @@ def percent_error(before: Reading, after: Reading, groups: Sequence[str] | None)
     table = np.column_stack([new["nll"] - old["nll"], old["tokens"]])
     rise, tokens = inference.cluster_sums(table, groups).T
     mean = rise.sum() / tokens.sum()
-    return 100 * float(np.exp(mean)) * _ratio_error(rise, tokens)
+    return 100 * float(np.exp(mean)) * ratio_error(rise, tokens)
 
 
 def mean_kl(reading: Reading) -> float:
@@ -171,10 +171,10 @@ def mean_kl(reading: Reading) -> float:
 def kl_error(reading: Reading, groups: Sequence[str]) -> float:
     """Standard error of `mean_kl`, as `percent_error`."""
     table = np.column_stack([reading.columns["kl"], reading.columns["tokens"]])
-    return _ratio_error(*inference.cluster_sums(table, groups).T)
+    return ratio_error(*inference.cluster_sums(table, groups).T)
 
 
-def _ratio_error(sums: Array, tokens: Array) -> float:
+def ratio_error(sums: Array, tokens: Array) -> float:
     """Standard error of sum of sums / sum of tokens over groups; InputError for fewer than 2."""
     if len(sums) < 2:
         raise InputError(
