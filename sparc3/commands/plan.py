@@ -317,7 +317,7 @@ class Plan:
         return parts
 
     def _questions(self, names: Iterable[str], times: int, batch_tokens: int) -> list[Work]:
-        """As if the answers of a question had together as many tokens as it has with one of them."""
+        """As if a question's answers had together as many tokens as it has with one of them."""
         packed = [2 * n for name in names for n in self.tokens(name, None)]
         return [cost.likelihood(self.model, times, packed, batch_tokens)] if packed else []
 
