@@ -241,6 +241,28 @@ def test_bad_params_are_named(tmp_path: Path, tree: object, expected: str) -> No
         (row("behaviours", "race", second="race"), "behaviours.race.second 'race' is no other set"),
         (row("methods", "lrp", match=""), "methods.lrp.match is ''; expected text, or null where"),
         (changed("attribute", "scores", ["lrp", ""]), "attribute.scores[1] is ''; expected text"),
+        # Questions
+        (changed("evaluate", "choices", ["no"]), "evaluate.choices 'no' is not in test_sets"),
+        (changed("evaluate", "choices", ["news"]), "the source 'news' of test set news has no ans"),
+        (changed("sweep", "choices", ["race"]), "sweep.choices 'race' is not in test_sets; known"),
+        (
+            {
+                **row("test_sets", "a", source="piqa", count=9),
+                "evaluate": {**TREE["evaluate"], "choices": ["a"]},
+                "sweep": {**TREE["sweep"], "choices": ["a"]},
+            },
+            "sweep.choices 'a': evaluate.choices has questions of piqa too; take others",
+        ),
+        (
+            changed("select", "budget", {"perplexity": 1.0, "accuracy": 2.0}),
+            "select.budget.accuracy needs questions that the sweep asks: name some, sweep.choices",
+        ),
+        (row("test_sets", "a", source="piqa", count=9, max_tokens=9), "'piqa' are never cut"),
+        (
+            behaviour(instruments=["accuracy"]),
+            "instruments is 'accuracy', but the source 'real-toxicity-prompts' of prompt set "
+            "toxicity has no answers; sources that have: piqa, openbookqa, commonsenseqa, siqa",
+        ),
         # Blocks and sealed sets
         (
             row("prompt_sets", "general", **{**TREE["prompt_sets"]["general"], "blocks": 2}),

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,20 @@ def test_a_reduction_that_costs_more_than_the_budget_says_so() -> None:
         costly = beside(1.0, differences={"ppl_worst": {"value": value}})
         assert said(costly).endswith("; over the perplexity budget on news") == over
     assert "budget" not in said(row(value=-20.0) | {"differences": {"ppl_worst": {"value": 99.0}}})
+
+
+def test_a_reduction_that_loses_kl_or_accuracy_beyond_the_budget_says_so() -> None:
+    budget = replace(PARAMS.select.budget, kl=0.02, accuracy=2.0)
+    params = replace(PARAMS, select=replace(PARAMS.select, budget=budget))
+    for kl, points, words in (
+        (0.01, -2.0, ""),
+        (0.03, 5.0, "; over the KL budget"),
+        (0.01, -2.1, "; over the accuracy budget"),
+        (0.03, -2.1, "; over the KL budget; over the accuracy budget"),
+    ):
+        found = {"ppl_worst": {"value": 0.0}, "kl": {"value": kl}, "questions": {"value": points}}
+        expected = f"reduced, beyond 19 random draws{words}"
+        assert verdict(params, beside(1.0, differences=found)) == expected
 
 
 def test_a_verdict_of_a_value_that_falls_turns_every_sign() -> None:

@@ -81,6 +81,10 @@ def check_intervals(params: Params) -> Problems:
         key = sets_of(params)[name][0]
         remedy = f"raise evaluate.texts, or {key}.count"
         yield from _few(key, there, "to read", remedy, "texts", len(there))
+    for key in ("evaluate", "sweep"):
+        for name in getattr(params, key).choices:
+            remedy = f"raise test_sets.{name}.count"
+            yield from _few(f"test_sets.{name}", read_prompts(name, None), "to ask", remedy)
     if params.prepare.splits["tune"]:
         tuned = read_prompts(params.differential.general, "tune")[: params.sweep.texts]
         if len({row["group"] for row in tuned}) < 2:
@@ -127,7 +131,8 @@ def check_lengths(params: Params, tokenizer: Tokenizer, longest: float) -> Probl
                 yield f"{about} least 2; set min_tokens"
     for name, (key, _) in sets_of(params).items():
         for row in read_prompts(name, None):
-            if "pair" in row and row["tokens"] + max(1, before) > longest:
+            whole = "pair" in row or "choices" in row
+            if whole and row["tokens"] + max(1, before) > longest:
                 yield (
                     f"{key}: prompt {row['id']} has a sentence of {row['tokens']} tokens, expected "
                     f"at most {longest - max(1, before)}; leave it out"

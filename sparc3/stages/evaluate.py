@@ -172,7 +172,7 @@ def read_circuits(
 
 def fitted_ban(params: Params, spec: Behaviour, model: PreTrainedModel, how: How) -> list[int]:
     """Tokens of the words that the first scorer calls bad in attribute prompts: as many as keep to
-    the perplexity budget on the sweep's texts, read and chosen by the rule that circuits are.
+    the budget on the sweep's texts and questions, read and chosen by the rule that circuits are.
     """
     seen = [
         row["text"]
@@ -185,10 +185,12 @@ def fitted_ban(params: Params, spec: Behaviour, model: PreTrainedModel, how: How
 
     edits = [INTACT, *(word_ban.word_ban(ranked[:count]) for count in counts)]
     _, *found = perplexity.read_until(model, edits, texts, how, params.sweep.error)
+    asked = [row for name in params.sweep.choices for row in read_prompts(name, None)]
+    _, *lost = accuracy.costs(model, edits, asked, how)
     within = [
         count
-        for count, each in zip(counts, found, strict=True)
-        if choose.keeps(params.select.budget, perplexity.costs(*each))
+        for count, each, points in zip(counts, found, lost, strict=True)
+        if choose.keeps(params.select.budget, perplexity.costs(*each) | points)
     ]
     return ranked[: max(within, default=0)]
 

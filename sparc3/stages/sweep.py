@@ -52,9 +52,9 @@ def measure(
     edits: Sequence[Edit],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[list[dict[str, Reading]], list[perplexity.Compared], list[Reading]]:
-    """Readings of the tune split by each instrument, of general text, and of questions, if there
-    are any, under each edit.
+) -> tuple[list[dict[str, Reading]], list[perplexity.Compared], list[dict[str, float]]]:
+    """Readings of the tune split by each instrument, and of general text, and what is lost on
+    questions, if there are any, under each edit.
     """
     sweep = params.sweep
     prompts = params.behaviours[behaviour].prompts
@@ -69,11 +69,9 @@ def measure(
             name: each.read(model, edits, each.encode(rows, tokenizer), how)
             for name, each in instruments.items()
         }
-        questions: list[Reading] = []
-        if asked:
-            questions = accuracy.read(model, edits, accuracy.encode(asked, tokenizer), how)
+        lost = accuracy.costs(model, edits, asked, how)
     by_edit = [{name: each[at] for name, each in found.items()} for at in range(len(edits))]
-    return by_edit, general, questions
+    return by_edit, general, lost
 
 
 def add(
@@ -81,14 +79,15 @@ def add(
     instruments: Mapping[str, Instrument],
     by_edit: Sequence[Mapping[str, Reading]],
     general: Sequence[perplexity.Compared],
-    questions: Sequence[Reading],
+    lost: Sequence[Mapping[str, float]],
 ) -> list[str]:
     """Add to each point what `measure` found: costs, levels, and the objective, if there is an
     instrument. Returned are the names of what is not in COLUMNS.
     """
     names: dict[str, None] = {}
-    for point, readings, text in zip(points, by_edit, general, strict=True):
-        point |= perplexity.costs(*text)
+    for point, readings, text, points_lost in zip(points, by_edit, general, lost, strict=True):
+        point |= perplexity.costs(*text) | dict(points_lost)
+        names |= dict.fromkeys(points_lost)
         for name, instrument in reversed(list(instruments.items())):  # the first has the last word
             before = Measured(by_edit[0][name], text.before)
             after = Measured(readings[name], text.after)
@@ -96,9 +95,6 @@ def add(
             point |= {**levels, "objective": instrument.objective(before, after)}
             point["objective_error"] = objective_error(instrument.objective, before, after)
             names |= dict.fromkeys(levels)
-    for point, reading in zip(points, questions, strict=False):  # there may be none
-        point |= accuracy.costs(questions[0], reading)
-        names |= dict.fromkeys(BUDGETS["accuracy"])
     return list(names)
 
 

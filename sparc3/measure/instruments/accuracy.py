@@ -70,12 +70,22 @@ def levels(reading: Reading) -> dict[str, float]:
     return {name: float(reading.columns[name].mean()) for name in COLUMNS}
 
 
-def costs(before: Reading, after: Reading) -> dict[str, float]:
-    """Points of accuracy that are lost, and the standard error over groups of questions."""
-    lost = before.columns["accuracy"] - after.columns["accuracy"]
-    table = np.column_stack([lost, np.ones(len(lost))])
-    sums, counts = inference.cluster_sums(table, before.groups).T
-    return {"accuracy_loss": float(lost.mean()), "accuracy_error": ratio_error(sums, counts)}
+def costs(
+    model: "PreTrainedModel", edits: Sequence[Edit], rows: Sequence[Mapping[str, Any]], how: How
+) -> list[dict[str, float]]:
+    """By edit, of which the first changes nothing: the points of accuracy that are lost, which
+    `select.budget` may bound, and their standard error over groups; without questions nothing.
+    """
+    if not rows:
+        return [{} for _ in edits]
+    before, *others = read(model, edits, encode(rows, how.tokenizer), how)
+    found = []
+    for after in (before, *others):
+        lost = before.columns["accuracy"] - after.columns["accuracy"]
+        table = np.column_stack([lost, np.ones(len(lost))])
+        error = ratio_error(*inference.cluster_sums(table, before.groups).T)
+        found.append({"accuracy_loss": float(lost.mean()), "accuracy_error": error})
+    return found
 
 
 def _lost(before: Measured, after: Measured) -> float:
