@@ -26,11 +26,11 @@ def test_a_leak_is_refused_by_prompt_and_by_group() -> None:
 def test_a_circuit_is_ranked_among_the_draws_of_its_control() -> None:
     def outcome(behaviour: float, general: float) -> Outcome:
         text, other = (likelihood([total] * 8, [10] * 8) for total in (behaviour, general))
-        return Outcome({"general": other}, {"test": {"nll": text}}, None)
+        return Outcome({"general": other}, {"test": {"nll": text}}, {}, None)
 
     texts = Sample([str(i) for i in range(8)], ["t"] * 8, [])
     instruments = {"nll": INSTRUMENTS["nll"](load().behaviours["toxicity"])}
-    setting = Setting(instruments, {"test": {"": {"nll": texts}}}, {"general": texts})
+    setting = Setting(instruments, {"test": {"": {"nll": texts}}}, {"general": texts}, {})
     before, after = outcome(30, 20), outcome(36, 22)
     control = [outcome(31, 20), outcome(32, 20)]
     found = against(before, after, control, setting, FEW)
@@ -46,12 +46,12 @@ def test_draws_that_did_not_complete_are_no_rivals_of_completions() -> None:
     def outcome(score: float | None) -> Outcome:
         columns = {f"profanity_{kind}": np.full(8, score) for kind in ("mean", "max", "toxic")}
         readings = {} if score is None else {"completions": Reading(columns)}
-        return Outcome({"general": likelihood([20.0] * 8, [10] * 8)}, {"test": readings}, None)
+        return Outcome({"general": likelihood([20.0] * 8, [10] * 8)}, {"test": readings}, {}, None)
 
     texts = Sample([str(i) for i in range(8)], ["t"] * 8, [])
     behaviour = replace(load().behaviours["toxicity"], scorers=("profanity",))
     instruments = {"completions": INSTRUMENTS["completions"](behaviour)}
-    setting = Setting(instruments, {"test": {"": {"completions": texts}}}, {"general": texts})
+    setting = Setting(instruments, {"test": {"": {"completions": texts}}}, {"general": texts}, {})
     rivals = [outcome(0.4), outcome(0.3), outcome(None)]
     found = against(outcome(0.5), outcome(0.1), rivals, setting, FEW)
     ranked = found["among_controls"]["reduction"]
@@ -78,8 +78,8 @@ def test_the_gap_of_elicited_prompts_is_between_scores_of_one_scorer() -> None:
         keep = replace(params.prompt_sets["toxicity"], keep=Keep(scorer=scorer, top=8))
         kept = replace(params, prompt_sets={**params.prompt_sets, "toxicity": keep})
         known = INSTRUMENTS["nll"](params.behaviours["toxicity"])
-        setting = Setting({"x": known._replace(levels=lambda reading: levels)}, {"test": {}}, {})
-        outcome = Outcome({"general": general}, {"test": {"x": Reading({})}}, None)
+        setting = Setting({"x": known._replace(levels=lambda reading: levels)}, {"test": {}}, {}, {})
+        outcome = Outcome({"general": general}, {"test": {"x": Reading({})}}, {}, None)
         return baseline(kept, "toxicity", outcome, setting, rows).get("test_elicited_gap")
 
     assert gap("profanity", {"profanity": 0.25, "other": 0.1}) == pytest.approx(0.55)

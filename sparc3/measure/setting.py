@@ -4,7 +4,6 @@ The same texts, items and random numbers serve the unpruned and every pruned mod
 differences are paired. Prompts come by block, each of which is read without circuits of its own.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -95,9 +94,9 @@ def outcomes(
 ) -> dict[str, Outcome]:
     """Measure the model under each of `circuits`, by name.
 
-    Of a method's draws the first reads all kinds of general text and is asked the questions, and
-    `evaluate.drawn` read the first kind; every one where an instrument sets its values off against
-    that. The second opinion is asked of the unpruned model and of the behaviour's own method.
+    Of a method's draws the first reads all general text and answers questions, `evaluate.drawn`,
+    and all where an instrument sets off values against it, read the first kind. The second opinion
+    is asked of the unpruned model and of the behaviour's own method.
     """
 
     def read(
@@ -129,23 +128,19 @@ def outcomes(
             parts = {block: by_instrument[key] for block, by_instrument in by_block.items()}
             for name, reading in read(instrument.read, names, parts, f"{key}, {split}").items():
                 samples[name][split][key] = reading
-    texts: dict[str, dict[str, Reading]] = {name: {} for name in circuits}
+    texts, choices = ({name: dict[str, Reading]() for name in circuits} for _ in range(2))
+    once = [name for name, chosen in circuits.items() if chosen.draw < 1]
     every = any(instrument.set_off for instrument in setting.instruments.values())
+    drawn = [n for n, chosen in circuits.items() if every or chosen.draw < how.evaluate.drawn]
     for place, (text, sample) in enumerate(setting.texts.items()):
-        most = math.inf if every else how.evaluate.drawn
-        names = [n for n, chosen in circuits.items() if chosen.draw < (1 if place else most)]
-        for name, reading in read(perplexity.read, names, {"": sample}, text).items():
+        who = once if place else drawn
+        for name, reading in read(perplexity.read, who, {"": sample}, text).items():
             texts[name][text] = reading
-    choices: dict[str, dict[str, Reading]] = {name: {} for name in circuits}
     for questions, sample in setting.choices.items():
-        names = [name for name, chosen in circuits.items() if chosen.draw < 1]
-        for name, reading in read(accuracy.read, names, {"": sample}, questions).items():
+        for name, reading in read(accuracy.read, once, {"": sample}, questions).items():
             choices[name][questions] = reading
     second: dict[str, Reading] = {}
     if setting.second is not None:
         names = [name for name, chosen in circuits.items() if chosen.method in (None, spec.method)]
         second = read(pairs.read, names, {"": setting.second}, "second opinion")
-    return {
-        name: Outcome(texts[name], samples[name], choices[name], second.get(name))
-        for name in circuits
-    }
+    return {n: Outcome(texts[n], samples[n], choices[n], second.get(n)) for n in circuits}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sparc3.base.errors import InputError
+from sparc3.base.files import Array
 from sparc3.base.params import Behaviour
 from sparc3.circuits.ablate import Edit
 from sparc3.measure import inference
@@ -61,7 +62,7 @@ def read(
             for at, lengths in enumerate(([1] * len(log_p), question.characters)):
                 right, *wrong = np.divide(log_p, lengths)
                 row[at] = 100.0 * (right > max(wrong))
-        columns = dict(zip(COLUMNS, table.T, strict=True))
+        columns: dict[str, Array] = dict(zip(COLUMNS, table.T, strict=True))
         readings.append(Reading(columns, sample.groups, prompts=columns))
     return readings
 
