@@ -218,7 +218,7 @@ def test_hatesonar_is_the_linear_model_of_its_file(fetched, monkeypatch):
 
 def test_hatesonar_is_its_own_file_or_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"models/hatesonar/model.onnx has sha256 none, .* fetch$"):
+    with pytest.raises(InputError, match=r"models/hatesonar/model.onnx: file not found; .* fetch$"):
         scorer(spec_of("hatesonar"))
     scorers.HATESONAR.parent.mkdir(parents=True)
     scorers.HATESONAR.write_bytes(b"other")

@@ -159,7 +159,9 @@ def _hatesonar(spec: Spec, device: str) -> Scorer:
 
 
 def _describe_hatesonar(spec: Spec) -> dict[str, str]:
-    if (found := digest(HATESONAR) if HATESONAR.is_file() else "none") != HATESONAR_SHA256:
+    if not HATESONAR.is_file():
+        raise InputError(f"scorer: {HATESONAR}: file not found; run: python -m sparc3 fetch")
+    if (found := digest(HATESONAR)) != HATESONAR_SHA256:
         problem = f"{HATESONAR} has sha256 {found}, expected {HATESONAR_SHA256}"
         raise InputError(f"scorer: {problem}; move it away and run: python -m sparc3 fetch")
     return {f"sha256 {HATESONAR.name}": HATESONAR_SHA256} | _versions("onnxruntime")
