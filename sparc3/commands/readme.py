@@ -40,12 +40,14 @@ BLOCKS = {  # by the page that holds them
     Path("docs/cost.md"): ("costs", "plan"),
     Path("docs/published.md"): ("published",),
     Path("docs/leaderboard.md"): ("leaderboard",),
+    Path("docs/rivals.md"): ("rivals",),
     Path("docs/scorers.md"): ("scorers",),
     Path("docs/faithfulness.md"): ("faithfulness",),
 }
 RESULTS = Path("profiles/results")  # metrics of finished runs, in git
 RUNS = {  # that the leaderboard compares, beside the default
     "smollm2-135m-full": "SmolLM2 135M, full profile",
+    "smollm2-135m-rivals": "SmolLM2 135M, rivals",
     "gemma3-270m": "Gemma 3 270M",
 }
 NEUTRAL = ("wikipedia", "news", "reviews", "questions")  # sources of texts that are not toxic
@@ -53,6 +55,7 @@ TABLES = {  # blocks that are the table of a run, and its file
     "results": TABLE,
     "full": RESULTS / "smollm2-135m-full/table.md",
     "gemma": RESULTS / "gemma3-270m/table.md",
+    "rivals": RESULTS / "smollm2-135m-rivals/table.md",
 }
 
 
