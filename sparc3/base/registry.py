@@ -2,7 +2,7 @@
 base and no pickle are kept: MLflow loads such a model by the code in `served`.
 """
 
-import warnings
+import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -75,14 +75,13 @@ def _save(path: Path, edited: Edited) -> None:
         outputs=Schema([ColSpec("string")]),
         params=ParamSchema([ParamSpec(name, kinds[name], value) for name, value in params.items()]),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of type hints, which would have it load the model
-        pyfunc.save_model(
-            path,
-            python_model=str(CODE),
-            artifacts={"adapter": str(edited.adapter)},
-            model_config={"base": str(edited.base.resolve()), "dtype": edited.dtype},
-            signature=signature,
-            input_example=(pd.DataFrame({"prompt": [EXAMPLE]}), params),
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in NEEDS],
-        )
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it announces each step
+    pyfunc.save_model(
+        path,
+        python_model=str(CODE),
+        artifacts={"adapter": str(edited.adapter)},
+        model_config={"base": str(edited.base.resolve()), "dtype": edited.dtype},
+        signature=signature,
+        input_example=(pd.DataFrame({"prompt": [EXAMPLE]}), params),
+        pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in NEEDS],
+    )

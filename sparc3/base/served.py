@@ -2,6 +2,9 @@
 model from its folder, with a circuit's adapter on it. It needs transformers and peft, not sparc3.
 """
 
+from typing import Any
+
+import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
@@ -22,11 +25,14 @@ class Edited(PythonModel):
         )
         self.model = PeftModel.from_pretrained(model, context.artifacts["adapter"]).eval()
 
-    def predict(self, context, model_input, params=None):  # noqa: ANN001, ANN201 # pyright: ignore
-        """A completion of every prompt, one a row, the column `prompt`. Without annotations: from
-        them MLflow would infer the signature, by loading the model.
-        """
-        every = []
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]: MLflow's returns nothing
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> list[str]:
+        """A completion of every prompt, one a row, the column `prompt`."""
+        every: list[str] = []
         for prompt in model_input["prompt"]:
             inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
             tokens = self.model.generate(**inputs, **(params or {}))[0]
