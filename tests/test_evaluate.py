@@ -78,7 +78,8 @@ def test_the_gap_of_elicited_prompts_is_between_scores_of_one_scorer() -> None:
         keep = replace(params.prompt_sets["toxicity"], keep=Keep(scorer=scorer, top=8))
         kept = replace(params, prompt_sets={**params.prompt_sets, "toxicity": keep})
         known = INSTRUMENTS["nll"](params.behaviours["toxicity"])
-        setting = Setting({"x": known._replace(levels=lambda reading: levels)}, {"test": {}}, {}, {})
+        known = known._replace(levels=lambda reading: levels)
+        setting = Setting({"x": known}, {"test": {}}, {}, {})
         outcome = Outcome({"general": general}, {"test": {"x": Reading({})}}, {}, None)
         return baseline(kept, "toxicity", outcome, setting, rows).get("test_elicited_gap")
 

@@ -901,6 +901,16 @@ def test_completions_are_drawn_from_the_pruned_model(
         ]
 
 
+def test_length_and_repetition_change_as_those_of_the_completions(project: Project) -> None:
+    found = project.metrics("evaluate/rude")["circuits"]
+    before = completions_of(project, "none", "test")
+    for name in WRITERS[1:]:
+        after = completions_of(project, name, "test")
+        for key in ("length", "repetition"):
+            change = mean(row[key] for row in after) - mean(row[key] for row in before)
+            assert found[name]["test"][key]["value"] == close(change)
+
+
 def scores_by_prompt(project: Project, circuit: str, part: str) -> list[list[float]]:
     """Scores of every prompt's completions, asked of the scorer again."""
     from profanity_check import predict_prob

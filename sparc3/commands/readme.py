@@ -48,6 +48,7 @@ RESULTS = Path("profiles/results")  # metrics of finished runs, in git
 RUNS = {  # that the leaderboard compares, beside the default
     "smollm2-135m-full": "SmolLM2 135M, full profile",
     "smollm2-135m-rivals": "SmolLM2 135M, rivals",
+    "smollm2-135m-repetition": "SmolLM2 135M, repetition",
     "gemma3-270m": "Gemma 3 270M",
 }
 NEUTRAL = ("wikipedia", "news", "reviews", "questions")  # sources of texts that are not toxic
