@@ -107,3 +107,18 @@ def test_prompts_that_share_a_group_across_files_are_refused(project: Path) -> N
     assert "prompt_sets.general and prompt_sets.talk have a group, or a text, in common" in (
         refusal()
     )
+
+
+def test_questions_that_could_not_be_asked_are_refused(project: Path) -> None:
+    tree = yaml.safe_load(Path("params.yaml").read_text())
+    tree["test_sets"] = {"quiz": {"source": "piqa", "count": 9}}
+    tree["evaluate"]["choices"] = ["quiz"]
+    Path("params.yaml").write_text(yaml.safe_dump(tree))
+    path = Path("outputs/prompts/quiz.jsonl")
+    rows = [{**row, "choices": ["w1", "w2"]} for row in small.prompt_rows("quiz", 6, "test")]
+    write_jsonl(path, rows)
+    early.check(load())
+    write_jsonl(path, rows[1:])
+    assert "test_sets.quiz has 5 groups to ask, at least 6 are needed for an" in refusal()
+    write_jsonl(path, [{**row, "tokens": 64} for row in rows])
+    assert "test_sets.quiz: prompt quiz-test-0 has a sentence of 64 tokens, exp" in refusal()
