@@ -276,6 +276,22 @@ def test_stages_do_what_params_say() -> None:
     assert {f"attribute@{name}" for name in params.prompt_sets} <= set(first)
 
 
+def test_questions_are_asked_of_the_model_every_method_and_the_ban() -> None:
+    params = checks.load()
+    quiz = parameters.PromptSet(source="piqa", count=10, max_tokens=20)
+    params = replace(params, test_sets={**params.test_sets, "quiz": quiz})
+    asking = {
+        "evaluate": replace(params, evaluate=replace(params.evaluate, choices=("quiz",))),
+        "sweep": replace(params, sweep=replace(params.sweep, choices=("quiz",))),
+    }
+    before = of_llama(params)
+    models = {"evaluate": len(params.methods) + 2, "sweep": 1 + len(params.sweep.num_neurons)}
+    for stage, changed in asking.items():
+        name = f"{stage}@toxicity"
+        more = of_llama(changed).works[name].tokens - before.works[name].tokens
+        assert more == models[stage] * 10 * 2 * 20
+
+
 def test_a_set_that_is_there_for_tests_is_read_whole() -> None:
     """By evaluate and transfer alike, up to what they ask for."""
     params = checks.load()
