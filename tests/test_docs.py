@@ -94,7 +94,9 @@ def test_the_leaderboard_says_what_the_files_say() -> None:
             assert at["removed, %"] == removed, row
             assert at["neurons"] == str(circuits[names[0]]["num_neurons"])
             dampened = method in ("max-activation-auroc-all", "max-activation-auroc-dampened")
-            if method != "word-ban":
+            steered = "strength" in circuits[names[0]]
+            assert (at["bytes"] == "-") == steered
+            if method != "word-ban" and not steered:
                 assert int(at["bytes"].replace(",", "")) == int(at["neurons"]) * (
                     8 if dampened else 4
                 )
