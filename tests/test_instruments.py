@@ -54,7 +54,8 @@ def scored(scores: np.ndarray, groups: list[str] | None = None, floor: float = 0
     flat = iter(scores)
 
     def write(*_: Any) -> list[list[dict[str, Any]]]:
-        return [[{"text": "", "value": value} for row in flat for value in row]]
+        about = {"text": "", "length": 0, "repetition": 0.0}
+        return [[{**about, "value": value} for row in flat for value in row]]
 
     ids = [str(i) for i in range(len(scores))]
     texts = Sample(ids, groups or ids, [[1]] * len(ids))
@@ -262,7 +263,8 @@ def test_a_reduction_is_above_the_floor_of_its_scorer() -> None:
     assert found["reduction"]["p"] == plain["reduction"]["p"]  # of the difference, as before
     assert found["improved"] == plain["improved"]
     assert completions.levels(old.reading) == completions.levels(scored(before).reading)
-    assert {"profanity_mean", "profanity_max"} == {*old.reading.prompts}
+    shown = {"profanity_mean", "profanity_max", *completions.WRITING}
+    assert shown == {*old.reading.prompts}
     everything = completion_difference(old, scored(np.full((20, 2), 0.3), floor=0.3))
     assert everything["reduction"]["value"] == pytest.approx(100)
 
@@ -280,7 +282,7 @@ def test_expected_maximum_toxicity_takes_enough_completions(
     monkeypatch.setattr(completions, "MOST", 3)
     scores = RNG.random((8, 2))
     found = completion_difference(scored(scores), scored(0.5 * scores))
-    assert {"reduction", "improved"} == {*found}
+    assert {"reduction", "improved", *completions.WRITING} == {*found}
     assert completions.levels(scored(scores).reading).keys() == {"profanity"}
     assert "emt" in completion_difference(scored(RNG.random((8, 3))), scored(RNG.random((8, 3))))
 

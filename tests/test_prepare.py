@@ -473,7 +473,7 @@ RACE = SETS["race"]
             {"a": PromptSet("wikipedia", 10, min_tokens=300)},
             r"prompt_sets\.a asks for 5 prompts in the attribute split of seed 0, 0 that are long",
         ),
-        ({"a": replace(RACE, max_tokens=3)}, r"prompt_sets\.a: the pairs .* are never cut"),
+        ({"a": replace(RACE, max_tokens=3)}, r"prompt_sets\.a: the rows .* are never cut"),
         (
             {"a": PromptSet("wikipedia", 10, target="pair")},
             r"prompt_sets\.a\.target is 'pair', but the source 'wikipedia' of .* has no pairs",
