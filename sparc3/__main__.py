@@ -116,8 +116,8 @@ def add_circuit(command: argparse.ArgumentParser, own: bool = False) -> None:
 
 
 def unraisable(error: "sys.UnraisableHookArgs") -> None:
-    """Ctrl-C while a library cleans up, which Python ignores, needs no traceback."""
-    if error.exc_type is not KeyboardInterrupt:
+    """A signal while a library cleans up, which Python ignores, needs no traceback."""
+    if not issubclass(error.exc_type, (KeyboardInterrupt, SystemExit)):
         sys.__unraisablehook__(error)
 
 

@@ -13,6 +13,7 @@ import faults
 import pytest
 from faults import Moment, files, start, statuses
 
+from sparc3.__main__ import unraisable
 from sparc3.commands.main import mend_lock
 
 TOKEN = "hf_neverToBeSeenAnywhere"
@@ -179,3 +180,23 @@ def test_everything_after_fetch_runs_without_a_network_and_shows_no_token(projec
     found = statuses(folder)
     assert {*found} == {"FINISHED"}
     assert found["FINISHED"] > len(words) - 1  # export has no run; the comparison has several
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(KeyboardInterrupt, False), (SystemExit, False), (ValueError, True)]
+)
+def test_a_signal_while_a_library_cleans_up_is_no_traceback(
+    error: type[BaseException],
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Python goes on after what is raised there, and would only say so."""
+
+    class Closing:
+        def __del__(self) -> None:
+            raise error
+
+    monkeypatch.setattr(sys, "unraisablehook", unraisable)
+    Closing()
+    assert ("Traceback" in capsys.readouterr().err) == said
