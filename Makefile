@@ -64,7 +64,7 @@ repro: env
 	@$(IN_ENV) python -m sparc3 show
 
 test: env
-	OMP_NUM_THREADS=1 $(IN_ENV) python -m pytest --numprocesses 2 --dist loadfile
+	$(IN_ENV) python -m pytest --numprocesses 2 --dist loadfile
 
 # An environment upon the other one: what it installs comes before what is there.
 NEXT_TESTS := models lrp prune generate likelihood export bad_models check
@@ -76,7 +76,7 @@ test-next: env
 	&& .next/bin/python -m pip install --quiet --no-input --no-deps -r requirements-next.txt \
 	&& cp requirements-next.txt .next/installed.txt; }
 	@$(IN_ENV) python -m sparc3 fetch 2> /dev/null  # which transformers 5 cannot: it converts GGUF
-	OMP_NUM_THREADS=1 .next/bin/python -m pytest --numprocesses 2 --dist loadfile \
+	.next/bin/python -m pytest --numprocesses 2 --dist loadfile \
 	  $(NEXT_TESTS:%=tests/test_%.py)
 
 lint: env

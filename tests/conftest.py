@@ -4,14 +4,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch has one thread at the start of each test, as torchrun gives its processes: what a test
+    or its model's `threads` set leads nowhere else, for another number rounds otherwise.
+    """
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

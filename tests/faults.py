@@ -66,6 +66,7 @@ def write_project(folder: Path) -> None:
     (folder / "data.dvc").write_text(pin_text(folder / "data", own=True))
     tree = yaml.safe_load((folder / "params.yaml").read_text())
     tree["fetch"] = {"model": None}
+    tree["model"]["threads"] = 1  # the first run is made by this process, the others are not
     for name, spec in tree["prompt_sets"].items():
         pairs = {"count": 40, "where": {"bias_type": kinds.get(name)}}
         spec |= pairs if name in kinds else {"count": 20, "max_tokens": 12}

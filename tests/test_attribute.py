@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import small
-import torch
 import yaml
 
 from sparc3.__main__ import main
@@ -26,7 +25,6 @@ from sparc3.stages.attribute import by_target
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    torch.set_num_threads(1)
     monkeypatch.chdir(small.write_project(tmp_path / "project"))
     return Path.cwd()
 

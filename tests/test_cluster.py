@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import small
-import torch
 
 from sparc3.__main__ import main
 from sparc3.base.artifacts import scores_folder
@@ -243,10 +242,7 @@ def finished(job: str) -> str:
 def test_two_tasks_give_the_scores_of_one_process(
     slurm: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     attribute.run(checks.load(), "general")
-    torch.set_num_threads(threads)
     expected = small.files(scores_folder("general"))
     shutil.rmtree(scores_folder("general"))
 

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -115,16 +114,7 @@ def free_port() -> str:
 
 
 @pytest.fixture
-def _one_thread() -> Iterator[None]:
-    """As many as torchrun gives its processes: another number may round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _one_thread: None) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(small.write_project(tmp_path / "project"))
     return Path.cwd()
 
