@@ -4,18 +4,20 @@
 
 After a run, in its folder. Circuits of every method and size, of all layers or of one third, beside
 as many random neurons of the same layers, none of them protected ones: the rise of the NLL of the
-tune split's prompts beyond that of general text, whose perplexity is the cost. Nothing is chosen on
-them. A table for docs/faithfulness.md.
+tune split's prompts beyond that of general text, whose perplexity is the cost. Then of every method
+and part of depth the size that rises most there within `select.budget`, as `select` chooses, on the
+test split's prompts and texts, which nothing was chosen on. Two tables for docs/faithfulness.md.
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from sparc3.base.artifacts import read_prompts
 from sparc3.base.files import Array, markdown
 from sparc3.base.params import Params
-from sparc3.circuits.choose import choose, circuit_of, protected, read_differential
+from sparc3.circuits.choose import choose, circuit_of, keeps, protected, read_differential
 from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.circuits.methods import noise
 from sparc3.measure.faithfulness import PARTS
@@ -24,7 +26,8 @@ from sparc3.measure.instruments import nll, perplexity
 from sparc3.model import loading
 from sparc3.stages.checks import load
 
-METHODS = ("lrp", "gradient")
+METHODS = ("lrp", "gradient", "gradient-t", "max-activation-auroc")
+Point = tuple[str, str, int]  # method, part of depth, size
 
 
 def circuits(params: Params, values: Array, importance: Array, k: int) -> dict[str, Circuit]:
@@ -40,21 +43,53 @@ def circuits(params: Params, values: Array, importance: Array, k: int) -> dict[s
 
 
 def measure(
-    params: Params, behaviour: str, every: list[Circuit], prompts: int, texts: int
-) -> list[Measured]:
-    """The whole model, and it without each circuit, on the behaviour's prompts and general text."""
+    params: Params, behaviour: str, every: list[Circuit], split: str, prompts: int, texts: int
+) -> tuple[list[Measured], list[str]]:
+    """The whole model, and it without each circuit, on a split of the behaviour's prompts and of
+    general text; and the groups of the latter.
+    """
     spec = params.behaviours[behaviour]
     model, tokenizer = loading.load(params.model), loading.tokenizer(params.model)
     how = How(params.evaluate, params.evaluate.batch_tokens, tokenizer)
     samples = [
         perplexity.encode(rows, tokenizer)
         for rows in (
-            read_prompts(spec.prompts, "tune")[:prompts],
-            read_prompts(params.differential.general, "tune")[:texts],
+            read_prompts(spec.prompts, split)[:prompts],
+            read_prompts(params.differential.general, split)[:texts],
         )
     ]
     read = [nll.read(model, [INTACT, *every], sample, how) for sample in samples]
-    return [Measured(*both) for both in zip(*read, strict=True)]
+    return [Measured(*both) for both in zip(*read, strict=True)], samples[1].groups
+
+
+def within_budget(
+    params: Params, whole: Measured, found: Mapping[Point, Measured], groups: Sequence[str]
+) -> list[Point]:
+    """Of every method and part of depth the size with the largest shift among those that keep to
+    the budget of perplexity; none where no size does.
+    """
+    chosen: dict[tuple[str, str], Point] = {}
+    for point, after in found.items():
+        cost = {
+            "ppl_delta": perplexity.percent(whole.general, after.general),
+            "ppl_error": perplexity.percent_error(whole.general, after.general, groups),
+        }
+        best = chosen.get(point[:2])
+        better = best is None or nll.shift(whole, after) > nll.shift(whole, found[best])
+        if better and keeps(params.select.budget, cost):
+            chosen[point[:2]] = point
+    return [*chosen.values()]
+
+
+def table(whole: Measured, found: Mapping[Point, Measured], groups: Sequence[str]) -> str:
+    lines = []
+    for (method, part, k), after in found.items():
+        shift = nll.shift_interval(whole, after, 10_000)
+        cost = perplexity.percent(whole.general, after.general)
+        error = perplexity.percent_error(whole.general, after.general, groups)
+        spread = f"{shift.value:+.3f} [{shift.low:+.3f}, {shift.high:+.3f}]"
+        lines.append([method, part, str(k), spread, f"{cost:+.2f} ± {error:.2f}"])
+    return markdown(["method", "layers", "neurons", "NLL shift, nats", "perplexity, %"], lines)
 
 
 def main() -> None:
@@ -65,25 +100,27 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=48)
     given = parser.parse_args()
     params = load()
-    grid, values, importance = {}, np.empty((0, 0)), np.empty((0, 0))
-    for method in METHODS:
-        values, importance = read_differential(given.behaviour, method)
+    grid: dict[Point, Circuit] = {}
+    for method in (*METHODS, "random"):
+        values, importance = read_differential(
+            given.behaviour, method if method in METHODS else "lrp"
+        )
+        if method == "random":
+            values = noise(0, "depth", values.shape)
         for k in given.sizes:
             for part, circuit in circuits(params, values, importance, k).items():
                 grid[method, part, k] = circuit
-    for k in given.sizes:
-        for part, circuit in circuits(
-            params, noise(0, "depth", values.shape), importance, k
-        ).items():
-            grid["random", part, k] = circuit
-    whole, *without = measure(params, given.behaviour, [*grid.values()], given.prompts, given.texts)
-    lines = []
-    for (method, part, k), after in zip(grid, without, strict=True):
-        shift = nll.shift_interval(whole, after, 10_000)
-        cost = perplexity.percent(whole.general, after.general)
-        spread = f"{shift.value:+.3f} [{shift.low:+.3f}, {shift.high:+.3f}]"
-        lines.append([str(k), method, part, spread, f"{cost:+.2f}"])
-    print(markdown(["neurons", "method", "layers", "NLL shift, nats", "perplexity, %"], lines))
+
+    def on(
+        split: str, points: Sequence[Point]
+    ) -> tuple[Measured, dict[Point, Measured], list[str]]:
+        asked = params, given.behaviour, [grid[point] for point in points], split
+        (whole, *without), groups = measure(*asked, given.prompts, given.texts)
+        return whole, dict(zip(points, without, strict=True)), groups
+
+    tuned = on("tune", [*grid])
+    print("Tune split:\n", table(*tuned), "Test split, chosen on the other:\n", sep="\n")
+    print(table(*on("test", within_budget(params, *tuned))))
 
 
 if __name__ == "__main__":

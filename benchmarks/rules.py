@@ -1,6 +1,7 @@
 """Which rule of AttnLRP costs its scores the agreement with what removing a neuron does?
 
     python -m benchmarks.rules [MODEL] [--texts FILE] [--pairs FILE] [--neurons N] [--prompts N]
+        [--targets TARGET ...]
 
 Spearman's correlation of the true effect of removing single neurons alone with h dy/dh, whose
 gradient follows AttnLRP without one of its rules, by one of them alone, by rules that others have
@@ -11,7 +12,7 @@ read. A table for docs/faithfulness.md.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -93,13 +94,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, default=Path("outputs/prompts/race.jsonl"))
     parser.add_argument("--neurons", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--targets", nargs="+", choices=get_args(Target), default=get_args(Target))
     given = parser.parse_args()
     spec = Model(path=given.model)
     model, tokenizer = loading.load(spec), loading.tokenizer(spec)
     texts, pairs = (held_out(path, given.prompts) for path in (given.texts, given.pairs))
-    of_texts: list[Target] = ["likelihood", "max-logit", "contrast-logit"]
-    lines = measure(model, encode(texts, tokenizer, "likelihood"), of_texts, given.neurons)
-    lines += measure(model, encode(pairs, tokenizer, "pair"), ["pair"], given.neurons)
+    lines: list[list[str]] = []
+    if of_texts := [target for target in given.targets if target != "pair"]:
+        lines += measure(model, encode(texts, tokenizer, "likelihood"), of_texts, given.neurons)
+    if "pair" in given.targets:
+        lines += measure(model, encode(pairs, tokenizer, "pair"), ["pair"], given.neurons)
     header = ["target", "rules", "Spearman", "Pearson", "early", "middle", "late"]
     print(f"{given.model}, {given.neurons} neurons, {given.prompts} prompts of each kind\n")
     print(markdown(header, lines))

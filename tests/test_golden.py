@@ -617,7 +617,10 @@ def test_steer_takes_the_strength_that_does_best_within_the_budget(
         if within
         else min(own, key=lambda p: float(p["ppl_delta"]) + float(p["ppl_error"]))
     )
-    assert project.metrics(f"steer/{behaviour}")["act.strength"] == float(best["strength"])
+    found = project.metrics(f"steer/{behaviour}")
+    assert found["act.strength"] == float(best["strength"])
+    file = project.folder / f"outputs/interventions/{behaviour}/act.safetensors"
+    assert found["act.bytes"] == len(file.read_bytes())
     learnt = {}
     for block in ["", *(TESTED if behaviour == "bias" else [])]:
         path = project.folder / f"outputs/interventions/{behaviour}/{block}/act.safetensors"

@@ -22,15 +22,16 @@ class Run(NamedTuple):
     folder: Path
 
 
-def shipped(params: Params, method: str, circuit: Mapping[str, Any]) -> int | None:
+def shipped(run: Run, behaviour: str, method: str, circuit: Mapping[str, Any]) -> int:
     """Bytes that turn the model into the changed one: of every neuron its layer and number in 16
-    bits each and, where it is not zeroed, a float32; of every banned word its token.
+    bits each and, where it is not zeroed, a float32; of every banned word its token; an
+    intervention's file.
     """
     if method == BAN:
         return PLACE * len(circuit["tokens"])
-    if method not in params.methods:
-        return None
-    dampened = params.methods[method].scale != 0
+    if method not in run.params.methods:
+        return round(read_json(run.folder / "steer" / f"{behaviour}.json")[f"{method}.bytes"])
+    dampened = run.params.methods[method].scale != 0
     return circuit["num_neurons"] * (PLACE + FACTOR * dampened)
 
 
@@ -85,7 +86,7 @@ def entries(run: Run, behaviour: str) -> list[dict[str, Any]]:
                 "kl": first.get("kl", {}).get("mean"),
                 "accuracy": first.get("accuracy", {}).get("all", {}).get("accuracy"),
                 "neurons": first["num_neurons"],
-                "bytes": shipped(params, method, first),
+                "bytes": shipped(run, behaviour, method, first),
                 "computed": computed(run, behaviour, method),
             }
         )
@@ -111,7 +112,7 @@ def line(run: Run, row: Mapping[str, Any]) -> list[str]:
         interval(row["kl"], 3),
         interval(row["accuracy"]),
         str(row["neurons"]),
-        "-" if row["bytes"] is None else f"{row['bytes']:,}",
+        f"{row['bytes']:,}",
         row["computed"],
     ]
 

@@ -130,6 +130,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
             }
             about = chosen_on(params, spec, block, tuned=len(points) > 2)
             write_json(path.with_suffix(".json"), facts | about)
+        scalars[f"{name}.bytes"] = float(intervention_path(behaviour, name).stat().st_size)
     write_json(metrics_path("steer", behaviour), scalars)
     said = ", ".join(f"{name} {scalars[f'{name}.strength']:g}" for name in named)
     log.info("steer %s: strengths %s", behaviour, said)
