@@ -34,7 +34,9 @@ def fetched() -> Path:
 
 @pytest.fixture(scope="session")
 def project(fetched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of its own with the project's tracked files, the data and the model."""
+    """A repository of its own with the project's tracked files, the data and the model, and one
+    thread: two test files at a time share two cores.
+    """
     folder = tmp_path_factory.mktemp("project")
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=fetched, check=True, capture_output=True, text=True
@@ -43,6 +45,9 @@ def project(fetched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not name.startswith(("tests/", "metrics/")) and (fetched / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(fetched / name, folder / name)
+    params = (folder / "params.yaml").read_text()
+    assert "  threads: 2 " in params
+    (folder / "params.yaml").write_text(params.replace("  threads: 2 ", "  threads: 1 "))
     (folder / "dvc.lock").unlink(missing_ok=True)
     for name in ("data", "models"):
         shutil.copytree(

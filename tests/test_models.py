@@ -259,6 +259,27 @@ def test_code_of_the_folder_is_refused_and_nothing_is_asked(read, tmp_path, monk
         read(Model(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize(("family", "warned"), [("llama", False), ("mistral", True)])
+def test_only_a_mistral_is_said_to_split_text_wrongly(family, warned, tmp_path, caplog):
+    """transformers says so of every large tokenizer that it wrote itself."""
+    words = {f"w{place}": place for place in range(100_001)}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), unk_token="w0"
+    ).save_pretrained(tmp_path)
+    changed = {"vocab_size": len(words), "transformers_version": "4.57.6"}
+    config = tiny.model(family).config.to_dict() | changed
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    transformers.utils.logging.enable_propagation()
+    try:
+        assert loading.tokenizer(Model(path=str(tmp_path)))("w7 w9").input_ids == [7, 9]
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert ("incorrect regex" in caplog.text) == warned
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     tiny.model("llama").save_pretrained(tmp_path)
     model = loading.load(Model(path=str(tmp_path)))

@@ -201,8 +201,11 @@ def tokenizer(spec: params.Model) -> PreTrainedTokenizerBase:
     with more tokens than the model.
     """
     config = language_model("model.path", here(spec.path))
+    how = dict(LOCAL)
+    if "mistral" not in config["model_type"]:  # of whose tokenizers some split wrongly, and say so;
+        how["fix_mistral_regex"] = False  # transformers warns of every other large one as well
     with reading("model.path", spec.path) as folder:
-        loaded = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        loaded = AutoTokenizer.from_pretrained(folder, **how)
         file = folder / "tokenizer.json"
         if file.is_file() and type(loaded) is not PreTrainedTokenizerFast:
             loaded = _of_file(loaded, Tokenizer.from_file(str(file)))
