@@ -66,6 +66,7 @@ def write_project(folder: Path, changes: Mapping[str, Any] | None = None) -> Pat
         "behaviours": {
             "talk": tree["behaviours"]["toxicity"]
             | {"prompts": "talk", "reference": "general", "scorers": ["profanity"]}
+            | {"faithfulness": False}
         },
         "attribute": tree["attribute"]
         | {"scores": ["activation"], "batch_tokens": 20, "shard_prompts": 2},

@@ -109,6 +109,81 @@ def test_prompts_that_share_a_group_across_files_are_refused(project: Path) -> N
     )
 
 
+FAITHFUL = {"scores": ["lrp"], "neurons": 18, "prompts": 6, "num_neurons": [2, 72]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_neurons": [2, 73]}, "faithfulness.num_neurons asks for 73; expected at most 72"),
+        ({"neurons": 17}, "faithfulness.neurons is 17; expected at least 18: 6 of each third"),
+        ({"prompts": 5}, "talk has 5 prompts for faithfulness, at least 6 are needed for an int"),
+    ],
+)
+def test_what_faithfulness_could_not_measure_is_refused(
+    project: Path, changes: dict[str, Any], expected: str
+) -> None:
+    rows = read_jsonl(Path("outputs/prompts/talk.jsonl"))
+    more = [row | {"split": "tune"} for row in small.prompt_rows("more", 6, "tune")]
+    write_jsonl(Path("outputs/prompts/talk.jsonl"), [*rows, *more])
+    edit("faithfulness", **FAITHFUL)
+    edit("faithfulness", **changes)
+    early.check(load())  # nobody asks
+    talk = yaml.safe_load(Path("params.yaml").read_text())["behaviours"]["talk"]
+    edit("behaviours", talk=talk | {"faithfulness": True})
+    assert expected in refusal()
+    edit("faithfulness", **FAITHFUL)
+    early.check(load())
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "expected"),
+    [
+        (40, {}, "the model's context less evaluate.new_tokens, less the prompt of steer, 40;"),
+        (60, {"new_tokens": 1}, "general text is read"),
+        (
+            20,
+            {"window": 50, "stride": 50},
+            "general text is read 50 tokens at a time, and steer puts 20 in fr",
+        ),
+    ],
+)
+def test_a_prompt_of_steer_leaves_room_for_what_stands_behind_it(
+    project: Path, count: int, changes: dict[str, Any], expected: str
+) -> None:
+    edit("evaluate", **{"window": None, "new_tokens": 20, "texts": 6} | changes)
+    early.check(load())
+    edit("steer", interventions={"kind": {"kind": "prompt", "text": "w1 " * count}})
+    assert expected in refusal()
+    edit("steer", interventions={"kind": {"kind": "prompt", "text": "w1 w2"}})
+    early.check(load())
+
+
+def test_questions_of_the_sweep_are_not_those_of_evaluate(project: Path) -> None:
+    tree = yaml.safe_load(Path("params.yaml").read_text())
+    tree["test_sets"] = {"quiz": {"source": "siqa", "count": 9}}
+    tree["sweep"]["choices"] = ["quiz"]
+    Path("params.yaml").write_text(yaml.safe_dump(tree))
+    rows = [{**row, "choices": ["w1", "w2"]} for row in small.prompt_rows("quiz", 6, "test")]
+    write_jsonl(Path("outputs/prompts/quiz.jsonl"), rows)
+    early.check(load())
+    read = next(
+        r for r in read_jsonl(Path("outputs/prompts/general.jsonl")) if r["split"] == "test"
+    )
+    rows[0]["group"] = read["group"]
+    write_jsonl(Path("outputs/prompts/quiz.jsonl"), rows)
+    assert "sweep.choices 'quiz' and 'general', which evaluate reads, have texts in" in refusal()
+
+
+def test_a_reference_that_is_the_prompts_is_refused(project: Path) -> None:
+    for name in ("talk", "general"):
+        path = Path(f"outputs/prompts/{name}.jsonl")
+        write_jsonl(
+            path, [row | {"text": f"w{n % 3} w4"} for n, row in enumerate(read_jsonl(path))]
+        )
+    assert "behaviours.talk: prompts and reference are the same texts" in refusal()
+
+
 def test_questions_that_could_not_be_asked_are_refused(project: Path) -> None:
     tree = yaml.safe_load(Path("params.yaml").read_text())
     tree["test_sets"] = {"quiz": {"source": "piqa", "count": 9}}

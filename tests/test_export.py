@@ -346,7 +346,44 @@ def test_other_weights_do_not_hold_and_other_inputs_are_refused(measured, monkey
     assert "outputs/prompts/rude.jsonl: is not what kept/rude" in capsys.readouterr().err
     prompts.write_text(text)
     assert main(["remeasure", "outputs"]) == 2
-    assert "no folder that `export` wrote" in capsys.readouterr().err
+    assert "no folder with a model or an adapter that `export` wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("expected", {}),
+        ("expected", {"x": 1}),
+        ("expected", {"probe_nll": {"value": "a", "within": 1}}),
+        ("inputs", {}),
+        ("inputs", {"sha256": {}, "behaviour": "nope"}),
+    ],
+)
+def test_a_record_that_export_did_not_write_is_refused(
+    name, content, measured, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(measured)
+    folder = tmp_path / "copy"
+    shutil.copytree("kept/rude", folder)
+    write_json(folder / f"reproduce/{name}.json", content)
+    assert main(["remeasure", str(folder)]) == 2
+    assert f"reproduce/{name}.json: not as `export` wrote it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--behaviour", "nope", "--method", "lrp"], "--behaviour 'nope' is not in params"),
+        (["--behaviour", "rude", "--method", ""], "--method '' is no circuit; known: lrp"),
+        (["--behaviour", "rude", "--method", "random-layer-matched"], "random-layer-matched-0"),
+        (["--behaviour", "rude", "--method", "act", "--as", "adapter"], "act is an intervention"),
+    ],
+)
+def test_what_is_no_circuit_is_named(words, expected, measured, monkeypatch, capsys):
+    monkeypatch.chdir(measured)
+    assert main(["export", *words, "--folder", "none"]) == 2
+    assert expected in capsys.readouterr().err
+    assert not Path("none").exists()
 
 
 def test_a_folder_that_breaks_its_promise_is_not_kept(measured, monkeypatch):

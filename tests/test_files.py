@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from sparc3.base import params
 from sparc3.base.errors import InputError
 from sparc3.base.files import (
     locked,
@@ -132,6 +133,7 @@ def test_own_jsonl_comes_back(tmp_path: Path, seed: int):
         ('a,b\n1,"2', "line 2 .*unexpected end of data"),
         ('a,b\n1,"2"x\n', "line 2 .*expected after"),
         ("a,b\n1,2\rx\n", "line 2|line 3"),
+        ("a,b,a\n1,2,3\n", "line 1 .*its header has 'a' twice"),
     ],
 )
 def test_a_broken_csv_is_refused_by_line(tmp_path: Path, text: str, problem: str):
@@ -141,7 +143,19 @@ def test_a_broken_csv_is_refused_by_line(tmp_path: Path, text: str, problem: str
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("line", ["{", '["a"]', '"a"', "3", "[" * 100_000, "\u2028"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        '["a"]',
+        '"a"',
+        "3",
+        "[" * 100_000,
+        "\u2028",
+        '{"a": 1, "a": 2}',
+        f'{{"a": {"9" * 5000}}}',
+    ],
+)
 def test_a_broken_jsonl_is_refused_by_line(tmp_path: Path, line: str):
     (tmp_path / "a.jsonl").write_bytes(f'{{"a": 1}}\n\n{line}\n'.encode())
     with pytest.raises(InputError, match=r"a\.jsonl: line 3 is") as caught:
@@ -154,6 +168,12 @@ def test_what_is_no_utf_8_is_refused(tmp_path: Path):
         (tmp_path / "a").write_bytes(b"a,b\n\xff,\xed\xa0\x80\n")
         with pytest.raises(InputError, match="a: not UTF-8 text"):
             read(tmp_path / "a")
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path):
+    for read in (read_csv, read_jsonl, read_text, params.read):
+        with pytest.raises(InputError, match=r"^/.* is a folder; expected a file$"):
+            read(tmp_path)
 
 
 def test_half_a_surrogate_pair_is_not_half_written(tmp_path: Path):

@@ -289,6 +289,16 @@ def test_a_prompt_beyond_the_context_is_refused() -> None:
         likelihood.token_nll(tiny.model("llama"), [prompt], TEXTS, NAMES)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_completion_behind_a_prompt_stays_within_the_context(family) -> None:
+    prompt = Intervention("prefix", {"tokens": as_tokens([3] * 45), "front": np.array([0])})
+    sampling = Sampling(1, new_tokens=20, temperature=1.0, top_p=1.0, seed=0)
+    with pytest.raises(InputError, match="a prompt of 45 tokens, a text and its completion exceed"):
+        generate.complete(tiny.model(family), [prompt], [TEXTS[0][:10]], NAMES[:1], sampling)
+    few = sampling._replace(new_tokens=5)
+    assert generate.complete(tiny.model(family), [prompt], [TEXTS[0][:10]], NAMES[:1], few)
+
+
 # --- among circuits, and in a file -----------------------------------------------------------
 
 

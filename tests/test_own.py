@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,25 @@ def test_pairs_of_a_file_are_pairs(tmp_path: Path) -> None:
     assert row.text == "He cooks."
 
 
+def test_a_pair_in_both_orders_is_of_one_group(tmp_path: Path) -> None:
+    items = [{"a": "He cooks.", "b": "She cooks."}, {"a": "She cooks. ", "b": "He cooks."}]
+    spec = PromptSet("x", None, columns=Columns(pair=("a", "b")))
+    path = write(tmp_path / "x.jsonl", items)
+    one, other = own.rows(replace(spec, source=str(path)))
+    assert one.group == other.group
+    for bad, expected in (
+        ({"a": "He cooks.", "b": "He cooks. "}, "row 3: 'a' and 'b' are equal"),
+        ({"a": "He cooks. ", "b": "She cooks."}, "row 3 has the text of row 1"),
+    ):
+        path = write(tmp_path / "y.jsonl", [*items, bad])
+        with pytest.raises(InputError, match=expected):
+            own.rows(replace(spec, source=str(path)))
+    columns = Columns(pair=("a", "b"), unrelated="c")
+    path = write(tmp_path / "z.jsonl", [items[0] | {"c": " She cooks."}])
+    with pytest.raises(InputError, match="row 1: 'c' is one of the pair"):
+        own.rows(replace(spec, source=str(path), columns=columns))
+
+
 SECRET = "xyzzy"
 
 
@@ -80,6 +100,7 @@ SECRET = "xyzzy"
         ({"said": 3}, "row 4: 'said' is no text, but int"),
         ({"said": None}, "row 4: 'said' is no text, but null"),
         ({"said": "You fool."}, "row 4 has the text of row 1; keep one of them"),
+        ({"said": " You fool. "}, "row 4 has the text of row 1; keep one of them"),
         ({"who": ""}, "row 4: 'who' is empty"),
         ({"part": "train"}, "row 4: 'part' is none of attribute, tune, test"),
         ({"part": "tune"}, "row 4 puts its group into tune, an earlier row into attribute"),
@@ -102,11 +123,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     (tmp_path / "empty.csv").write_text("said\n")
     (tmp_path / "plain").mkdir()
+    (tmp_path / "folder.jsonl").mkdir()
     for name, expected in {
         "none.csv": "file not found; put your prompts there",
         "parts": "holds the parts train; name the folder of one",
         "bad.parquet": "not a Parquet file (ArrowInvalid)",
         "empty.csv": "has no rows",
+        "folder.jsonl": "is a folder; expected a file",
         "plain": "not a folder that datasets saved (FileNotFoundError)",
     }.items():
         with pytest.raises(InputError) as caught:
@@ -115,6 +138,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", ITEMS)
     with pytest.raises(InputError, match=r"row 1 has no column 'text'; it has said, who, kind, pa"):
         own.rows(PromptSet(str(path), None))
+    (tmp_path / "half.jsonl").write_text('{"\\ud800": "a"}\n')
+    with pytest.raises(InputError) as caught:
+        own.rows(PromptSet(str(tmp_path / "half.jsonl"), None))
+    assert str(caught.value).encode()
 
 
 # --- init, and the whole pipeline ------------------------------------------------------------
@@ -257,6 +284,7 @@ def test_init_counts_groups_and_tokens(project: Path, capsys: pytest.CaptureFixt
     assert main(INIT) == 2
     error = capsys.readouterr().err
     assert "prompts/service/prompts.jsonl has 2 groups for the attribute split, at least 6" in error
+    assert not any(path.is_file() for path in Path("prompts").rglob("*"))
     write(Path("files/rude.jsonl"), [*rows, {"text": "a" * 201, "topic": "a"}])
     assert main(INIT) == 2
     error = capsys.readouterr().err

@@ -44,6 +44,16 @@ def own(**values: object) -> dict:
     return row("prompt_sets", "mine", **{"source": "prompts/x.jsonl", "count": None, **values})
 
 
+def steered(**values: object) -> dict:
+    return changed("steer", "interventions", {"odd": values})
+
+
+OWN_GROUPED = {
+    **{"source": "prompts/y.jsonl", "count": None},
+    "columns": {"text": "a", "group": "g"},
+}
+
+
 def method(**values: object) -> dict:
     return row("methods", "odd", **values)
 
@@ -289,7 +299,20 @@ def test_bad_params_are_named(tmp_path: Path, tree: object, expected: str) -> No
             {**TREE, "evaluate": {**TREE["evaluate"], "window": 2048, "stride": 4096}},
             "evaluate.stride is 4096; expected at most evaluate",
         ),
+        # Faithfulness, steer, the machine
+        (changed("faithfulness", "scores", []), "faithfulness.scores is empty; expected at least"),
+        (changed("faithfulness", "num_neurons", []), "faithfulness.num_neurons is empty; expecte"),
+        (changed("faithfulness", "num_neurons", [2, 9, 5]), "is [2, 9, 5]; expected ascending si"),
+        (steered(kind="prompt", text=" "), "steer.interventions.odd.text is blank; expected the"),
+        (steered(kind="prompt", text="Be kind.", strengths=[0.5]), "[0.5]; leave it out, a prompt"),
+        (changed("model", "device", "gpu"), "model.device is 'gpu'; expected cpu, cuda, cuda:N o"),
+        (changed("model", "threads", 10**6), "model.threads"),
         # Own prompts
+        (
+            own(columns={"text": "a", "group": "g"}, private=True)
+            | {"test_sets": {**TREE["test_sets"], "b": OWN_GROUPED}},
+            "prompt_sets.mine is private and test_sets.b is not, and both name their groups",
+        ),
         (own(source="prompts/x.txt"), "prompt_sets.mine.source 'prompts/x.txt' is not known; cho"),
         (own(source="elsewhere/x.csv"), "is 'elsewhere/x.csv'; expected a file below prompts/"),
         (own(columns={}), "mine.columns names neither text nor pair"),

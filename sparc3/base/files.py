@@ -126,6 +126,8 @@ def read_text(path: Path) -> str:
         return path.read_bytes().decode()
     except FileNotFoundError:
         raise InputError(f"{path}: {_MISSING}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; expected a file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
 
@@ -159,13 +161,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip(" \t\r"):
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = json.loads(line, object_pairs_hook=_once)
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}: line {number} is not valid JSON ({error})") from None
             if not isinstance(row, dict):
                 raise InputError(f"{path}: line {number} is no JSON object; expected one a line")
             rows.append(row)
     return rows
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a key that is there twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return found
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
@@ -182,7 +193,8 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequenc
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows as strings, byte for byte, also with line breaks in quotes; the caller converts.
 
-    InputError, naming the line: quotes that do not match, another number of fields than the header.
+    InputError, naming the line: quotes that do not match, another number of fields than the header,
+    a column that is there twice.
     """
     reader = csv.reader(
         io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), strict=True
@@ -190,6 +202,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     try:
         header = next(reader, [])
+        if len(set(header)) < len(header):
+            again = next(name for name in header if header.count(name) > 1)
+            raise csv.Error(f"its header has {again!r} twice")
         for row in filter(None, reader):
             if len(row) != len(header):
                 raise csv.Error(f"{len(row)} fields; its header has {len(header)}")

@@ -41,7 +41,7 @@ class Model:
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
-    threads: Count | None = None  # sums depend on it, in the last digits
+    threads: Few | None = None  # sums depend on it, in the last digits
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -324,6 +324,8 @@ def read(path: Path) -> Tree:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: file not found; run from the project's folder") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; expected a file") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8; save it as such") from None
     try:

@@ -173,6 +173,9 @@ def _prefixed(
         ids, cache = given["input_ids"], given.get("past_key_values")
         put = cache is None or not cache.get_seq_length()
         if not put:
+            if cache is not None and cache.get_seq_length() + ids.shape[1] > limit:
+                raise InputError(f"a prompt of {count} tokens, a text and its completion exceed "
+                                 f"the model's context, {limit}; cut one of them")  # fmt: skip
             return args, given
         length = ids.shape[1] + count
         if length > limit:

@@ -3,6 +3,7 @@
 The same random numbers draw both. A few completions show what a circuit does; they measure nothing.
 """
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,9 +20,10 @@ from sparc3.measure.instrument import How, Reading
 from sparc3.measure.instruments import completions as instrument
 from sparc3.measure.scorers import scorer
 from sparc3.model import loading
-from sparc3.stages.table import check_axis
+from sparc3.stages.table import check_axis, check_circuit
 
 GAP = " | "
+MOST = 1000  # completions, as evaluate.completions may be
 
 
 def run(params: Params, behaviour: str, method: str | None, prompt: str, completions: int) -> None:
@@ -31,10 +33,13 @@ def run(params: Params, behaviour: str, method: str | None, prompt: str, complet
     InputError: no such behaviour or circuit, one that is not of this model, an empty prompt.
     """
     check_axis(params, "evaluate", {"behaviour": behaviour})
-    if completions < 1:
-        raise InputError(f"--completions {completions}: expected at least 1")
+    if not 1 <= completions <= MOST:
+        raise InputError(f"--completions {completions}: expected 1 to {MOST}")
+    if re.search("[\ud800-\udfff]", prompt):
+        raise InputError("--prompt is no UTF-8 text; write it anew")
     spec = params.behaviours[behaviour]
-    name = method or spec.method
+    name = spec.method if method is None else method
+    check_circuit(params, name)
     circuit = read_circuit(circuit_path(behaviour, name))
     scorers = {each: scorer(params.scorers[each], params.model.device) for each in spec.scorers[:1]}
     tokenizer = loading.tokenizer(params.model)

@@ -41,6 +41,7 @@ from sparc3.model import families, loading
 from sparc3.model.checkpoint import TERMS
 from sparc3.reporting.card import Edit, Evidence, card, intervention_card
 from sparc3.reporting.terms import base_of, notice
+from sparc3.stages.table import check_axis, check_circuit
 
 log = logging.getLogger(__name__)
 Form = Literal["model", "adapter"]
@@ -104,9 +105,14 @@ def run(
     `folder` must be new or empty. Returns the numbers of neurons; of an intervention its strength.
     InputError: it does not.
     """
+    check_axis(params, "evaluate", {"behaviour": behaviour})
+    check_circuit(params, method, params.steer.interventions)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: there is something already; name a new or an empty folder")
     if method in params.steer.interventions:
+        if form == "adapter":
+            raise InputError(f"--as adapter: {method} is an intervention, which peft has no form "
+                             "for; leave --as out")  # fmt: skip
         return write_steered(params, behaviour, method, folder)
     source, given = circuit_path(behaviour, method), Path(params.model.path)
     circuit = read_circuit(source)

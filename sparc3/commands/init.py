@@ -55,8 +55,7 @@ def run(
     columns = {"text": text, **({"group": group} if group else {})}
     sets = {role: prompts_of(name, role, file, columns, private) for role, file in files.items()}
     sections = choices(base, name, found_model(model), sets)
-    for role, file in files.items():
-        copy(file, Path(sets[role]["source"]))
+    copied = [target for role, file in files.items() for target in copy(file, sets[role]["source"])]
     given = ["--model", model, "--prompts", str(prompts), "--reference", str(reference)]
     given += [part for key, value in columns.items() for part in (f"--{key}", value)]
     command = shlex.join(["init", name, *given, *(["--private"] if private else [])])
@@ -66,6 +65,8 @@ def run(
         use.run(profile)
     except InputError:
         profile.unlink()
+        for target in copied:
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
         raise
     plan.run(checks.load(), None, None, 1)
     print(
@@ -99,13 +100,18 @@ def prompts_of(
     return {**found, "target": "likelihood", **({"private": True} if private else {})}
 
 
-def copy(file: Path, target: Path) -> None:
-    if file.resolve() != target.resolve():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir():
-            shutil.copytree(file, target, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(file, target)
+def copy(file: Path, source: str) -> list[Path]:
+    """Put a file where its set looks for it; what is new there."""
+    target = Path(source)
+    if file.resolve() == target.resolve():
+        return []
+    new = [] if target.exists() else [target]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir():
+        shutil.copytree(file, target, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(file, target)
+    return new
 
 
 def choices(base: Tree, name: str, path: str, sets: Mapping[str, Tree]) -> Sections:
@@ -117,10 +123,13 @@ def choices(base: Tree, name: str, path: str, sets: Mapping[str, Tree]) -> Secti
     longest, total = int(min(context(config), 10**9)), prod(neurons(config))
     kept = {base["differential"]["general"], *base["evaluate"]["general"]}
     kept |= {*base["transfer"]["texts"]}
-    sizes = [
-        max(place, round(size * total / NEURONS))
-        for place, size in enumerate(base["sweep"]["num_neurons"], start=1)
-    ]
+    sizes, together = (
+        [
+            max(place, round(size * total / NEURONS))
+            for place, size in enumerate(base[section]["num_neurons"], start=1)
+        ]
+        for section in ("sweep", "faithfulness")
+    )
     overlap = max(1, round(base["overlap"]["num_neurons"] * total / NEURONS))
     behaviour = {
         "prompts": name,
@@ -144,6 +153,7 @@ def choices(base: Tree, name: str, path: str, sets: Mapping[str, Tree]) -> Secti
         "gate": {"score": "gradient"},
         "sweep": {"num_neurons": sizes},
         "overlap": {"method": "gradient", "num_neurons": overlap},
+        "faithfulness": {"num_neurons": together},
         "report": {"method": "gradient"},
         "evaluate": {
             "window": None,
@@ -201,6 +211,7 @@ def said(section: str, total: int, device: str) -> str:
         ),
         "sweep": f"Sizes of circuits: the default's shares of the model's {total:,} neurons.",
         "overlap": "The same share.",
+        "faithfulness": "Likewise, where a behaviour asks for it.",
         "evaluate": "window null: the model's context. completed null: every method but controls.",
         "attribute": "Tokens at once: as many as fit, at most the default's.",
     }.get(section, "")

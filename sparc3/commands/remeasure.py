@@ -101,6 +101,24 @@ def measured(
     return {**texts, **levels(setting, outcome.samples[split])}
 
 
+def record(folder: Path, params: Params) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """What an exported folder promises, and what it was made from. InputError: not as `export`
+    writes it.
+    """
+    expected, inputs = read_json(folder / EXPECTED), read_json(folder / INPUTS)
+    numbers = isinstance(expected, dict) and all(
+        isinstance(row, dict)
+        and {type(row.get(key)) for key in ("value", "within")} <= {float, int}
+        for row in expected.values()
+    )
+    if not numbers or PROBE not in expected:
+        raise InputError(f"{folder / EXPECTED}: not as `export` wrote it; export anew")
+    named = isinstance(inputs, dict) and isinstance(inputs.get("sha256"), dict)
+    if not named or inputs.get("behaviour") not in params.behaviours:
+        raise InputError(f"{folder / INPUTS}: not as `export` wrote it; export anew")
+    return expected, inputs
+
+
 def check_inputs(folder: Path, inputs: Mapping[str, Any], model: str, prompts: bool) -> None:
     """InputError: the circuit, the base model of an adapter, or prompts are not what they were."""
     now = {"circuit.csv": digest(folder / "circuit.csv")}
@@ -122,9 +140,10 @@ def run(folder: Path) -> None:
     SystemExit with 1. InputError: no exported folder, or made from other files than are there.
     """
     if not (folder / EXPECTED).is_file():
-        raise InputError(f"{folder}: no folder that `export` wrote: it has no {EXPECTED}")
-    expected, inputs = read_json(folder / EXPECTED), read_json(folder / INPUTS)
+        problem = f"no folder with a model or an adapter that `export` wrote: it has no {EXPECTED}"
+        raise InputError(f"{folder}: {problem}")
     params, adapter = load(folder / PARAMS), (folder / CONFIG).is_file()
+    expected, inputs = record(folder, params)
     check_inputs(folder, inputs, params.model.path, prompts=len(expected) > 1)
     if not adapter:
         params = replace(params, model=replace(params.model, path=str(folder)))

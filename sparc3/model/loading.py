@@ -80,6 +80,8 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     if spec.threads:
         torch.set_num_threads(spec.threads)
     device = device or spec.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"model.device is {device}, and torch finds no such card; set it to cpu")
     config = language_model("model.path", here(spec.path))
     require_whole("model.path", spec.path)
     how: dict[str, Any] = {**EVERY_WEIGHT, "local_files_only": True, "dtype": DTYPES[spec.dtype]}

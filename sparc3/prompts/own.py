@@ -28,7 +28,7 @@ def rows(spec: PromptSet) -> list[Row]:
     splits: dict[str, str] = {}
     for number, item in enumerate(_items(path), start=1):
         row = _row(f"{path}: row {number}", spec, columns, item)
-        again = first.setdefault("\n".join(row.pair or (row.text,)), number)
+        again = first.setdefault("\n".join(map(str.strip, row.pair or (row.text,))), number)
         if again != number:
             raise InputError(f"{row.place} has the text of row {again}; keep one of them")
         if row.split is not None and splits.setdefault(row.group, row.split) != row.split:
@@ -43,7 +43,7 @@ def rows(spec: PromptSet) -> list[Row]:
 def _row(place: str, spec: PromptSet, columns: Columns, item: Mapping[str, Any]) -> Row:
     def value(name: str, number: bool = False) -> str:
         if name not in item:
-            there = ", ".join(map(str, item))
+            there = ", ".join(map(str, item)).encode(errors="backslashreplace").decode()
             raise InputError(f"{place} has no column {name!r}; it has {there}: set columns")
         given = str(item[name]) if number and type(item[name]) is int else item[name]
         if not isinstance(given, str):
@@ -58,7 +58,7 @@ def _row(place: str, spec: PromptSet, columns: Columns, item: Mapping[str, Any])
     pair = None
     if columns.pair is not None:
         one, other = map(value, columns.pair)
-        if one == other:
+        if one.strip() == other.strip():
             raise InputError(f"{place}: {columns.pair[0]!r} and {columns.pair[1]!r} are equal")
         pair = one, other
     text = value(columns.text) if columns.text else pair[0] if pair else ""
@@ -66,15 +66,18 @@ def _row(place: str, spec: PromptSet, columns: Columns, item: Mapping[str, Any])
     if split not in (None, *SPLITS):
         raise InputError(f"{place}: {columns.split!r} is none of {', '.join(SPLITS)}")
     group = value(columns.group, number=True) if columns.group else None
-    if group is None or spec.private:
-        group = digest_text(group or "\n".join(pair or (text,)))[:16]
+    if group is None or spec.private:  # a pair in both orders is of one group
+        group = digest_text(group or "\n".join(sorted(map(str.strip, pair or (text,)))))[:16]
+    unrelated = value(columns.unrelated) if columns.unrelated else None
+    if unrelated is not None and unrelated.strip() in map(str.strip, pair or ()):
+        raise InputError(f"{place}: {columns.unrelated!r} is one of the pair")
     return Row(
         source=spec.source,
         group=f"own/{group}",
         stratum="",
         text=text,
         pair=pair,
-        unrelated=value(columns.unrelated) if columns.unrelated else None,
+        unrelated=unrelated,
         label=value(columns.label, number=True) if columns.label else "",
         split=split,
         place=place,

@@ -96,8 +96,10 @@ def _known(key: str, name: str, names: Collection[str], where: str) -> Problems:
 
 
 def check_model(params: Params) -> Problems:
-    """The name of the model's folder, where fetch is to fill it from the hub."""
-    path, hub = params.model.path, hub_of(params.model.path)
+    """The device, and the name of the model's folder, where fetch is to fill it from the hub."""
+    path, hub, device = params.model.path, hub_of(params.model.path), params.model.device
+    if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", device):
+        yield f"model.device is {device!r}; expected cpu, cuda, cuda:N or auto"
     if hub and not re.fullmatch("[0-9a-f]{40}", hub[1]):
         yield (
             f"model.path is {path!r}; expected the 40 digits of a commit after @, for a branch or "
@@ -160,8 +162,9 @@ def check_lists(params: Params) -> Problems:
             if isinstance(values, tuple):
                 if len(set(values)) < len(values):
                     yield f"{section}.{name} is {list(values)}; expected different values"
-                needed = ("seeds", "texts", "general")
-                if not values and name in needed:
+                needed = ("seeds", "texts", "general", "faithfulness.scores")
+                needed = (*needed, "faithfulness.num_neurons")
+                if not values and {name, f"{section}.{name}"} & {*needed}:
                     yield f"{section}.{name} is empty; expected at least one"
 
 
@@ -248,6 +251,13 @@ def check_sets(params: Params) -> Problems:
     """What no source could satisfy."""
     every = sets_of(params)
     yield from check_uses(params)
+    grouped = [each for each in every.values() if each[1].columns and each[1].columns.group]
+    hidden = {spec.private: key for key, spec in grouped}
+    if len(hidden) > 1:
+        yield (
+            f"{hidden[True]} is private and {hidden[False]} is not, and both name their groups, "
+            "which could not be compared: make both private, or none"
+        )
     for key, spec in every.values():
         stream, like = spec.source in STREAMS, spec.match_length
         if spec.count is None and (stream or like or spec.keep or len(spec.seeds) > 1):
@@ -451,8 +461,12 @@ def check_interventions(params: Params) -> Problems:
         yield from _known(f"{key}.kind", row.kind, LEARNERS, "sparc3/circuits/interventions")
         if (row.kind == "prompt") != (row.text is not None):
             yield f"{key}.text is {row.text!r}; expected one with kind prompt, and only there"
+        if row.text is not None and not row.text.strip():
+            yield f"{key}.text is blank; expected the words that are put in front"
         if not row.strengths or len(set(row.strengths)) < len(row.strengths):
             yield f"{key}.strengths is {list(row.strengths)}; expected different ones, at least one"
+        if row.kind == "prompt" and tuple(row.strengths) != (1.0,):
+            yield f"{key}.strengths is {list(row.strengths)}; leave it out, a prompt has none"
 
 
 def check_behaviours(params: Params) -> Problems:
@@ -506,6 +520,9 @@ def check_sizes(params: Params) -> Problems:
                 f"select.{name} is {chosen}, which the sweep does not measure; add it to "
                 f"sweep.{name}, or give both select.num_neurons and select.protect"
             )
+    together = params.faithfulness.num_neurons
+    if list(together) != sorted(together):
+        yield f"faithfulness.num_neurons is {list(together)}; expected ascending sizes"
     if evaluate.window is not None and evaluate.stride > evaluate.window:
         at_most = f"expected at most evaluate.window, {evaluate.window}"
         yield f"evaluate.stride is {evaluate.stride}; {at_most}"

@@ -13,7 +13,15 @@ from sparc3.model.families import context, neurons
 from sparc3.prompts.sources import SOURCES
 from sparc3.stages import transfer
 from sparc3.stages.checks import Problems, refuse
-from sparc3.stages.evaluate import Rows, check_groups, flat, general_rows, rows_of
+from sparc3.stages.evaluate import (
+    Rows,
+    check_groups,
+    choices_rows,
+    flat,
+    general_rows,
+    rows_of,
+)
+from sparc3.stages.faithfulness import held_out
 from sparc3.stages.prepare import load_tokenizer
 
 FEWEST = inference.MIN_CLUSTERS
@@ -25,11 +33,14 @@ def check(params: Params) -> None:
     tokenizer, longest = load_tokenizer(params.model)
     refuse(check_context(params, longest))
     refuse(check_neurons(params, neurons(config)))
+    refuse(check_faithfulness(params, *neurons(config)))
     for behaviour in params.behaviours:
         check_groups(params, behaviour, rows_of(params, behaviour))
     refuse(check_intervals(params))
+    refuse(check_ahead(params, tokenizer, context(config)))
     refuse(check_lengths(params, tokenizer, context(config)))
     refuse(check_common(params))
+    refuse(check_chosen(params))
     used = {name for spec in params.behaviours.values() for name in spec.scorers}
     for name in sorted(used):
         scorers.describe(params.scorers[name])
@@ -65,6 +76,30 @@ def check_neurons(params: Params, shape: tuple[int, int]) -> Problems:
                 f"{name} asks for {most}; expected at most {left}, what protection leaves of the "
                 f"model's {total:,} neurons"
             )
+
+
+def check_faithfulness(params: Params, layers: int, width: int) -> Problems:
+    """Its sizes against the model's neurons, and what intervals need: neurons of each third of
+    depth, of which a sample has as many of every layer, and prompts.
+    """
+    given = params.faithfulness
+    asked = {name: row.prompts for name, row in params.behaviours.items() if row.faithfulness}
+    if not asked:
+        return
+    key, most = "faithfulness.num_neurons", max(given.num_neurons)
+    if most > layers * width:
+        yield f"{key} asks for {most}; expected at most {layers * width:,}, the model's neurons"
+    least = layers * -(-FEWEST // max(1, layers // 3))
+    if given.neurons < least:
+        yield (
+            f"faithfulness.neurons is {given.neurons}; expected at least {least}: {FEWEST} of each "
+            f"third of the model's {layers} layers are needed for an interval"
+        )
+    for prompts in asked.values():
+        remedy = f"raise faithfulness.prompts, or prompt_sets.{prompts}.count"
+        if rows := held_out(params, prompts):
+            few = "for faithfulness", remedy, "prompts", len(rows)
+            yield from _few(f"prompt_sets.{prompts}", rows, *few)
 
 
 def check_intervals(params: Params) -> Problems:
@@ -109,10 +144,34 @@ def _few(
         yield f"{key} has {there} {what} {why}, {needed}; {remedy}"
 
 
+def most_ahead(params: Params, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest text that an intervention puts in front of every other."""
+    texts = [row.text for row in params.steer.interventions.values() if row.text is not None]
+    return max((len(tokenizer.encode(t, add_special_tokens=False).ids) for t in texts), default=0)
+
+
+def check_ahead(params: Params, tokenizer: Tokenizer, longest: float) -> Problems:
+    """Texts that interventions put in front, and the windows of general text behind them."""
+    for name, row in params.steer.interventions.items():
+        if row.text is not None and not tokenizer.encode(row.text, add_special_tokens=False).ids:
+            yield f"steer.interventions.{name}.text has no token; write words that are put in front"
+    ahead, window = most_ahead(params, tokenizer), params.evaluate.window
+    if ahead and window is None:
+        texts = (row["tokens"] for there in general_rows(params).values() for row in there)
+        window = min(longest, max(texts) + len(front(tokenizer)))
+    if ahead and window is not None and window > longest - ahead:
+        yield (
+            f"evaluate.window: general text is read {window:.0f} tokens at a time, and steer puts "
+            f"{ahead} in front; expected at most {longest:.0f} together, the model's context"
+        )
+
+
 def check_lengths(params: Params, tokenizer: Tokenizer, longest: float) -> Problems:
     """Prompts that leave no room for completions, or of which nothing can be scored. A pair's
     sentences have a token in front in any case.
     """
+    ahead = most_ahead(params, tokenizer)
+    longest, said = longest - ahead, f", less the prompt of steer, {ahead}" if ahead else ""
     before, evaluate = len(front(tokenizer)), params.evaluate
     for behaviour, spec in params.behaviours.items():
         kinds = instruments_of(spec).values()
@@ -123,8 +182,8 @@ def check_lengths(params: Params, tokenizer: Tokenizer, longest: float) -> Probl
             limit = longest - evaluate.new_tokens
             if any(each.writes for each in kinds) and len(ids) + before > limit:
                 yield (
-                    f"{about} most {limit}: the model's context less evaluate.new_tokens; set "
-                    "max_tokens, or lower new_tokens"
+                    f"{about} most {limit}: the model's context less evaluate.new_tokens{said}; "
+                    "set max_tokens, or lower new_tokens"
                 )
             scored = any(each.reads == "text" and not each.writes for each in kinds)
             if scored and len(ids) + before < 2:
@@ -135,7 +194,7 @@ def check_lengths(params: Params, tokenizer: Tokenizer, longest: float) -> Probl
             if whole and row["tokens"] + max(1, before) > longest:
                 yield (
                     f"{key}: prompt {row['id']} has a sentence of {row['tokens']} tokens, expected "
-                    f"at most {longest - max(1, before)}; leave it out"
+                    f"at most {longest - max(1, before)}{said}; leave it out"
                 )
     for name, there in general_rows(params).items():
         for row in there:
@@ -157,3 +216,28 @@ def check_common(params: Params) -> Problems:
                     f"one and of {row['split']} in the other; give both files the same groups, or "
                     "both a column for split"
                 )
+
+
+def check_chosen(params: Params) -> Problems:
+    """What circuits are chosen on against what they are tested on, beyond what splits keep apart;
+    and a behaviour's prompts against its reference.
+    """
+    tested = {**general_rows(params), **choices_rows(params)}
+    for name in params.sweep.choices:
+        groups = {row["group"] for row in read_prompts(name, None)}
+        for other, there in tested.items():
+            if groups & {row["group"] for row in there}:
+                yield (
+                    f"sweep.choices {name!r} and {other!r}, which evaluate reads, have texts in "
+                    "common: circuits would be chosen on what they are tested on; take others"
+                )
+    for name, row in params.behaviours.items():
+        one, other = (
+            {each["text"] for each in read_prompts(prompts, "attribute")}
+            for prompts in (row.prompts, row.reference)
+        )
+        if one == other:
+            yield (
+                f"behaviours.{name}: prompts and reference are the same texts, between which "
+                "nothing differs; give another reference"
+            )

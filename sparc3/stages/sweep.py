@@ -86,7 +86,7 @@ def add(
     """
     names: dict[str, None] = {}
     for point, readings, text, points_lost in zip(points, by_edit, general, lost, strict=True):
-        point |= perplexity.costs(*text) | points_lost
+        point |= {**perplexity.costs(*text), **points_lost}
         names |= dict.fromkeys(points_lost)
         for name, instrument in reversed(list(instruments.items())):  # the first has the last word
             before = Measured(by_edit[0][name], text.before)

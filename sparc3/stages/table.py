@@ -3,10 +3,11 @@
 Stage word = module in stages/ = dvc.yaml stage = MLproject entry point = params section.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from sparc3.base.artifacts import OUTPUTS, metrics_path
+from sparc3.base.artifacts import OUTPUTS, circuit_names, metrics_path
 from sparc3.base.errors import InputError
 from sparc3.base.params import Params
 
@@ -131,6 +132,17 @@ def check_axis(params: Params, word: str, axes: dict[str, str]) -> None:
                 f"{axis_flag(STAGES[word])} {name!r} is not in params.{axis}s; "
                 f"known: {', '.join(known)}"
             )
+
+
+def check_circuit(params: Params, method: str, others: Collection[str] = ()) -> None:
+    """InputError if no circuit has this name, nor is it one of `others`; of a method with several
+    draws each has its own.
+    """
+    known = [name for m, row in params.methods.items() for name in circuit_names(m, row)]
+    if method not in (*known, *others):
+        raise InputError(
+            f"--method {method!r} is no circuit; known: {', '.join((*known, *others))}"
+        )
 
 
 def made(word: str, value: str | None) -> list[Path]:
