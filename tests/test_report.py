@@ -62,23 +62,27 @@ def test_a_verdict_needs_a_small_p_and_names_what_could_have_been_found() -> Non
 
 
 def test_each_control_refuses_on_its_own() -> None:
-    assert said(beside(1.0)) == "reduced, beyond 19 random draws"
-    assert said(beside(-1.0)) == "reduced, not beyond 19 random draws"  # against their mean
+    assert said(beside(1.0)) == "reduced, beyond 19 random draws (5 in completions)"
+    assert (
+        said(beside(-1.0)) == "reduced, not beyond 19 random draws (5 in completions)"
+    )  # against their mean
     # A rank: 19 draws are as few as can give p = 0.05, and of those none may be as strong.
-    assert said(beside(1.0, draws=18)) == "reduced, not beyond 18 random draws"
+    assert said(beside(1.0, draws=18)) == "reduced, not beyond 18 random draws (5 in completions)"
     second = beside(1.0)
     second["among"]["nll_shift"]["p"] = 2 / 20
-    assert said(second) == "reduced, not beyond 19 random draws"
+    assert said(second) == "reduced, not beyond 19 random draws (5 in completions)"
     # Where another draw would be expected, of completions, which are noisy.
-    assert said(beside(1.0, effect=14.9)) == "reduced, not beyond 19 random draws"
+    assert (
+        said(beside(1.0, effect=14.9)) == "reduced, not beyond 19 random draws (5 in completions)"
+    )
     # The ban of words.
     for low, words in {
-        2.0: "reduced, beyond 19 random draws and a word ban",
-        -2.0: "reduced, beyond 19 random draws, not beyond a word ban",
+        2.0: "reduced, beyond 19 random draws (5 in completions) and a word ban",
+        -2.0: "reduced, beyond 19 random draws (5 in completions), not beyond a word ban",
     }.items():
         assert said(beside(1.0, against_ban={"low": low, "high": 9.0})) == words
     both = beside(-1.0, against_ban={"low": -2.0, "high": 9.0})
-    assert said(both) == "reduced, not beyond 19 random draws and a word ban"
+    assert said(both) == "reduced, not beyond 19 random draws (5 in completions) and a word ban"
 
 
 def test_a_reduction_that_costs_more_than_the_budget_says_so() -> None:
@@ -101,7 +105,7 @@ def test_a_reduction_that_loses_kl_or_accuracy_beyond_the_budget_says_so() -> No
         (0.03, -2.1, "; over the KL budget; over the accuracy budget"),
     ):
         found = {"ppl_worst": {"value": 0.0}, "kl": {"value": kl}, "questions": {"value": points}}
-        expected = f"reduced, beyond 19 random draws{words}"
+        expected = f"reduced, beyond 19 random draws (5 in completions){words}"
         assert verdict(params, beside(1.0, differences=found)) == expected
 
 

@@ -49,6 +49,12 @@ def computed(run: Run, behaviour: str, method: str) -> str:
     return f"{tokens:,.0f} tokens, forward{' and back' if backward else ''}"
 
 
+def beyond(circuits: Sequence[Mapping[str, Any]], rival: str, value: str) -> list[dict[str, float]]:
+    """A value against a rival, of each of a method's draws that was set against it."""
+    against = (circuit.get(f"against_{rival}", {}) for circuit in circuits)
+    return [changes[value] for changes in against if value in changes]
+
+
 def entries(run: Run, behaviour: str) -> list[dict[str, Any]]:
     """A row for every method whose effect on the behaviour was measured, controls last."""
     params, primary = run.params, primary_of(run.params.behaviours[behaviour])
@@ -63,12 +69,8 @@ def entries(run: Run, behaviour: str) -> list[dict[str, Any]]:
     rows = []
     for method, circuits in by_method.items():
         first, known = circuits[0], params.methods.get(method)
-        texts = {
-            text: summary([c["texts"][text] for c in circuits if text in c["texts"]])
-            for text in first["texts"]
-        }
+        texts = first["texts"]
         worst = max(texts, key=lambda text: texts[text]["value"])
-        against = {rival: first.get(f"against_{rival}", {}) for rival in ("control", "ban")}
         changes = [circuit[split][value.name] for circuit in circuits]
         rows.append(
             {
@@ -77,9 +79,9 @@ def entries(run: Run, behaviour: str) -> list[dict[str, Any]]:
                 "control": method == BAN or (known is not None and is_control(known)),
                 "removed": in_percent(value, level, summary(changes)),
                 "beyond": {
-                    rival: in_percent(value, level, changes[value.name])
-                    for rival, changes in against.items()
-                    if value.name in changes
+                    rival: in_percent(value, level, summary(changes))
+                    for rival in ("control", "ban")
+                    if (changes := beyond(circuits, rival, value.name))
                 },
                 "cost": texts[worst],
                 "worst": worst,
@@ -133,8 +135,8 @@ def said(rows: Sequence[Mapping[str, Any]]) -> str:
         parts.append(f"That is more than {named(lower)}: their intervals lie below.")
     if alike:
         parts.append(f"From {named(alike)} the intervals do not tell it apart.")
-    cheap = [r["method"] for r in methods if not any(_beats(other, r) for other in methods)]
-    if len(methods) > 1:
+    cheap = [r["method"] for r in methods if not any(_beats(other, r) for other in rows)]
+    if len(methods) > 1 and cheap:
         parts.append(f"Nothing removes more at less perplexity than {named(cheap, 'or')}.")
     for rival, title in (("control", "random neurons"), ("ban", "a word ban")):
         beyond = best["beyond"].get(rival)

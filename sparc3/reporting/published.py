@@ -179,7 +179,7 @@ def judged(row: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) ->
         return Claim(row, None, None, None, NOT_TESTABLE, reason)
     exact = not isinstance(leaf, Mapping)
     value, low, high = [leaf] * 3 if exact else (leaf[k] for k in ("value", "low", "high"))
-    if row.get("fixed") and setup.get("budget", True):
+    if row.get("fixed") and setup.get("budget", True) and setup.get(f"own_{key}", True):
         reason = "the circuit's size was chosen to keep to select.budget"
         return Claim(row, value, low, high, FIXED, reason)
     direction = side(low, high, published, null)
@@ -266,6 +266,7 @@ def measured_of(params: Params, row: dict[str, Any]) -> dict[str, dict[str, Any]
         "setup": {
             **{key: about[key] for key in ("layers", "width")},
             f"neurons_{name}": about["num_neurons"],
+            f"own_{name}": row["method"] == spec.method,  # which alone chooses its size
         },
         "gap": {name: row["gap"]},
         "gate": {name: {**row["gap"], "effect": tables.verdict(params, row)}},

@@ -56,7 +56,8 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
     """One (behaviour, method): every difference it reports, by name.
 
     A method with several draws is summarised by the mean over draws, with their range as low and
-    high and no p-value: the draws are the distribution that the others are held against.
+    high and no p-value: the draws are the distribution that the others are held against. What it
+    costs, on every kind of text, is the first draw's.
     """
     names = names_of(params, method)
     split = first_split(params)
@@ -66,11 +67,8 @@ def cell(params: Params, behaviour: str, method: str, results: dict[str, Any]) -
         for name in ("none", *names)
         if split in completions.get(name, {})
     ]
-    texts = {
-        text: summary([c["texts"][text] for c in circuits if c["texts"]])
-        for text in params.evaluate.general
-        if all(text in c["texts"] for c in circuits if c["texts"])
-    }
+    read = next(c["texts"] for c in circuits if c["texts"])  # of draws the first reads every kind
+    texts = {text: read[text] for text in params.evaluate.general if text in read}
     worst = max(texts, key=lambda text: texts[text]["value"])
     differences: dict[str, Any] = {
         "ppl_delta": summary([c["ppl_delta"] for c in circuits if "ppl_delta" in c]),
@@ -278,12 +276,14 @@ def controls(params: Params, row: dict[str, Any]) -> tuple[list[str], list[str]]
     assert primary is not None  # the row has a change of it
     draws = row["among"][primary[1].name]
     n = ranked["n"] if ranked else draws["n"]
+    writes = instruments_of(spec)[primary[0]].writes
     beyond = [
         bound(row["against"], sign) > 0,
         ranked is None or ranked["p"] <= ALPHA,
-        not instruments_of(spec)[primary[0]].writes or draws["value"] > draws["most"],
+        not writes or draws["value"] > draws["most"],
     ]
-    judged = {f"{n} random draws": all(beyond)}
+    fewer = f" ({draws['n']} in completions)" if writes and draws["n"] < n else ""
+    judged = {f"{n} random draws{fewer}": all(beyond)}
     if row["against_ban"] is not None:
         judged["a word ban"] = bound(row["against_ban"], sign) > 0
     return [c for c, held in judged.items() if held], [c for c, held in judged.items() if not held]
@@ -333,7 +333,7 @@ def result_table(params: Params, table: list[dict[str, Any]]) -> str:
         "the unpruned model per token, of all kinds. Where a "
         "set has blocks, the change is that of circuits chosen without the block; neurons and "
         "perplexity are those of the circuit of all. Rows with several draws show their mean and "
-        "range.\n",
+        "range, of completions that of the draws which wrote them, and the first draw's cost.\n",
     ]
     for behaviour in params.behaviours:
         rows = [row for row in table if row["behaviour"] == behaviour]
@@ -408,7 +408,7 @@ def confirm_table(params: Params, record: Mapping[str, Any]) -> str:
                 interval(differences.get(f"in_sample_{value.name}"), value.digits),
                 f"{interval(differences['ppl_worst'])} {row['worst']}",
                 "-",
-                number(change.get("p"), 3),
+                "-" if row["family"] == CONTROL else number(change.get("p"), 3),
             ]
             if method == spec.method:
                 line[-2] = f"{found['kl']['mean']:.4f} ({found['kl']['percentile_95']:.4f})"
