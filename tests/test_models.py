@@ -280,6 +280,14 @@ def test_only_a_mistral_is_said_to_split_text_wrongly(family, warned, tmp_path, 
     assert ("incorrect regex" in caplog.text) == warned
 
 
+def test_a_card_that_is_not_there_is_said(tmp_path, monkeypatch):
+    tiny.model("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(InputError, match=f"model.device is {device}, and torch finds no such"):
+            loading.load(Model(path=str(tmp_path), device=device))
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     tiny.model("llama").save_pretrained(tmp_path)
     model = loading.load(Model(path=str(tmp_path)))

@@ -80,8 +80,6 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
     if spec.threads:
         torch.set_num_threads(spec.threads)
     device = device or spec.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"model.device is {device}, and torch finds no such card; set it to cpu")
     config = language_model("model.path", here(spec.path))
     require_whole("model.path", spec.path)
     how: dict[str, Any] = {**EVERY_WEIGHT, "local_files_only": True, "dtype": DTYPES[spec.dtype]}
@@ -92,6 +90,8 @@ def load(spec: params.Model, device: str | None = None) -> PreTrainedModel:
         model, found = make(folder, device_map="meta", **how)  # of the files only what they hold
     require_weights(f"model.path: {spec.path}", found)
     _require_room(model, spec.path, device)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"model.device is {device}, and torch finds no such card; set it to cpu")
     model, _ = make(folder, device_map="auto" if device == "auto" else None, **how)
     if device != "auto":
         nn.Module.to(model, torch.device(device))
@@ -203,11 +203,10 @@ def tokenizer(spec: params.Model) -> PreTrainedTokenizerBase:
     with more tokens than the model.
     """
     config = language_model("model.path", here(spec.path))
-    how = dict(LOCAL)
-    if "mistral" not in config["model_type"]:  # of whose tokenizers some split wrongly, and say so;
-        how["fix_mistral_regex"] = False  # transformers warns of every other large one as well
+    # Some of Mistral's split text wrongly, of which transformers warns for every large tokenizer.
+    quiet = {} if "mistral" in config["model_type"] else {"fix_mistral_regex": False}
     with reading("model.path", spec.path) as folder:
-        loaded = AutoTokenizer.from_pretrained(folder, **how)
+        loaded = AutoTokenizer.from_pretrained(folder, **LOCAL, **quiet)
         file = folder / "tokenizer.json"
         if file.is_file() and type(loaded) is not PreTrainedTokenizerFast:
             loaded = _of_file(loaded, Tokenizer.from_file(str(file)))
