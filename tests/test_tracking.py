@@ -919,3 +919,24 @@ def test_a_comparison_that_breaks_off_is_not_left_running(here, tmp_path, reques
     _, parent = compare(rows(tmp_path), "s", {"k": 1}, {})
     by_id = {r.info.run_id: r.info.status for r in all_runs(here, request.node.name)}
     assert by_id[parent] == "FINISHED"
+
+
+def test_a_change_that_git_cannot_tell_by_its_time_is_dirt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "params.yaml"
+    file.write_text("k: 1\n")
+    os.utime(file, (1e9, 1e9))
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.invalid")
+    for command in (
+        ["init", "-q"],
+        ["config", "core.checkStat", "minimal"],
+        ["add", "-A"],
+        [*identity, "commit", "-qm", "x"],
+    ):
+        call(tmp_path, "git", *command)
+    assert runs.source()["sparc3.dirty"] == "false"
+    file.write_text("k: 2\n")
+    os.utime(file, (1e9, 1e9))
+    said = subprocess.run(["git", "status", "--porcelain"], capture_output=True, check=True)
+    assert not said.stdout  # git's own answer
+    assert runs.source()["sparc3.dirty"] == "true"

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -171,14 +172,20 @@ def source() -> dict[str, str]:
     dvc.lock and metrics/ are results: a pipeline under way changes them, which is not dirt.
     """
 
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    def git(*arguments: str, **environment: str) -> str | None:
+        given = {**os.environ, **environment}
+        command = ["git", *arguments]
+        done = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = git("rev-parse", "--verify", "HEAD")
     if commit is None:  # not a checkout, or one without a commit
         return {"sparc3.dirty": "unknown"}
-    changes = git("status", "--porcelain", "--", *DECISIVE)
+    with TemporaryDirectory() as folder:
+        # An index without times: by them git takes a quick change of equal size for none.
+        index = f"{folder}/index"
+        git("read-tree", "HEAD", GIT_INDEX_FILE=index)
+        changes = git("status", "--porcelain", "--", *DECISIVE, GIT_INDEX_FILE=index)
     return {
         "mlflow.source.git.commit": commit,
         "sparc3.dirty": "unknown" if changes is None else str(bool(changes)).lower(),
