@@ -11,6 +11,7 @@ test split's prompts and texts, which nothing was chosen on. Two tables for docs
 
 import argparse
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from sparc3.circuits.choose import choose, circuit_of, keeps, protected, read_di
 from sparc3.circuits.circuit import INTACT, Circuit
 from sparc3.circuits.methods import noise
 from sparc3.measure.faithfulness import PARTS
-from sparc3.measure.instrument import How, Measured
+from sparc3.measure.instrument import How, Measured, Sample
 from sparc3.measure.instruments import nll, perplexity
 from sparc3.model import loading
 from sparc3.stages.checks import load
@@ -42,22 +43,24 @@ def circuits(params: Params, values: Array, importance: Array, k: int) -> dict[s
     return found
 
 
-def measure(
-    params: Params, behaviour: str, every: list[Circuit], split: str, prompts: int, texts: int
-) -> tuple[list[Measured], list[str]]:
-    """The whole model, and it without each circuit, on a split of the behaviour's prompts and of
-    general text; and the groups of the latter.
-    """
-    spec = params.behaviours[behaviour]
-    model, tokenizer = loading.load(params.model), loading.tokenizer(params.model)
-    how = How(params.evaluate, params.evaluate.batch_tokens, tokenizer)
-    samples = [
-        perplexity.encode(rows, tokenizer)
-        for rows in (
-            read_prompts(spec.prompts, split)[:prompts],
-            read_prompts(params.differential.general, split)[:texts],
-        )
+def samples_of(
+    params: Params, behaviour: str, split: str, prompts: int, texts: int, tokenizer: Any
+) -> list[Sample]:
+    """A split of the behaviour's prompts, and of general text."""
+    counts = {params.behaviours[behaviour].prompts: prompts, params.differential.general: texts}
+    return [
+        perplexity.encode(read_prompts(name, split)[:count], tokenizer)
+        for name, count in counts.items()
     ]
+
+
+def measure(
+    params: Params, every: list[Circuit], samples: list[Sample], model: Any, tokenizer: Any
+) -> tuple[list[Measured], list[str]]:
+    """The whole model, and it without each circuit, on prompts and general text; and the groups of
+    the latter.
+    """
+    how = How(params.evaluate, params.evaluate.batch_tokens, tokenizer)
     read = [nll.read(model, [INTACT, *every], sample, how) for sample in samples]
     return [Measured(*both) for both in zip(*read, strict=True)], samples[1].groups
 
@@ -100,6 +103,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=48)
     given = parser.parse_args()
     params = load()
+    model, tokenizer = loading.load(params.model), loading.tokenizer(params.model)
     grid: dict[Point, Circuit] = {}
     for method in (*METHODS, "random"):
         values, importance = read_differential(
@@ -114,8 +118,10 @@ def main() -> None:
     def on(
         split: str, points: Sequence[Point]
     ) -> tuple[Measured, dict[Point, Measured], list[str]]:
-        asked = params, given.behaviour, [grid[point] for point in points], split
-        (whole, *without), groups = measure(*asked, given.prompts, given.texts)
+        asked = params, given.behaviour, split, given.prompts, given.texts
+        samples = samples_of(*asked, tokenizer)
+        every = [grid[point] for point in points]
+        (whole, *without), groups = measure(params, every, samples, model, tokenizer)
         return whole, dict(zip(points, without, strict=True)), groups
 
     tuned = on("tune", [*grid])

@@ -50,6 +50,7 @@ OF_COMPLETIONS = (  # columns and values that stand beside the scores
     *("length", "distinct_1", "distinct_2", "repetition", "rep_4", "degenerate"),
 )
 
+NEEDED = ("seeds", "texts", "general")  # lists that are not empty, nor are those of faithfulness
 Problems = Iterator[str]
 
 
@@ -162,9 +163,7 @@ def check_lists(params: Params) -> Problems:
             if isinstance(values, tuple):
                 if len(set(values)) < len(values):
                     yield f"{section}.{name} is {list(values)}; expected different values"
-                needed = ("seeds", "texts", "general", "faithfulness.scores")
-                needed = (*needed, "faithfulness.num_neurons")
-                if not values and {name, f"{section}.{name}"} & {*needed}:
+                if not values and (name in NEEDED or section == "faithfulness"):
                     yield f"{section}.{name} is empty; expected at least one"
 
 
