@@ -9,6 +9,7 @@ from pathlib import Path
 
 import faults
 import pytest
+import yaml
 
 from sparc3.__main__ import main
 from sparc3.base.artifacts import model_digest
@@ -76,6 +77,31 @@ def test_a_flipped_bit_is_refused_before_it_is_used(
     flip(Path(name))
     with pytest.raises(InputError, match=rf"^{name}: is not what \S+ wrote; remove it, and run:"):
         run(word, options)
+
+
+def test_an_idle_stage_leaves_nothing_and_starts_without_torch(project: Path) -> None:
+    tree = yaml.safe_load(Path("params.yaml").read_text())
+    tree["steer"]["interventions"] = {}
+    for row in tree["behaviours"].values():
+        row["faithfulness"] = False
+    Path("params.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    for word, folder in (("steer", "interventions"), ("faithfulness", "faithfulness")):
+        made, metrics = Path("outputs") / folder / "rude", Path(f"metrics/{word}/rude.json")
+        assert list(made.iterdir())
+        assert read_json(metrics)
+        code = (
+            "import sys; from sparc3.commands.stage import produce; "
+            "from sparc3.stages.checks import load; "
+            f"produce(load(), {word!r}, {{'behaviour': 'rude'}}, None); "
+            "print('torch' in sys.modules)"
+        )
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False
+        )
+        assert done.stdout == "False\n", done.stderr
+        assert list(made.iterdir()) == []
+        assert read_json(metrics) == {}
 
 
 def test_verify_names_every_file_that_has_a_flipped_bit(project: Path) -> None:

@@ -8,7 +8,9 @@ import dataclasses
 import gc
 import importlib
 import json
+import logging
 import resource
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,13 +29,15 @@ from sparc3.base.artifacts import (
     prompts_path,
 )
 from sparc3.base.errors import InputError
-from sparc3.base.files import digest, digest_text, locked, read_json, told
+from sparc3.base.files import digest, digest_text, locked, read_json, told, write_json
 from sparc3.base.params import Params, private_of, sets_of
 from sparc3.base.products import Ledger, write_manifest
 from sparc3.prompts import own
 from sparc3.prompts.sources import SOURCES
 from sparc3.stages.fetch import DATA, MODELS_FOLDER, check_model, folder_md5
-from sparc3.stages.table import STAGES, Stage, check_axis, made, shown_files
+from sparc3.stages.table import STAGES, Stage, check_axis, idle, made, shown_files
+
+log = logging.getLogger(__name__)
 
 LAYOUT = 2  # of the comparison's runs: those of an earlier one are left as they are
 
@@ -51,12 +55,12 @@ def run(params: Params, word: str, options: Mapping[str, Any]) -> None:
     if here.world > 1 and not stage.parallel:
         raise InputError(f"{word}: runs in one process, not {here.world}; start it with python -m")
     gc.disable()  # it would search what is imported, a million objects, again and again
-    module = importlib.import_module(f"sparc3.stages.{word}")
-    if stage.model and word in STAGES and word != "prepare":  # those that cost
+    module = None if idle(params, word, axes) else importlib.import_module(f"sparc3.stages.{word}")
+    if module and stage.model and word in STAGES and word != "prepare":  # those that cost
         importlib.import_module("sparc3.stages.early").check(params)
     gc.freeze()
     gc.enable()
-    if here.rank > 0:  # rank 0 has the run
+    if module and here.rank > 0:  # rank 0 has the run
         module.run(params, **options)
         return
     model = checked_model(Path(params.model.path)) if stage.model else None
@@ -120,16 +124,32 @@ def produce(
     params: Params, word: str, options: Mapping[str, Any], model: str | None
 ) -> dict[str, float]:
     """Run a stage: every product that it reads is checked, and its manifest is written."""
-    module = importlib.import_module(f"sparc3.stages.{word}")
-    if word == "fetch":
-        return module.run(params, **options)
-    ledger = Ledger(model)
-    with told(ledger.check):
-        metrics = module.run(params, **options)
+    ledger, value = Ledger(model), None
     if word in STAGES:
         value = options.get(STAGES[word].axis or "")
+    if idle(params, word, options):
+        leave_empty(word, value)
+        metrics = {}
+    else:
+        module = importlib.import_module(f"sparc3.stages.{word}")
+        if word == "fetch":
+            return module.run(params, **options)
+        with told(ledger.check):
+            metrics = module.run(params, **options)
+    if word in STAGES:
         write_manifest(word, value, made(word, value), ledger.read)
     return metrics
+
+
+def leave_empty(word: str, value: str | None) -> None:
+    """What an idle stage leaves: empty folders, whatever was there, and metrics of nothing."""
+    for product in STAGES[word].products:
+        folder = OUTPUTS / product.format(value)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    write_json(metrics_path(word, value), {})
+    log.info("%s %s: nothing is asked for", word, value)
 
 
 def run_checked(params: Params, word: str, options: Mapping[str, Any]) -> None:

@@ -120,15 +120,15 @@ def measure(
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec = params.behaviours[behaviour]
-    rows = held_out(params, spec.prompts) if spec.faithfulness else []
-    lines, metrics = [], dict[str, Any](prompts=[])
+    rows = held_out(params, spec.prompts)
+    lines, metrics = [], dict[str, Any]()
     if rows:
         lines, metrics = measure(params, rows, params.prompt_sets[spec.prompts].target)
     columns = ("layer", "neuron", "effect", *metrics.get("agreement", ()))
     write_csv(OUTPUTS / "faithfulness" / behaviour / "neurons.csv", lines, columns)
     write_json(metrics_path("faithfulness", behaviour), metrics)
     if not rows:
-        log.info("faithfulness %s: not asked for, or no prompt is held out", behaviour)
+        log.info("faithfulness %s: no prompt is held out", behaviour)
         return {}
     ranks = {n: parts["all"]["spearman"]["value"] for n, parts in metrics["agreement"].items()}
     said = "faithfulness %s: Spearman with the true effects of %d neurons: %s"

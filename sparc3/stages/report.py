@@ -111,7 +111,7 @@ def draw_faithfulness(params: Params, behaviour: str, looks: dict[str, Any], fol
     from sparc3.reporting import figures
 
     found = read_json(metrics_path("faithfulness", behaviour))
-    if not found["prompts"]:
+    if not found:
         return
     by_score = {m.score: looks[name] for name, m in reversed(params.methods.items())}
     titles = (

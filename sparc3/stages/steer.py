@@ -100,11 +100,6 @@ def tuned(
 
 def run(params: Params, behaviour: str) -> dict[str, float]:
     spec, named = params.behaviours[behaviour], params.steer.interventions
-    points_path = OUTPUTS / "interventions" / behaviour / "points.csv"
-    if not named:
-        write_csv(points_path, [], COLUMNS)
-        write_json(metrics_path("steer", behaviour), {})
-        return {}
     model, tokenizer = loading.load(params.model), loading.tokenizer(params.model)
     every = blocks(spec.prompts)
     learnt: dict[str, dict[str, Variants]] = {}
@@ -113,6 +108,7 @@ def run(params: Params, behaviour: str) -> dict[str, float]:
         learnt[block] = {n: learn(model, tokenizer, prompts, row) for n, row in named.items()}
     points, names = tuned(params, behaviour, learnt[every[:2][-1]], model, tokenizer)
     columns = [*COLUMNS, *names]
+    points_path = OUTPUTS / "interventions" / behaviour / "points.csv"
     write_csv(points_path, [{c: p[c] for c in columns} for p in points], columns)
     scalars: dict[str, float] = {}
     for name, row in named.items():

@@ -3,9 +3,9 @@
 Stage word = module in stages/ = dvc.yaml stage = MLproject entry point = params section.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sparc3.base.artifacts import OUTPUTS, circuit_names, metrics_path
 from sparc3.base.errors import InputError
@@ -18,7 +18,8 @@ class Stage(NamedTuple):
     `axis` is what the stage runs once for each of; `parallel`: it may run as several processes;
     `model`: its results depend on the model's files, and a job asks for cards; `reads`: the raw
     data, and stages whose products or metrics it reads; `products`: files or folders below outputs/
-    ({} is the axis's value).
+    ({} is the axis's value); `idle`: whether there is nothing to do for a value of the axis, so
+    that folders and metrics are empty and torch, which takes seconds, is not imported.
     """
 
     purpose: str
@@ -27,6 +28,7 @@ class Stage(NamedTuple):
     model: bool = False
     reads: tuple[str, ...] = ()
     products: tuple[str, ...] = ()
+    idle: Callable[[Params, str], bool] | None = None
 
 
 STAGES: dict[str, Stage] = {
@@ -75,6 +77,7 @@ STAGES: dict[str, Stage] = {
         model=True,
         reads=("prepare",),
         products=("interventions/{}",),
+        idle=lambda params, _: not params.steer.interventions,
     ),
     "evaluate": Stage(
         "what pruning does, on held-out prompts",
@@ -100,6 +103,7 @@ STAGES: dict[str, Stage] = {
         model=True,
         reads=("prepare",),
         products=("faithfulness/{}",),
+        idle=lambda params, behaviour: not params.behaviours[behaviour].faithfulness,
     ),
     "report": Stage(
         "summary, tables, figures, published numbers",
@@ -132,6 +136,14 @@ def check_axis(params: Params, word: str, axes: dict[str, str]) -> None:
                 f"{axis_flag(STAGES[word])} {name!r} is not in params.{axis}s; "
                 f"known: {', '.join(known)}"
             )
+
+
+def idle(params: Params, word: str, axes: Mapping[str, Any]) -> bool:
+    """Whether a stage has nothing to do for this value of its axis."""
+    stage = STAGES.get(word)
+    if stage is None or stage.axis is None or stage.idle is None:
+        return False
+    return stage.idle(params, axes[stage.axis])
 
 
 def check_circuit(params: Params, method: str, others: Collection[str] = ()) -> None:
