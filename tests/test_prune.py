@@ -9,8 +9,9 @@ import tiny
 import torch
 
 from sparc3.base.errors import InputError
-from sparc3.circuits.ablate import prune_weights, pruned, pruned_rows, without_each
+from sparc3.circuits.ablate import edited, prune_weights, pruned, pruned_rows, without_each
 from sparc3.circuits.circuit import INTACT, Circuit, read_circuit, write_circuit
+from sparc3.measure.word_ban import word_ban
 from sparc3.model import families
 
 IDS = torch.tensor(tiny.sequences([12, 12]))
@@ -136,6 +137,29 @@ def test_layers_below_every_circuit_run_once(family):
     for circuit, logits in zip(circuits, found, strict=True):
         with pruned(model, circuit):
             assert torch.equal(logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_a_ban_of_words_runs_no_layer_again(family):
+    model = tiny.model(family)
+    edits = [word_ban([1, 2]), INTACT, tiny.circuit(1), word_ban([3])]
+    expected = []
+    for edit in edits:
+        with edited(model, edit):
+            expected.append(model(IDS).logits)
+    runs = [0] * tiny.LAYERS
+    for layer, mlp in enumerate(families.mlps(model)):
+
+        def count(module, args, layer=layer):
+            runs[layer] += 1
+
+        mlp.down.register_forward_pre_hook(count)
+    with torch.inference_mode():
+        found = without_each(model, edits, lambda: model(IDS).logits)
+    assert runs == [1, 2, 2]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(found[0], found[1])
 
 
 def test_a_failure_within_leaves_the_model_whole():

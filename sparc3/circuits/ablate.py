@@ -15,7 +15,7 @@ import numpy as np
 
 from sparc3.base.errors import InputError
 from sparc3.circuits.circuit import Circuit
-from sparc3.circuits.intervention import Intervention
+from sparc3.circuits.intervention import BEYOND, Intervention
 from sparc3.model.trunk import keeping, skipping
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def without_each(
 
     `run` must pass the same tokens through the model's body each time, and once. What lies below a
     circuit's first layer is kept instead of computed again: a circuit of late layers costs a part
-    of a pass. Memory: one layer's output for every layer that a circuit begins with. Raises
-    InputError as `pruned` does.
+    of a pass, a ban of words none. Memory: one layer's output for every layer that a circuit begins
+    with. Raises InputError as `pruned` does.
     """
     from sparc3.model.families import layers
 
@@ -109,18 +109,18 @@ def without_each(
         with ExitStack() as stack:
             stack.enter_context(edited(model, edits[place]))
             if not results:  # its own neurons lie above all that the others need
-                below = {at - 1 for at in first if 0 < at < len(blocks)}
+                below = {at - 1 for at in first if at > 0}
                 kept = stack.enter_context(keeping(blocks, below))
-            elif 0 < begin < len(blocks):
+            elif begin > 0:
                 stack.enter_context(skipping(blocks[:begin], kept[begin - 1]))
             results[place] = run()
     return [results[place] for place in range(len(edits))]
 
 
 def _begin(edit: Edit, layers: int) -> int:
-    """The first layer that an edit changes, as far as is known."""
+    """The first layer that an edit changes, as far as is known; `layers` where it changes none."""
     if not isinstance(edit, Circuit):
-        return 0
+        return layers if edit.form in BEYOND else 0
     return int(edit.layers.min()) if len(edit) else layers
 
 

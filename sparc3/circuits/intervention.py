@@ -222,6 +222,7 @@ FORMS: dict[str, Form] = {
     "ban": banned,
     "prefix": _prefixed,
 }
+BEYOND = ("ban",)  # forms that change what leaves the layers, and nothing within them
 
 
 def as_tokens(tokens: Any) -> Array:
