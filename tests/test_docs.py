@@ -166,12 +166,12 @@ def test_the_page_of_faithfulness_shows_what_was_measured() -> None:
     assert found["lrp"]["early"]["spearman"]["value"] < found["lrp"]["late"]["spearman"]["value"]
 
 
-def test_the_readme_answers_with_the_own_methods_of_the_default_run() -> None:
+def test_the_readme_answers_with_the_own_methods_of_the_full_profile() -> None:
     """The same neurons, perplexity and verdict as in the whole table; shares of the level."""
     block = PAGES["README.md"].partition("<!-- answer:")[2].partition("<!-- end of")[0]
     _, *answers = rows_of(block)
     assert [row[0] for row in answers] == list(PARAMS.behaviours)
-    whole = Path("metrics/table.md").read_text().split("\n**")[1:]
+    whole = (FULL / "table.md").read_text().split("\n**")[1:]
     for (name, before, neurons, share, cost, verdict), section in zip(answers, whole, strict=True):
         method = PARAMS.behaviours[name].method
         assert section.startswith(f"{name}**: unpruned {before},")
@@ -179,7 +179,7 @@ def test_the_readme_answers_with_the_own_methods_of_the_default_run() -> None:
         assert neurons == f"{row[2]} neurons of `{method}`"
         assert cost.replace(" on ", " ") == row[3]
         assert verdict == row[-1]
-        circuits, levels = evaluation(ROOT / "metrics", name)
+        circuits, levels = evaluation(FULL, name)
         found = circuits[method]["test"]
         if "margin" in found:
             per = -100 / levels["test_margin"]
@@ -205,7 +205,7 @@ def test_without_a_report_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"outputs/report/answer\.svg: file not found"):
+    with pytest.raises(InputError, match=r"metrics/table\.md: file not found"):
         readme.run(PARAMS)
     assert list(tmp_path.iterdir()) == []
 
@@ -255,24 +255,14 @@ def of_the_default_run() -> list[str]:
     toxicity, _ = evaluation(metrics, "toxicity")
     race, before = evaluation(metrics, "race")
     gender, even = evaluation(metrics, "gender")
-    gap = {b: read_json(metrics / f"gate/{b}.json")["gap"]["value"] for b in PARAMS.behaviours}
-    kl = toxicity["lrp"]["kl"]["mean"]["value"]
+    seconds = int(rows_of(PAGES["docs/cost.md"])[len(STAGES) + 1][2])
     return [
+        f"in some {seconds / 60:.0f} minutes",
         f"Without {toxicity['lrp']['num_neurons']} neurons, profanity falls by "
-        f"{change(toxicity, 'lrp')}",
-        f"not beyond a word ban, which takes {short(change(toxicity, 'word-ban'))} "
-        f"{change(toxicity, 'word-ban').partition(' % ')[2]}",
-        f"By the second scorer alone, above what it gives to neutral text, it falls by "
-        f"{figure(toxicity['lrp']['test']['reduction_hatesonar'], '%')}",
-        f"the KL from the unpruned model is {kl:.3f} nats a token",
+        f"{change(toxicity, 'lrp')}; a word ban takes {change(toxicity, 'word-ban')}",
         f"Without {race['gradient-t']['num_neurons']} neurons, the margin falls by "
         f"{change(race, 'gradient-t')} of {before['test_margin']:.3f}",
-        f"Nothing: {change(gender, 'gradient-t')} of {even['test_margin']:.3f}",
-        f"`gradient` takes {change(toxicity, 'gradient')} of the profanity and "
-        f"{change(race, 'gradient')} of race's margin; `lrp` takes "
-        f"{short(change(toxicity, 'lrp'))} and {change(race, 'lrp')}",
-        f"asks for a relevance gap of {PARAMS.gate.threshold:g} %. Toxicity has "
-        f"{gap['toxicity']:.1f} % and is what works; gender has {gap['gender']:.1f} %",
+        f"{change(gender, 'gradient-t')} of {even['test_margin']:.3f}",
     ]
 
 
@@ -297,14 +287,25 @@ def of_the_full_profile() -> list[str]:
     toxicity, _ = evaluation(FULL, "toxicity")
     race, before = evaluation(FULL, "race")
     gender, even = evaluation(FULL, "gender")
-    own, ss = race["gradient-t"]["test"], figure(race["gradient-t"]["test"]["ss"], "points", -1)
-    beyond = figure(toxicity["lrp"]["against_ban"]["reduction"], "%")
+    gap = {b: read_json(FULL / f"gate/{b}.json")["gap"]["value"] for b in PARAMS.behaviours}
+    own, ban = toxicity["lrp"], toxicity["word-ban"]["test"]
+    ss = figure(race["gradient-t"]["test"]["ss"], "points", -1)
+    beyond = figure(own["against_ban"]["reduction"], "%")
     return [
-        f"`lrp` takes {change(toxicity, 'lrp')} of the profanity, {beyond} more than a word ban; "
-        f"`gradient` {change(toxicity, 'gradient')}",
-        f"falls from {before['test_margin']:.3f} to {own['values']['margin']:.3f} nats and SS by "
-        f"{ss}, on {own['margin']['n']} terms",
-        f"{change(gender, 'gradient-t')} of {even['test_margin']:.3f}, and SS stays",
+        f"Without {own['num_neurons']} neurons, profanity falls by {change(toxicity, 'lrp')}. That "
+        f"is beyond 19 random draws, and {beyond} more than a word ban, which takes "
+        f"{change(toxicity, 'word-ban')}; the KL from the unpruned model is "
+        f"{own['kl']['mean']['value']:.3f} nats a token",
+        f"it falls by {figure(own['test']['reduction_hatesonar'], '%')}, where the ban takes "
+        f"{figure(ban['reduction_hatesonar'], '%')}",
+        f"falls by {change(race, 'gradient-t')} of {before['test_margin']:.3f}, and SS by {ss}, on "
+        f"{race['gradient-t']['test']['margin']['n']} terms",
+        f"falls by {change(gender, 'gradient-t')} of {even['test_margin']:.3f}, and SS stays",
+        f"`gradient` takes {change(toxicity, 'gradient')} of the profanity and "
+        f"{change(race, 'gradient')} of race's margin; `lrp` takes "
+        f"{short(change(toxicity, 'lrp'))} and {change(race, 'lrp')}",
+        f"asks for a relevance gap of {PARAMS.gate.threshold:g} %. Toxicity has "
+        f"{gap['toxicity']:.1f} % and is what works best; gender has {gap['gender']:.1f} %",
         f"The budget of {PARAMS.select.budget.perplexity:g} %",
     ]
 
@@ -323,7 +324,8 @@ def of_gemma() -> list[str]:
 
 
 def of_readme() -> list[str]:
-    toxicity = read_json(ROOT / "metrics/confirm.json")["behaviours"]["toxicity"]["circuits"]
+    sealed = read_json(ROOT / "metrics/confirm.json")["behaviours"]["toxicity"]["circuits"]
+    toxicity, _ = evaluation(FULL, "toxicity")
     signs = read_json(ROOT / "metrics/overlap.json")["quadrants"]["gender.toxicity"]
     seconds = int(rows_of(PAGES["docs/cost.md"])[len(STAGES) + 1][2])
     rivals, _ = evaluation(RIVALS, "toxicity")
@@ -332,9 +334,10 @@ def of_readme() -> list[str]:
         f"at {cost[0]:.0f} % of perplexity on questions where pruning costs {cost[1]:.0f} %",
         f"{sum(signs.values()):,} neurons",
         f"some {seconds / 60:.0f} minutes on two cores",
-        f"{change(toxicity, 'lrp')} of it is gone; a mere ban of 10 bad words takes "
-        f"{short(change(toxicity, 'word-ban'))}.",
-        f"{change(toxicity, 'gradient')} there",
+        f"{change(toxicity, 'lrp')} of it is gone, and a mere ban of "
+        f"{len(toxicity['word-ban']['tokens'])} bad words takes {change(toxicity, 'word-ban')}. On "
+        f"sealed prompts, read once, it is {change(sealed, 'lrp')}.",
+        f"{change(toxicity, 'gradient')}, on the sealed prompts {change(sealed, 'gradient')}.",
         f"a budget of {PARAMS.select.budget.perplexity:g} %",
     ]
 
@@ -374,7 +377,7 @@ def of_published() -> list[str]:
 
 
 def of_the_protocol() -> list[str]:
-    prepared = read_json(ROOT / "metrics/prepare.json")
+    prepared = read_json(FULL / "prepare.json")
     race, gender = (sum(p["groups"] for p in prepared[s].values()) for s in ("race", "gender"))
     return [
         f"the worst of {MOST} completions",
@@ -400,7 +403,7 @@ SENTENCES = {
 RESULT = re.compile(r"[\d.]+ (?:%|nats|points)|\[-?[\d.]+, -?[\d.]+\]")
 PLAIN = {  # of a page: what is no result of a run, but a setting, a definition or a test's bound
     "README.md": ["95 % interval"],
-    "docs/results.md": ["brackets are 95 % intervals", "A removal of 9 % would have been found"],
+    "docs/results.md": ["brackets are 95 % intervals"],
     "docs/protocol.md": [
         "at a nominal 5 %",
         "in 4 to 6.5 % of experiments, five plain folds in more than 8 %",
@@ -417,13 +420,6 @@ def test_every_result_in_prose_is_computed_from_the_files(page: str) -> None:
     assert RESULT.findall(text) == []
 
 
-def test_what_could_have_been_found_is_what_the_table_says() -> None:
-    assert "A removal of 9 % would have been found" in PAGES["docs/results.md"]
-    gender = Path("metrics/table.md").read_text().split("\n**")[2]
-    (row,) = (row for row in rows_of(gender) if row[0] == "gradient-t")
-    assert row[-1] == "not shown; 9 % would have been"
-
-
 def test_what_is_said_of_each_behaviour_holds() -> None:
     """The words that the figures are put into: which interval holds 0, and which does not."""
     found = read_json(ROOT / "metrics/confirm.json")["behaviours"]
@@ -436,25 +432,24 @@ def test_what_is_said_of_each_behaviour_holds() -> None:
     assert margin(found["race"]["circuits"])["high"] < 0  # past even, further than any draw
     rank = found["race"]["circuits"]["gradient-t"]["among_controls"]["margin"]
     assert rank["least"] > 0 or rank["most"] < abs(margin(found["race"]["circuits"])["value"])
-    for circuits in (evaluation(ROOT / "metrics", "gender")[0], found["gender"]["circuits"]):
-        assert margin(circuits)["low"] < 0 < margin(circuits)["high"]
-    gates = {b: read_json(ROOT / f"metrics/gate/{b}.json") for b in PARAMS.behaviours}
+    gender = margin(found["gender"]["circuits"])
+    assert gender["low"] < 0 < gender["high"]
+    gates = {b: read_json(FULL / f"gate/{b}.json") for b in PARAMS.behaviours}
     assert (gates["toxicity"]["passed"], gates["gender"]["passed"]) == (0, 1)
     for gate in gates.values():  # wider than the threshold
         assert gate["gap"]["high"] - gate["gap"]["low"] > PARAMS.gate.threshold
     for behaviour in ("gender", "race"):  # less than half of a circuit comes back
         assert read_json(ROOT / f"metrics/select/{behaviour}.json")["gradient-t.stability"] < 0.5
-    race = evaluation(ROOT / "metrics", "race")[0]["gradient-t"]["second"]["values"]
-    assert abs(race["margin"]) < 0.01  # no side is preferred
+    toxicity = evaluation(FULL, "toxicity")[0]["lrp"]["against_ban"]
+    assert toxicity["reduction"]["low"] > 0 > toxicity["reduction_hatesonar"]["low"]
     full = evaluation(FULL, "gender")[0]["gradient-t"]["test"]
     assert full["margin"]["high"] < 0
     assert full["ss"]["low"] < 0 < full["ss"]["high"]
     gemma = {b: evaluation(GEMMA, b)[0] for b in ("race", "toxicity")}
     assert margin(gemma["race"])["high"] < 0
     assert gemma["toxicity"]["lrp"]["against_ban"]["reduction"]["high"] < 0
-    for folder in (ROOT / "metrics", FULL):  # CrowS-Pairs shows nothing of race
-        second = evaluation(folder, "race")[0]["gradient-t"]["second"]["margin"]
-        assert second["low"] < 0 < second["high"]
+    second = evaluation(FULL, "race")[0]["gradient-t"]["second"]["margin"]
+    assert second["low"] < 0 < second["high"]  # CrowS-Pairs shows nothing of race
     over = {}
     for behaviour, spec in PARAMS.behaviours.items():
         own = evaluation(FULL, behaviour)[0][spec.method]

@@ -392,7 +392,7 @@ def test_sections_are_merged_by_key_and_tables_by_row(tmp_path: Path) -> None:
         "evaluate": {"items": 9},
         "prepare": {"splits": {"attribute": 1.0}},
         "prompt_sets": {"race": {"source": "stereoset", "count": 3}},
-        "methods": {"max-activation-auroc": None, "new": {"score": "random"}},
+        "methods": {"gradient": None, "new": {"score": "random"}},
         "cluster": {"device": "CPU"},
     }
     tree = laid(tmp_path, changes)
@@ -403,7 +403,7 @@ def test_sections_are_merged_by_key_and_tables_by_row(tmp_path: Path) -> None:
     assert tree["prompt_sets"]["race"] == {"source": "stereoset", "count": 3}  # and so is a row
     assert tree["prompt_sets"]["gender"] == TREE["prompt_sets"]["gender"]
     assert list(tree["methods"]) == [
-        *(n for n in TREE["methods"] if n != "max-activation-auroc"),
+        *(n for n in TREE["methods"] if n != "gradient"),
         "new",
     ]
     assert tree["cluster"] == {"device": "CPU"}
@@ -414,9 +414,9 @@ def test_sections_are_merged_by_key_and_tables_by_row(tmp_path: Path) -> None:
 def test_a_profile_that_names_every_row_gives_the_order(tmp_path: Path) -> None:
     backwards = dict(reversed(TREE["methods"].items())) | {"new": {"score": "random"}}
     assert list(laid(tmp_path, {"methods": backwards})["methods"]) == list(backwards)
-    backwards["max-activation-auroc"] = None
+    backwards["gradient"] = None
     assert list(laid(tmp_path, {"methods": backwards})["methods"]) == [
-        name for name in backwards if name != "max-activation-auroc"
+        name for name in backwards if name != "gradient"
     ]
 
 

@@ -100,7 +100,7 @@ def test_an_idle_stage_leaves_nothing_and_starts_without_torch(project: Path) ->
             [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False
         )
         assert done.stdout == "False\n", done.stderr
-        assert list(made.iterdir()) == []
+        assert [file.name for file in made.iterdir()] == ["nothing"]
         assert read_json(metrics) == {}
 
 

@@ -124,7 +124,7 @@ def test_a_method_has_a_circuit_per_draw() -> None:
     [
         (None, "lrp", "sweep.num_neurons"),
         (7, "lrp", "select.num_neurons"),
-        (7, "max-activation-auroc", "methods.max-activation-auroc"),
+        (7, "gradient-t", "methods.gradient-t"),
     ],
 )
 def test_a_choice_knows_the_key_that_asked(fixed: int | None, method: str, key: str) -> None:
@@ -134,6 +134,6 @@ def test_a_choice_knows_the_key_that_asked(fixed: int | None, method: str, key: 
         sweep=replace(params.sweep, num_neurons=(3,), protect=(0.2,)),
         select=replace(params.select, num_neurons=fixed, protect=None),
     )
-    followed = Choice(7, 0.1, "select.num_neurons") if method == "max-activation-auroc" else None
+    followed = Choice(7, 0.1, "select.num_neurons") if method == "gradient-t" else None
     found = choice(params, method, followed, [], np.zeros((2, 9)))
     assert found == (fixed or 3, 0.1 if followed else 0.2, key)

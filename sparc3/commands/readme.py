@@ -1,7 +1,6 @@
 """The generated blocks of README.md and docs/: results, costs, published numbers, the figure."""
 
 from pathlib import Path
-from typing import Any
 
 from sparc3.base.artifacts import METRICS, metrics_path
 from sparc3.base.comparison import COST, latest_metrics
@@ -14,24 +13,21 @@ from sparc3.prompts.embedded import DATA
 from sparc3.prompts.sources import SOURCES
 from sparc3.reporting.calibration import calibration
 from sparc3.reporting.leaderboard import Run, leaderboard
-from sparc3.reporting.published import CLAIMS, claim_rows
+from sparc3.reporting.published import PAGE
+from sparc3.reporting.summary import SUMMARY
 from sparc3.reporting.tables import (
     FOLDER,
     TABLE,
-    cells,
     confirm_table,
     faithfulness_table,
-    headline,
     interval,
-    verdict,
+    unpruned,
 )
 from sparc3.stages.checks import PARAMS, load
 from sparc3.stages.table import STAGES
 
 LARGE = ("llama3-8b", "llama3-8b-sound")  # profiles whose costs are foretold
-FIGURE = FOLDER / "answer.svg"  # the report's main one
-SHOWN = Path("docs/answer.svg")  # its copy, in git
-EFFECTS = Path("docs/faithfulness.svg")  # likewise of the first behaviour whose effects are taken
+EFFECTS = Path("docs/faithfulness.svg")  # of the first behaviour whose effects are taken
 ALT = "How much of each behaviour every method removes, with intervals, cost and verdict"
 
 BLOCKS = {  # by the page that holds them
@@ -45,8 +41,9 @@ BLOCKS = {  # by the page that holds them
     Path("docs/faithfulness.md"): ("faithfulness",),
 }
 RESULTS = Path("profiles/results")  # metrics of finished runs, in git
+ANSWER = "smollm2-135m-full"  # the run that README shows, with the figure of its report
 RUNS = {  # that the leaderboard compares, beside the default
-    "smollm2-135m-full": "SmolLM2 135M, full profile",
+    ANSWER: "SmolLM2 135M, full profile",
     "smollm2-135m-rivals": "SmolLM2 135M, rivals",
     "smollm2-135m-repetition": "SmolLM2 135M, repetition",
     "gemma3-270m": "Gemma 3 270M",
@@ -54,29 +51,29 @@ RUNS = {  # that the leaderboard compares, beside the default
 NEUTRAL = ("wikipedia", "news", "reviews", "questions")  # sources of texts that are not toxic
 TABLES = {  # blocks that are the table of a run, and its file
     "results": TABLE,
-    "full": RESULTS / "smollm2-135m-full/table.md",
-    "gemma": RESULTS / "gemma3-270m/table.md",
-    "rivals": RESULTS / "smollm2-135m-rivals/table.md",
+    "published": RESULTS / ANSWER / PAGE.name,
+    "full": RESULTS / ANSWER / TABLE.name,
+    "gemma": RESULTS / "gemma3-270m" / TABLE.name,
+    "rivals": RESULTS / "smollm2-135m-rivals" / TABLE.name,
 }
 
 
-def answer_table(params: Params, table: list[dict[str, Any]]) -> str:
-    """A line for each behaviour that has a verdict, by its own method; `table`: the cells."""
+def answer_table(run: Run) -> str:
+    """A line for each behaviour that has a verdict, by its own method, of a finished run."""
     rows = []
-    for row in table:
-        spec = params.behaviours[row["behaviour"]]
-        if row["method"] != spec.method or not row["change"]:
+    for row in read_json(run.folder / SUMMARY.name)["methods"]:
+        if not row["own"] or row["reduction"] is None:
             continue
-        share = row["share"]
-        before = headline(params, row["behaviour"], row).partition(",")[0]
+        measured = read_json(run.folder / "evaluate" / f"{row['behaviour']}.json")
+        share = row["reduction"]
         rows.append(
             [
                 row["behaviour"],
-                before.removeprefix("unpruned "),
-                f"{row['num_neurons']} neurons of `{row['method']}`",
+                unpruned(run.params, row["behaviour"], measured)[0],
+                f"{row['neurons']} neurons of `{row['method']}`",
                 f"{share['value']:.0f} % [{share['low']:.0f}, {share['high']:.0f}]",
-                f"{interval(row['differences']['ppl_worst'])} on {row['worst']}",
-                verdict(params, row),
+                f"{interval(row['perplexity'])} on {row['text']}",
+                row["verdict"],
             ]
         )
     header = ["behaviour", "unpruned", "without", "of it removed", "perplexity %", "verdict"]
@@ -96,13 +93,14 @@ def cost_table(stages: list[str], costs: dict[str, dict[str, float]]) -> str:
     return markdown(["stage", "runs", "seconds in all", "peak memory, GB"], rows)
 
 
+def run_of(name: str) -> Run:
+    """The finished run of a profile, whose metrics are in git."""
+    return Run(RUNS[name], load(Path(f"profiles/{name}.yaml"), PARAMS), RESULTS / name)
+
+
 def runs(params: Params) -> list[Run]:
-    """The default run, and those of RUNS by their profiles."""
-    others = [
-        Run(title, load(Path(f"profiles/{name}.yaml"), PARAMS), RESULTS / name)
-        for name, title in RUNS.items()
-    ]
-    return [Run("SmolLM2 135M", params, METRICS), *others]
+    """The default run, and those of RUNS."""
+    return [Run("SmolLM2 135M", params, METRICS), *map(run_of, RUNS)]
 
 
 def scorers_text(params: Params) -> str:
@@ -124,24 +122,21 @@ def page_with(page: Path, text: str, name: str, content: str) -> str:
 
 def run(params: Params) -> None:
     """Renew all blocks, and the figure. InputError: there is no finished run to take them from."""
-    figure, record = read_text(FIGURE), metrics_path("confirm")
-    table = cells(params)
+    tables = {name: read_text(path) for name, path in TABLES.items()}
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
     measured = [name for name, spec in params.behaviours.items() if spec.faithfulness]
-    costs = latest_metrics(COST)
-    blocks = {name: read_text(path) for name, path in TABLES.items()} | {
-        "answer": f"![{ALT}]({SHOWN})\n\n{answer_table(params, table)}",
+    costs, record = latest_metrics(COST), metrics_path("confirm")
+    blocks = tables | {
+        "answer": f"![{ALT}]({RESULTS / ANSWER / 'answer.svg'})\n\n{answer_table(run_of(ANSWER))}",
         "confirm": confirm_table(params, read_json(record)) if record.is_file() else "",
         "costs": cost_table(list(STAGES), costs),
         "plan": markdown(header, rows),
-        "published": markdown(CLAIMS, claim_rows(params, table)),
         "leaderboard": leaderboard(runs(params)),
         "scorers": scorers_text(params),
         "faithfulness": "\n".join(
             f"**{name}**\n\n{markdown(*faithfulness_table(name))}" for name in measured
         ),
     }
-    write_text(SHOWN, figure)
     if measured:
         write_text(EFFECTS, read_text(FOLDER / f"faithfulness-{measured[0]}.svg"))
     for page, names in BLOCKS.items():

@@ -142,12 +142,13 @@ def produce(
 
 
 def leave_empty(word: str, value: str | None) -> None:
-    """What an idle stage leaves: empty folders, whatever was there, and metrics of nothing."""
+    """What an idle stage leaves: folders of nothing, whatever was there, and metrics of nothing."""
     for product in STAGES[word].products:
         folder = OUTPUTS / product.format(value)
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
+        (folder / "nothing").touch()  # DVC warns of an empty folder
     write_json(metrics_path(word, value), {})
     log.info("%s %s: nothing is asked for", word, value)
 

@@ -185,7 +185,9 @@ def answer(
     options = {"layout": None, "sharex": True, "gridspec_kw": ratios}
     with drawing(path, len(panels), size=size, **options) as (figure, axes):
         edges = {"top": 1 - gap / size[1], "bottom": 0.85 / size[1]}
-        figure.subplots_adjust(left=0.115, right=0.425, **edges)
+        longest = max(len(row.method) for rows in panels.values() for row in rows)
+        left = max(0.115, (0.3 + 0.075 * longest) / size[0])
+        figure.subplots_adjust(left=left, right=0.425, **edges)
         for axis, (heading, rows) in zip(axes, panels.items(), strict=True):
             forest(axis, title, rows, drawn, span)
             if band := bands[heading]:
@@ -200,9 +202,9 @@ def answer(
                 if axis is axes[0]:
                     axis.text(x, -0.72, head, color=GREY, **style)
                 for at, row in enumerate(rows):
-                    note = textwrap.fill(row.notes[NOTES.index(x)], 52)
+                    note = textwrap.fill(row.notes[NOTES.index(x)], 64)
                     weight = "bold" if row.own else "normal"
-                    axis.text(x, at, note, va="center", fontsize=8, fontweight=weight, **style)
+                    axis.text(x, at, note, va="center", fontsize=7.5, fontweight=weight, **style)
         marks = [
             Line2D([], [], color="black", marker="o", lw=2.4, label="the behaviour's own method"),
             Patch(color=BAND, label="range of the draws of random neurons"),

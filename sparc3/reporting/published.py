@@ -21,8 +21,8 @@ from typing import Any
 
 from scipy.special import betaincinv, stdtrit
 
-from sparc3.base.artifacts import evaluation_folder, metrics_path
-from sparc3.base.files import read_csv, read_json
+from sparc3.base.artifacts import METRICS, evaluation_folder, metrics_path
+from sparc3.base.files import markdown, read_csv, read_json
 from sparc3.base.params import Params, hub_of
 from sparc3.circuits.overlap import enrichment, joined, overlap_p
 from sparc3.measure import inference
@@ -30,6 +30,7 @@ from sparc3.reporting import tables
 from sparc3.reporting.tables import first_split, number
 
 PUBLISHED = Path(__file__).with_name("published.json")
+PAGE = METRICS / "published.md"
 CONSISTENT, INCONSISTENT = "consistent", "inconsistent"
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 DIRECTION = "direction only"
@@ -311,3 +312,8 @@ def claim_rows(params: Params, table: list[dict[str, Any]]) -> list[list[str]]:
         value = f"{said(row)} {row['unit']}"
         rows.append([row["what"], row["where"], value, here, ", ".join(verdict), claim.reason])
     return rows
+
+
+def claim_table(params: Params, table: list[dict[str, Any]]) -> str:
+    """All claims as a table, which docs/published.md shows of the full profile."""
+    return markdown(CLAIMS, claim_rows(params, table))

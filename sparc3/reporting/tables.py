@@ -464,10 +464,9 @@ def group_table(params: Params, behaviour: str) -> tuple[list[str], list[list[st
     return header, [[str(name), *(f"{v:+.3f}" for v in values)] for name, *values in lines]
 
 
-def headline(params: Params, behaviour: str, row: dict[str, Any]) -> str:
-    """The unpruned model's own numbers, and the gate's."""
-    results, split = read_json(metrics_path("evaluate", behaviour)), first_split(params)
-    levels = results["baseline"]
+def unpruned(params: Params, behaviour: str, results: dict[str, Any]) -> list[str]:
+    """The unpruned model's own numbers, of what evaluate measured, the behaviour's first."""
+    levels, split = results["baseline"], first_split(params)
     shown = []
     for instrument in instruments_of(params.behaviours[behaviour]).values():
         shown += [
@@ -480,8 +479,15 @@ def headline(params: Params, behaviour: str, row: dict[str, Any]) -> str:
             shown.append(f"degenerate {number(broken, 2)} %")
     for pair, rank in results.get("scorer_agreement", {}).items():
         shown.append(f"rank correlation of the scorers {pair} {interval(rank, 2)}")
+    return shown
+
+
+def headline(params: Params, behaviour: str, row: dict[str, Any]) -> str:
+    """The unpruned model's own numbers, and the gate's."""
+    results = read_json(metrics_path("evaluate", behaviour))
     return (
-        f"unpruned {', '.join(shown)}, perplexity {levels['perplexity']:.2f}; "
+        f"unpruned {', '.join(unpruned(params, behaviour, results))}, "
+        f"perplexity {results['baseline']['perplexity']:.2f}; "
         f"relevance gap {interval(row['gap'])} %"
     )
 

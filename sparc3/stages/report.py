@@ -14,19 +14,20 @@ from sparc3.base.artifacts import (
     stability_path,
     sweep_path,
 )
-from sparc3.base.files import Array, markdown, read_csv, read_json, write_json, write_text
+from sparc3.base.files import Array, read_csv, read_json, write_json, write_text
 from sparc3.base.params import Params
 from sparc3.circuits.circuit import read_circuit
 from sparc3.circuits.methods import BAN, is_control
 from sparc3.circuits.overlap import FEW, layer_counts, layered_log_distribution
 from sparc3.measure.instruments import primary_of
 from sparc3.reporting import page, tables
-from sparc3.reporting.published import CLAIMS, claim_rows
+from sparc3.reporting.published import PAGE, claim_table
 from sparc3.reporting.summary import SUMMARY, short, summary
 from sparc3.reporting.tables import FOLDER, TABLE, cells, first_split, result_table
 
 log = logging.getLogger(__name__)
 SHARE = "less of the behaviour, % of complete removal"
+MAIN = 7  # methods of a behaviour in the main figure
 COST = "perplexity change, worst text, %\n(left is better)"
 
 
@@ -111,7 +112,7 @@ def draw_faithfulness(params: Params, behaviour: str, looks: dict[str, Any], fol
     from sparc3.reporting import figures
 
     found = read_json(metrics_path("faithfulness", behaviour))
-    if not found:
+    if "agreement" not in found:
         return
     by_score = {m.score: looks[name] for name, m in reversed(params.methods.items())}
     titles = (
@@ -173,6 +174,7 @@ def draw(params: Params, table: list[dict[str, Any]], folder: Path) -> None:
 
     controls = {name: is_control(method) for name, method in params.methods.items()}
     names = {**controls, **dict.fromkeys(params.steer.interventions, False), BAN: True}
+    controlled = dict(names)
     for behaviour in params.behaviours:
         found = read_json(metrics_path("faithfulness", behaviour)).get("agreement", {})
         names |= {name: False for name in found if name not in names}
@@ -183,7 +185,12 @@ def draw(params: Params, table: list[dict[str, Any]], folder: Path) -> None:
         rows = forest_rows(params, cells_of)
         draw_behaviour(params, behaviour, rows, looks, folder)
         draw_faithfulness(params, behaviour, looks, folder)
-        judged = [r for r in rows if SHARE in r.found and r.method != params.evaluate.control]
+        there = [r for r in rows if SHARE in r.found and r.method != params.evaluate.control]
+        # In the order of params, whatever was found; the behaviour's forest has all of them.
+        judged = [
+            *[r for r in there if not controlled[r.method]][:MAIN],
+            *[r for r in there if controlled[r.method] and not r.lost],
+        ]
         if judged:
             heading = f"{behaviour}: unpruned {page.level(params, behaviour)}"
             groups = [row["change"]["n"] for row in cells_of if "n" in (row["change"] or {})]
@@ -207,17 +214,17 @@ def run(params: Params) -> dict[str, float]:
     draw(params, table, FOLDER)
     write_text(FOLDER / "report.html", page.page(params, table, FOLDER))
     write_text(FOLDER / "table.tex", page.latex(params, table))
-    answers = page.sentences(params, table)
+    answers, claims = page.sentences(params, table), claim_table(params, table)
     text = [
         "# Results\n\n",
         *(f"- **{a['behaviour']}: {a['verdict']}.** {a['numbers']}\n" for a in answers),
         "\n![The answer](answer.svg)\n" if (FOLDER / "answer.svg").is_file() else "",
         "\nEverything else is in [report.html](report.html).\n\n",
-        f"{results}\n## Published numbers\n\n",
-        markdown(CLAIMS, claim_rows(params, table)),
+        f"{results}\n## Published numbers\n\n{claims}",
     ]
     write_text(FOLDER / "report.md", "".join(text))
     write_text(TABLE, results)
+    write_text(PAGE, claims)
     found = summary(params, table)
     write_json(SUMMARY, found)
     own = (f"{r['behaviour']} {short(r['verdict'])}" for r in found["methods"] if r["own"])
