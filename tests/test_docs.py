@@ -305,7 +305,8 @@ def of_the_full_profile() -> list[str]:
         f"{change(race, 'gradient')} of race's margin; `lrp` takes "
         f"{short(change(toxicity, 'lrp'))} and {change(race, 'lrp')}",
         f"asks for a relevance gap of {PARAMS.gate.threshold:g} %. Toxicity has "
-        f"{gap['toxicity']:.1f} % and is what works best; gender has {gap['gender']:.1f} %",
+        f"{gap['toxicity']:.1f} % and works; gender has {gap['gender']:.1f} % and hardly moves; "
+        f"race, which works, has {gap['race']:.1f} %",
         f"The budget of {PARAMS.select.budget.perplexity:g} %",
     ]
 
