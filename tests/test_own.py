@@ -216,7 +216,7 @@ def test_a_model_and_two_files_become_a_circuit_and_no_text_leaves(
     params = load()
     assert params.profile == "service"
     assert list(params.behaviours) == ["service"]
-    assert params.sweep.num_neurons == (1, 2, 3, 4)  # 72 of 46,080 neurons
+    assert params.sweep.num_neurons == (1, 2, 3)  # 72 of 46,080 neurons
     assert params.evaluate.window is None
     assert Path("prompts/service/prompts.jsonl").is_file()
     assert load(Path("profiles/service.yaml"), ROOT / "params.yaml") == params
@@ -238,7 +238,7 @@ def test_a_model_and_two_files_become_a_circuit_and_no_text_leaves(
     assert SECRET not in said.out + said.err
 
     found = read_json(Path("metrics/evaluate/service.json"))["circuits"]["gradient"]
-    assert found["num_neurons"] in (1, 2, 3, 4)
+    assert found["num_neurons"] in (1, 2, 3)
     assert {"nll_shift", "reduction"} <= found["test"].keys()
     kept = holding(project, SECRET)
     assert {name for name in kept if name.startswith(("files/", "prompts/"))}

@@ -367,6 +367,24 @@ def test_signals_end_the_run_as_killed(project):
     assert {name: status[name] for name in sent} == dict.fromkeys(sent, "KILLED")
 
 
+def test_a_library_that_fails_while_a_signal_unwinds_it_is_interrupted(here, request, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", request.node.name)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+    def interrupted():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("half done")
+
+    with pytest.raises(KeyboardInterrupt), opened("interrupted"):
+        interrupted()
+    with pytest.raises(RuntimeError, match="half done"), opened("failed"):
+        raise RuntimeError("half done")
+    status = {r.info.run_name: r.info.status for r in all_runs(here, request.node.name)}
+    assert status == {"interrupted": "KILLED", "failed": "FAILED"}
+
+
 def test_runs_whose_process_was_killed_are_ended_by_the_next(here, request):
     name = request.node.name
     started = [start(here, word, "600", MLFLOW_EXPERIMENT_NAME=name) for word in ("dead", "alive")]

@@ -298,12 +298,22 @@ def closing(run: Run) -> Iterator[None]:
     try:
         yield
         _end(run, "FINISHED")
-    except (KeyboardInterrupt, _Killed):
-        _end(run, "KILLED")
-        raise
     except BaseException as error:
+        if came := _signal_behind(error):
+            sys.unraisablehook = lambda _: None  # what fails while it is taken down is no news
+            _end(run, "KILLED")
+            raise came from None
         _end(run, "FAILED", {"sparc3.error": f"{type(error).__name__}: {first_line(error)}"})
         raise
+
+
+def _signal_behind(error: BaseException | None) -> KeyboardInterrupt | _Killed | None:
+    """The signal that an error is, or that a library was unwinding from when it failed: torch's
+    own bookkeeping does, if it is interrupted halfway.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt | _Killed):
+        error = error.__context__
+    return error
 
 
 def _end(run: Run, status: str, tags: Mapping[str, str] | None = None) -> None:
