@@ -166,6 +166,24 @@ def test_the_page_of_faithfulness_shows_what_was_measured() -> None:
     assert found["lrp"]["early"]["spearman"]["value"] < found["lrp"]["late"]["spearman"]["value"]
 
 
+def test_what_the_page_of_faithfulness_says_of_many_neurons_is_from_the_file() -> None:
+    found = read_json(ROOT / "metrics/faithfulness/toxicity.json")
+    ten = found["num_neurons"].index(10)
+    last, first = (
+        [found["curves"][s][w][ten] for s in ("lrp", "gradient")] for w in ("least", "most")
+    )
+    parts = {name: rows["30"] for name, rows in found["additivity"].items()}
+    for sentence in (
+        f"that `lrp` ranks last the text loses {last[0]:.1f} nats a token, without the first 10 it "
+        f"loses {first[0]:.1f}. By the gradient's order it is {last[1]:.1f} and {first[1]:.1f}.",
+        f"do together what they do one by one ({parts['lrp']['together']:.2f} nats each way)",
+        f"do {parts['gradient']['together']:.2f} together and {parts['gradient']['sum']:.2f} in ",
+        f"true effects {parts['effect']['together']:.2f} and {parts['effect']['sum']:.2f}.",
+    ):
+        assert sentence in PAGES["docs/faithfulness.md"], sentence
+    assert f"{parts['lrp']['sum']:.1f}" == f"{parts['lrp']['together']:.1f}"
+
+
 def test_the_readme_answers_with_the_own_methods_of_the_full_profile() -> None:
     """The same neurons, perplexity and verdict as in the whole table; shares of the level."""
     block = PAGES["README.md"].partition("<!-- answer:")[2].partition("<!-- end of")[0]

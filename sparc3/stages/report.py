@@ -174,7 +174,6 @@ def draw(params: Params, table: list[dict[str, Any]], folder: Path) -> None:
 
     controls = {name: is_control(method) for name, method in params.methods.items()}
     names = {**controls, **dict.fromkeys(params.steer.interventions, False), BAN: True}
-    controlled = dict(names)
     for behaviour in params.behaviours:
         found = read_json(metrics_path("faithfulness", behaviour)).get("agreement", {})
         names |= {name: False for name in found if name not in names}
@@ -188,8 +187,8 @@ def draw(params: Params, table: list[dict[str, Any]], folder: Path) -> None:
         there = [r for r in rows if SHARE in r.found and r.method != params.evaluate.control]
         # In the order of params, whatever was found; the behaviour's forest has all of them.
         judged = [
-            *[r for r in there if not controlled[r.method]][:MAIN],
-            *[r for r in there if controlled[r.method] and not r.lost],
+            *[r for r in there if not names[r.method]][:MAIN],
+            *[r for r in there if names[r.method] and not r.lost],
         ]
         if judged:
             heading = f"{behaviour}: unpruned {page.level(params, behaviour)}"
