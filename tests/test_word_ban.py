@@ -12,6 +12,7 @@ from sparc3.circuits.circuit import INTACT
 from sparc3.circuits.intervention import Intervention, as_tokens
 from sparc3.measure import generate, likelihood
 from sparc3.measure.generate import Sampling
+from sparc3.measure.likelihood import Window
 from sparc3.measure.word_ban import bad_tokens
 
 FAMILIES = pytest.mark.parametrize("family", tiny.KINDS)
@@ -82,8 +83,12 @@ def shifted_nll(model, tokens, bias):
     return np.array([-log_p[i, token].item() for i, token in enumerate(tokens[1:])])
 
 
+def ban(bias, tokens=BANNED):
+    return Intervention("ban", {"tokens": as_tokens(tokens)}, bias)
+
+
 def banned(model, tokens, bias):
-    return Intervention("ban", {"tokens": as_tokens(tokens)}, bias).on(model)
+    return ban(bias, tokens).on(model)
 
 
 def token_nll(model, circuit=INTACT):
@@ -100,6 +105,21 @@ def test_likelihoods_are_those_of_shifted_logits(family, bias):
         found = token_nll(model)
     np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), atol=2e-5)
     assert any(token in BANNED for tokens in GIVEN for token in tokens[1:])
+
+
+@FAMILIES
+def test_texts_read_under_several_bans_are_those_of_shifted_logits(family):
+    """The head runs once for all bans, of which none may see another's."""
+    model = tiny.model(family)
+    edits = [ban(2.5), INTACT, ban(-1.0)]
+    every = likelihood.window_scores(model, edits, GIVEN, NAMES, Window(20, 20))
+    for bias, scores in zip((2.5, 0, -1.0), every, strict=True):
+        expected = [shifted_nll(model, tokens, bias) for tokens in GIVEN]
+        found = np.concatenate([nll[1:] for nll, _ in scores])
+        np.testing.assert_allclose(found, np.concatenate(expected), atol=2e-5)
+        with banned(model, BANNED, bias):
+            (alone,) = likelihood.window_scores(model, [INTACT], GIVEN, NAMES, Window(20, 20))
+        assert found.tolist() == np.concatenate([nll[1:] for nll, _ in alone]).tolist()
 
 
 @FAMILIES

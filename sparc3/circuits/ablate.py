@@ -15,7 +15,7 @@ import numpy as np
 
 from sparc3.base.errors import InputError
 from sparc3.circuits.circuit import Circuit
-from sparc3.circuits.intervention import BEYOND, Intervention
+from sparc3.circuits.intervention import Intervention
 from sparc3.model.trunk import keeping, skipping
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def without_each(
 def _begin(edit: Edit, layers: int) -> int:
     """The first layer that an edit changes, as far as is known; `layers` where it changes none."""
     if not isinstance(edit, Circuit):
-        return layers if edit.form in BEYOND else 0
+        return layers if edit.at_head else 0
     return int(edit.layers.min()) if len(edit) else layers
 
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +34,15 @@ class Intervention:
     def on(self, model: "PreTrainedModel") -> "AbstractContextManager[PreTrainedModel]":
         """Within it, `model` is changed; undone at the end, also after an exception."""
         return FORMS[self.form](model, self.arrays, self.strength)
+
+    @property
+    def at_head(self) -> bool:
+        """Whether it changes what leaves the head, and nothing below."""
+        return self.form in AT_HEAD
+
+    def change(self, values: "Tensor") -> "Tensor":
+        """Of one that acts `at_head`: what left the head (..., vocabulary), changed in place."""
+        return AT_HEAD[self.form](self.arrays, values, self.strength)
 
 
 def write_intervention(path: Path, intervention: Intervention) -> None:
@@ -128,6 +137,14 @@ def _masked(
             flat[places] = values
 
 
+def _lowered(arrays: Arrays, values: "Tensor", strength: float) -> "Tensor":
+    """Each of `tokens` lower by `strength`, in place."""
+    import torch
+
+    values[..., torch.from_numpy(arrays["tokens"]).long().to(values.device)] -= strength
+    return values
+
+
 @contextmanager
 def banned(
     model: "PreTrainedModel", arrays: Arrays, strength: float
@@ -137,15 +154,12 @@ def banned(
     What leaves the output embedding is lowered, so likelihoods, completions and the model's own
     `forward` all see it; a cap on final logits comes after that and weakens it.
     """
-    import torch
+    from sparc3.model.families import head
 
-    tokens = torch.from_numpy(arrays["tokens"]).long()
+    def lower(module: "nn.Module", args: Any, values: "Tensor") -> None:
+        _lowered(arrays, values, strength)
 
-    def lower(module: "nn.Module", args: Any, logits: "Tensor") -> None:
-        logits[..., tokens.to(logits.device)] -= strength
-
-    head = cast("nn.Module", model.get_output_embeddings())
-    hook = head.register_forward_hook(lower)
+    hook = head(model).register_forward_hook(lower)
     try:
         yield model
     finally:
@@ -222,7 +236,7 @@ FORMS: dict[str, Form] = {
     "ban": banned,
     "prefix": _prefixed,
 }
-BEYOND = ("ban",)  # forms that change what leaves the layers, and nothing within them
+AT_HEAD = {"ban": _lowered}  # forms that change what leaves the head, and nothing below
 
 
 def as_tokens(tokens: Any) -> Array:

@@ -18,6 +18,7 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import Array
 from sparc3.circuits.ablate import Edit, edited, without_each
 from sparc3.circuits.circuit import INTACT, Circuit
+from sparc3.circuits.intervention import Intervention
 from sparc3.measure.instrument import Progress
 from sparc3.model import families, loading
 from sparc3.model.families import context
@@ -274,11 +275,17 @@ def _compare(
     for wanted, part, *parts in zip(
         *(each.split(CHUNK) for each in (targets, whole, *states)), strict=True
     ):
-        before = families.logits(model, part).float()
+        left = families.head(model)(part)  # the head, which is dear, once for all edits of it
+        before = families.capped(model, left).float()
         _, log_z = _target_nll(before.clone(), wanted)
         p = (before - log_z[:, None]).exp_()
         for found, edit, state in zip(pieces, edits, parts, strict=True):
-            after = before.clone() if edit is INTACT else _logits(model, edit, state)
+            if edit is INTACT:
+                after = before.clone()
+            elif isinstance(edit, Intervention) and edit.at_head:
+                after = families.capped(model, edit.change(left.clone())).float()
+            else:
+                after = _logits(model, edit, state)
             gap = torch.einsum("nv,nv->n", p, before - after)
             nll, log_z_after = _target_nll(after, wanted)
             found.append(torch.stack([nll, gap + log_z_after - log_z]))

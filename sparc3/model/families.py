@@ -143,8 +143,17 @@ def body(model: PreTrainedModel) -> nn.Module:
 
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (..., vocabulary) of the body's last hidden state (..., hidden), any positions."""
+    return capped(model, head(model)(hidden))
+
+
+def head(model: PreTrainedModel) -> nn.Module:
+    """The output embedding: last hidden state to what logits are made of."""
+    return cast("nn.Module", model.get_output_embeddings())
+
+
+def capped(model: PreTrainedModel, values: Tensor) -> Tensor:
+    """Logits from what left the head, scaled and capped where the family does that; else as is."""
     config = model.config
-    values = cast("nn.Module", model.get_output_embeddings())(hidden)
     scale = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
     if scale != 1:
         values = values * scale
