@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS, TEXTS = 8, 3  # that are kept of every neuron
+BATCH_TOKENS = 1024  # that are read together
 
 
 def push(model: "PreTrainedModel", layer: int, neuron: int) -> "Tensor":
@@ -65,21 +66,25 @@ def peaks(
     `tokens`: of each text at least two, the first of which is not looked at.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    from sparc3.model import families, loading
+    from sparc3.model import loading
+    from sparc3.relevance.attribution import batches, run
 
-    body, device = families.body(model), loading.input_device(model)
+    device = loading.input_device(model)
     values = np.zeros((len(tokens), len(circuit)))
     places = np.zeros_like(values, dtype=np.int64)
     with _listening(model, circuit) as heard, torch.no_grad():
-        for at, ids in enumerate(tokens):
-            body(torch.tensor([ids], device=device))
+        for batch in batches([[len(ids)] for ids in tokens], BATCH_TOKENS):
+            rows = [torch.tensor(tokens[at]) for at in batch]
+            run(model, pad_sequence(rows, batch_first=True).to(device))
             columns = [
                 heard[layer][:, neuron].float().cpu() for layer, neuron, *_ in circuit.rows()
             ]
-            h = torch.stack(columns, 1).numpy()
-            places[at] = 1 + np.abs(h[1:]).argmax(0)
-            values[at] = h[places[at], np.arange(len(circuit))]
+            h = torch.stack(columns, 1).view(len(batch), -1, len(circuit)).numpy()
+            for at, row, ids in zip(batch, h, rows, strict=True):
+                places[at] = 1 + np.abs(row[1 : len(ids)]).argmax(0)
+                values[at] = row[places[at], np.arange(len(circuit))]
     return values, places
 
 
