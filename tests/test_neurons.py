@@ -51,7 +51,8 @@ def test_a_push_is_the_column_through_norm_and_unembedding(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_peaks_are_the_largest_activations_after_the_first_token(family: str) -> None:
-    model, tokens = tiny.model(family), tiny.sequences([6, 9, 20, 19, 4])  # two of which share a batch
+    model = tiny.model(family)
+    tokens = tiny.sequences([6, 9, 20, 19, 4])  # two of which share a batch
     values, places = neurons.peaks(model, CIRCUIT, tokens)
     for row, ids in enumerate(tokens):
         for column, (layer, neuron, *_) in enumerate(CIRCUIT.rows()):
