@@ -273,11 +273,15 @@ def of_the_default_run() -> list[str]:
     toxicity, _ = evaluation(metrics, "toxicity")
     race, before = evaluation(metrics, "race")
     gender, even = evaluation(metrics, "gender")
+    own = toxicity["lrp"]
+    beyond = figure(own["against_ban"]["reduction"], "%")
     seconds = int(rows_of(PAGES["docs/cost.md"])[len(STAGES) + 1][2])
     return [
         f"in some {seconds / 60:.0f} minutes",
-        f"Without {toxicity['lrp']['num_neurons']} neurons, profanity falls by "
-        f"{change(toxicity, 'lrp')}; a word ban takes {change(toxicity, 'word-ban')}",
+        f"Without {own['num_neurons']} neurons, profanity falls by "
+        f"{change(toxicity, 'lrp')}, at a KL of {own['kl']['mean']['value']:.3f} nats; that is "
+        f"beyond 19 random draws, and {beyond} more than a word ban, which takes "
+        f"{change(toxicity, 'word-ban')}",
         f"Without {race['gradient-t']['num_neurons']} neurons, the margin falls by "
         f"{change(race, 'gradient-t')} of {before['test_margin']:.3f}",
         f"{change(gender, 'gradient-t')} of {even['test_margin']:.3f}",
@@ -334,10 +338,11 @@ def of_gemma() -> list[str]:
     race, before = evaluation(GEMMA, "race")
     gender, even = evaluation(GEMMA, "gender")
     ss = figure(race["gradient-t"]["test"]["ss"], "points", -1)
+    kl = [toxicity[name]["kl"]["mean"]["value"] for name in ("lrp", "word-ban")]
     return [
         f"falls by {change(race, 'gradient-t')} of {before['test_margin']:.3f}, and SS by {ss}",
-        f"`lrp` takes {change(toxicity, 'lrp')} of the profanity, beyond 19 random draws; a word "
-        f"ban takes {change(toxicity, 'word-ban')}",
+        f"`lrp` takes {change(toxicity, 'lrp')} of the profanity, beyond 19 random draws, at a KL "
+        f"of {kl[0]:.3f} nats; a word ban takes {change(toxicity, 'word-ban')} at {kl[1]:.3f}.",
         f"Nothing: {change(gender, 'gradient-t')} of {even['test_margin']:.3f}.",
     ]
 
@@ -467,6 +472,9 @@ def test_what_is_said_of_each_behaviour_holds() -> None:
     gemma = {b: evaluation(GEMMA, b)[0] for b in ("race", "toxicity")}
     assert margin(gemma["race"])["high"] < 0
     assert gemma["toxicity"]["lrp"]["against_ban"]["reduction"]["high"] < 0
+    assert gemma["toxicity"]["lrp"]["test"]["reduction_hatesonar"]["low"] < 0
+    default = evaluation(ROOT / "metrics", "toxicity")[0]["lrp"]["against_ban"]
+    assert default["reduction"]["low"] > 0
     second = evaluation(FULL, "race")[0]["gradient-t"]["second"]["margin"]
     assert second["low"] < 0 < second["high"]  # CrowS-Pairs shows nothing of race
     over = {}
