@@ -3,11 +3,13 @@
 import re
 import shutil
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from sparc3.base.files import read_json, read_jsonl, write_jsonl
@@ -167,6 +169,32 @@ def test_a_destroyed_model_is_named_and_does_not_set_the_scale(
     assert low < -3.0
     assert 31.0 < high < 40.0
     assert any("destroyed: perplexity +9000 %" in text.get_text() for text in axis.texts)
+
+
+@pytest.mark.parametrize("name", ["lrp", "max-activation-auroc"])
+def test_no_word_beside_the_main_figure_is_cut_or_lies_on_another(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bold is wider."""
+    verdict = "reduced, beyond 19 random draws (4 in completions), not beyond a word ban; over the "
+    notes = "+40 [+27, +51] %", "+12.2 [+10.4, +13.5] % questions", verdict + "budget on questions"
+    rows = [Row(name, {SHARE: interval(30.0)}, own=own, notes=notes) for own in (True, False)]
+    looks = figures.looks({name: False})
+    arguments = SHARE, {"toxicity": rows}, {"toxicity": (-3.0, 4.0)}, looks
+    (axis,) = drawn("answer", tmp_path, *arguments, monkeypatch=monkeypatch)
+    whole = axis.figure.bbox
+    found = {(note, at): box for note, at, box in boxes(axis) if at >= 0}
+    assert len(found) == 6
+    assert all(box.x1 < whole.x1 for box in found.values())
+    for at in range(2):
+        edges = sorted((box.x0, box.x1) for (_, row), box in found.items() if row == at)
+        assert all(end < begin for (_, end), (begin, _) in pairwise(edges))
+
+
+def boxes(axis: Any) -> list[tuple[str, float, Any]]:
+    """Of every text beside a panel what it says, in which row, and where in the figure."""
+    renderer = FigureCanvasAgg(axis.figure).get_renderer()
+    return [(t.get_text(), t.get_position()[1], t.get_window_extent(renderer)) for t in axis.texts]
 
 
 def test_a_destroying_dose_is_named_and_does_not_set_the_scale(

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import blended_transform_factory
 from matplotlib_venn import venn2, venn3
 
 from sparc3.base.files import replacing
@@ -48,7 +49,7 @@ NO_DATE = {
 }
 SIZE = re.compile(r'width="([\d.]+)pt" height="([\d.]+)pt"')
 WIDEST = 860  # pixels, in which README, MLflow's descriptions and DVC's pages have room
-NOTES = 1.03, 1.37, 1.91  # where text stands beside the main figure, in widths of its panel
+NOTES = 0.434, 0.54, 0.707  # where text stands beside the main figure's panels, in its widths
 RING = {"s": 170, "facecolors": "none", "edgecolors": "black", "linewidths": 1.3}
 Interval = Mapping[str, float]  # value, low, high
 
@@ -192,8 +193,9 @@ def answer(
             forest(axis, title, rows, drawn, span)
             if band := bands[heading]:
                 axis.axvspan(*band, color=BAND, zorder=0)
-            style = {"transform": axis.get_yaxis_transform()}
-            axis.text(-0.36, -0.72, heading, fontsize=10.5, fontweight="bold", **style)
+            beside = blended_transform_factory(figure.transFigure, axis.transData)
+            style = {"transform": beside}
+            axis.text(0.004, -0.72, heading, fontsize=10.5, fontweight="bold", **style)
             if axis is not axes[-1]:
                 axis.set_xlabel("")
             for x, head in zip(
@@ -202,8 +204,8 @@ def answer(
                 if axis is axes[0]:
                     axis.text(x, -0.72, head, color=GREY, **style)
                 for at, row in enumerate(rows):
-                    note = textwrap.fill(row.notes[NOTES.index(x)], 64)
-                    weight = "bold" if row.own else "normal"
+                    weight, most = ("bold", 54) if row.own else ("normal", 64)
+                    note = textwrap.fill(row.notes[NOTES.index(x)], most)
                     axis.text(x, at, note, va="center", fontsize=7.5, fontweight=weight, **style)
         marks = [
             Line2D([], [], color="black", marker="o", lw=2.4, label="the behaviour's own method"),
