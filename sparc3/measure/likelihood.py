@@ -197,8 +197,10 @@ def window_spans(length: int, window: int, stride: int) -> Iterator[tuple[int, i
         reached = end
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of each batch, longest sequence first."""
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of each batch, longest sequence first. With its padding it has at most `batch_tokens`
+    tokens, or is a single sequence.
+    """
     batch: list[int] = []
     used = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -237,7 +239,7 @@ def _by_edit(
 ) -> list[list[Array]]:
     """What `measure` gives for batches of rows, put together: for each row, by circuit."""
     found: list[dict[int, Array]] = [{} for _ in edits]
-    for batch in _batches([len(row.tokens) for row in rows], batch_tokens):
+    for batch in batches([len(row.tokens) for row in rows], batch_tokens):
         for by_row, values in zip(found, measure([rows[i] for i in batch]), strict=True):
             by_row.update(zip(batch, values, strict=True))
     return [[by_row[index] for index in range(len(rows))] for by_row in found]

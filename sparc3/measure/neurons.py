@@ -68,22 +68,24 @@ def peaks(
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from sparc3.model import loading
-    from sparc3.relevance.attribution import batches, run
+    from sparc3.measure.likelihood import batches
+    from sparc3.model import families, loading
 
-    device = loading.input_device(model)
+    body, device = families.body(model), loading.input_device(model)
     values = np.zeros((len(tokens), len(circuit)))
     places = np.zeros_like(values, dtype=np.int64)
     with _listening(model, circuit) as heard, torch.no_grad():
-        for batch in batches([[len(ids)] for ids in tokens], BATCH_TOKENS):
+        for batch in batches([len(ids) for ids in tokens], BATCH_TOKENS):
             rows = [torch.tensor(tokens[at]) for at in batch]
-            run(model, pad_sequence(rows, batch_first=True).to(device))
+            ids = pad_sequence(rows, batch_first=True).to(device)
+            with loading.attention(ids):
+                body(input_ids=ids, use_cache=False)
             columns = [
                 heard[layer][:, neuron].float().cpu() for layer, neuron, *_ in circuit.rows()
             ]
             h = torch.stack(columns, 1).view(len(batch), -1, len(circuit)).numpy()
-            for at, row, ids in zip(batch, h, rows, strict=True):
-                places[at] = 1 + np.abs(row[1 : len(ids)]).argmax(0)
+            for at, row, text in zip(batch, h, rows, strict=True):
+                places[at] = 1 + np.abs(row[1 : len(text)]).argmax(0)
                 values[at] = row[places[at], np.arange(len(circuit))]
     return values, places
 
