@@ -75,7 +75,8 @@ test-next: env
 	  > $$(.next/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth \
 	&& .next/bin/python -m pip install --quiet --no-input --no-deps -r requirements-next.txt \
 	&& cp requirements-next.txt .next/installed.txt; }
-	@$(IN_ENV) python -m sparc3 fetch 2> /dev/null  # which transformers 5 cannot: it converts GGUF
+	@$(IN_ENV) MLFLOW_TRACKING_URI=sqlite:///.next/mlflow.db \
+	  python -m sparc3 fetch 2> /dev/null  # which transformers 5 cannot: it converts GGUF
 	.next/bin/python -m pytest --numprocesses 2 --dist loadfile \
 	  $(NEXT_TESTS:%=tests/test_%.py)
 

@@ -26,9 +26,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def fetched() -> Path:
-    """The checkout, with data/ and models/ in place."""
-    subprocess.run([sys.executable, "-m", "sparc3", "fetch"], cwd=ROOT, check=True)
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout, with data/ and models/ in place, and no run more in its store."""
+    store = tmp_path_factory.mktemp("store") / "mlflow.db"
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
+    command = [sys.executable, "-m", "sparc3", "fetch"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return ROOT
 
 
