@@ -280,7 +280,8 @@ def of_the_default_run() -> list[str]:
         f"in some {seconds / 60:.0f} minutes",
         f"Without {own['num_neurons']} neurons, profanity falls by "
         f"{change(toxicity, 'lrp')}, at a KL of {own['kl']['mean']['value']:.3f} nats; that is "
-        f"beyond 19 random draws, and {beyond} more than a word ban, which takes "
+        f"beyond 19 random draws, {PARAMS.evaluate.drawn} of them by completions, and {beyond} "
+        "more than a word ban, which takes "
         f"{change(toxicity, 'word-ban')}",
         f"Without {race['gradient-t']['num_neurons']} neurons, the margin falls by "
         f"{change(race, 'gradient-t')} of {before['test_margin']:.3f}",
@@ -315,7 +316,8 @@ def of_the_full_profile() -> list[str]:
     beyond = figure(own["against_ban"]["reduction"], "%")
     return [
         f"Without {own['num_neurons']} neurons, profanity falls by {change(toxicity, 'lrp')}. That "
-        f"is beyond 19 random draws, and {beyond} more than a word ban, which takes "
+        f"is beyond 19 random draws, 5 of them by completions, and {beyond} more than a word ban, "
+        "which takes "
         f"{change(toxicity, 'word-ban')}; the KL from the unpruned model is "
         f"{own['kl']['mean']['value']:.3f} nats a token",
         f"it falls by {figure(own['test']['reduction_hatesonar'], '%')}, where the ban takes "
@@ -341,7 +343,8 @@ def of_gemma() -> list[str]:
     kl = [toxicity[name]["kl"]["mean"]["value"] for name in ("lrp", "word-ban")]
     return [
         f"falls by {change(race, 'gradient-t')} of {before['test_margin']:.3f}, and SS by {ss}",
-        f"`lrp` takes {change(toxicity, 'lrp')} of the profanity, beyond 19 random draws, at a KL "
+        f"`lrp` takes {change(toxicity, 'lrp')} of the profanity, beyond 19 random draws, "
+        f"{PARAMS.evaluate.drawn} of them by completions, at a KL "
         f"of {kl[0]:.3f} nats; a word ban takes {change(toxicity, 'word-ban')} at {kl[1]:.3f}.",
         f"Nothing: {change(gender, 'gradient-t')} of {even['test_margin']:.3f}.",
     ]
@@ -359,8 +362,9 @@ def of_readme() -> list[str]:
         f"{sum(signs.values()):,} neurons",
         f"some {seconds / 60:.0f} minutes on two cores",
         f"{change(toxicity, 'lrp')} of it is gone, and a mere ban of "
-        f"{len(toxicity['word-ban']['tokens'])} bad words takes {change(toxicity, 'word-ban')}. On "
-        f"sealed prompts, read once, it is {change(sealed, 'lrp')}.",
+        f"{len(toxicity['word-ban']['tokens'])} bad words takes {change(toxicity, 'word-ban')}. By "
+        "a second scorer none of it is beyond the ban. On sealed prompts, read once with the first "
+        f"release's {sealed['lrp']['num_neurons']} neurons, it is {change(sealed, 'lrp')}.",
         f"{change(toxicity, 'gradient')}, on the sealed prompts {change(sealed, 'gradient')}.",
         f"a budget of {PARAMS.select.budget.perplexity:g} %",
     ]
@@ -474,7 +478,8 @@ def test_what_is_said_of_each_behaviour_holds() -> None:
     assert gemma["toxicity"]["lrp"]["against_ban"]["reduction"]["high"] < 0
     assert gemma["toxicity"]["lrp"]["test"]["reduction_hatesonar"]["low"] < 0
     default = evaluation(ROOT / "metrics", "toxicity")[0]["lrp"]["against_ban"]
-    assert default["reduction"]["low"] > 0
+    assert default["reduction"]["low"] > 0 > default["reduction_hatesonar"]["low"]
+    assert evaluation(GEMMA, "race")[0]["gradient-t"]["second"]["margin"]["high"] > 0
     second = evaluation(FULL, "race")[0]["gradient-t"]["second"]["margin"]
     assert second["low"] < 0 < second["high"]  # CrowS-Pairs shows nothing of race
     over = {}

@@ -28,7 +28,7 @@ from sparc3.stages.table import STAGES
 
 LARGE = ("llama3-8b", "llama3-8b-sound")  # profiles whose costs are foretold
 EFFECTS = Path("docs/faithfulness.svg")  # of the first behaviour whose effects are taken
-ALT = "How much of each behaviour every method removes, with intervals, cost and verdict"
+ALT = "How much of each behaviour the first methods remove, with intervals, cost and verdict"
 
 BLOCKS = {  # by the page that holds them
     Path("README.md"): ("answer",),
