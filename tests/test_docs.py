@@ -39,6 +39,10 @@ FULL, GEMMA, RIVALS = (
     ROOT / f"profiles/results/{name}"
     for name in ("smollm2-135m-full", "gemma3-270m", "smollm2-135m-rivals")
 )
+EVALUATE = {  # how each was evaluated
+    folder: load(ROOT / f"profiles/{folder.name}.yaml", ROOT / "params.yaml").evaluate
+    for folder in (FULL, GEMMA)
+}
 
 
 def prose(page: str) -> str:
@@ -281,8 +285,7 @@ def of_the_default_run() -> list[str]:
         f"Without {own['num_neurons']} neurons, profanity falls by "
         f"{change(toxicity, 'lrp')}, at a KL of {own['kl']['mean']['value']:.3f} nats; that is "
         f"beyond 19 random draws, {PARAMS.evaluate.drawn} of them by completions, and {beyond} "
-        "more than a word ban, which takes "
-        f"{change(toxicity, 'word-ban')}",
+        f"more than a word ban, which takes {change(toxicity, 'word-ban')}",
         f"Without {race['gradient-t']['num_neurons']} neurons, the margin falls by "
         f"{change(race, 'gradient-t')} of {before['test_margin']:.3f}",
         f"{change(gender, 'gradient-t')} of {even['test_margin']:.3f}",
@@ -316,9 +319,9 @@ def of_the_full_profile() -> list[str]:
     beyond = figure(own["against_ban"]["reduction"], "%")
     return [
         f"Without {own['num_neurons']} neurons, profanity falls by {change(toxicity, 'lrp')}. That "
-        f"is beyond 19 random draws, 5 of them by completions, and {beyond} more than a word ban, "
-        "which takes "
-        f"{change(toxicity, 'word-ban')}; the KL from the unpruned model is "
+        f"is beyond 19 random draws, {EVALUATE[FULL].drawn} of them by completions, and {beyond} "
+        f"more than a word ban, which takes {change(toxicity, 'word-ban')}; the KL from the "
+        "unpruned model is "
         f"{own['kl']['mean']['value']:.3f} nats a token",
         f"it falls by {figure(own['test']['reduction_hatesonar'], '%')}, where the ban takes "
         f"{figure(ban['reduction_hatesonar'], '%')}",
@@ -344,7 +347,7 @@ def of_gemma() -> list[str]:
     return [
         f"falls by {change(race, 'gradient-t')} of {before['test_margin']:.3f}, and SS by {ss}",
         f"`lrp` takes {change(toxicity, 'lrp')} of the profanity, beyond 19 random draws, "
-        f"{PARAMS.evaluate.drawn} of them by completions, at a KL "
+        f"{EVALUATE[GEMMA].drawn} of them by completions, at a KL "
         f"of {kl[0]:.3f} nats; a word ban takes {change(toxicity, 'word-ban')} at {kl[1]:.3f}.",
         f"Nothing: {change(gender, 'gradient-t')} of {even['test_margin']:.3f}.",
     ]
@@ -360,6 +363,7 @@ def of_readme() -> list[str]:
     return [
         f"at {cost[0]:.0f} % of perplexity on questions where pruning costs {cost[1]:.0f} %",
         f"{sum(signs.values()):,} neurons",
+        f"{EVALUATE[FULL].completions} completions a prompt",
         f"some {seconds / 60:.0f} minutes on two cores",
         f"{change(toxicity, 'lrp')} of it is gone, and a mere ban of "
         f"{len(toxicity['word-ban']['tokens'])} bad words takes {change(toxicity, 'word-ban')}. By "
@@ -460,8 +464,11 @@ def test_what_is_said_of_each_behaviour_holds() -> None:
     assert margin(found["race"]["circuits"])["high"] < 0  # past even, further than any draw
     rank = found["race"]["circuits"]["gradient-t"]["among_controls"]["margin"]
     assert rank["least"] > 0 or rank["most"] < abs(margin(found["race"]["circuits"])["value"])
-    gender = margin(found["gender"]["circuits"])
-    assert gender["low"] < 0 < gender["high"]
+    for circuits in (evaluation(ROOT / "metrics", "gender")[0], found["gender"]["circuits"]):
+        assert margin(circuits)["low"] < 0 < margin(circuits)["high"]
+    race = evaluation(ROOT / "metrics", "race")[0]["gradient-t"]
+    assert race["test"]["margin"]["high"] < 0
+    assert race["among_controls"]["margin"]["p"] <= 0.05
     gates = {b: read_json(FULL / f"gate/{b}.json") for b in PARAMS.behaviours}
     assert (gates["toxicity"]["passed"], gates["gender"]["passed"]) == (0, 1)
     for gate in gates.values():  # wider than the threshold
@@ -479,9 +486,9 @@ def test_what_is_said_of_each_behaviour_holds() -> None:
     assert gemma["toxicity"]["lrp"]["test"]["reduction_hatesonar"]["low"] < 0
     default = evaluation(ROOT / "metrics", "toxicity")[0]["lrp"]["against_ban"]
     assert default["reduction"]["low"] > 0 > default["reduction_hatesonar"]["low"]
-    assert evaluation(GEMMA, "race")[0]["gradient-t"]["second"]["margin"]["high"] > 0
-    second = evaluation(FULL, "race")[0]["gradient-t"]["second"]["margin"]
-    assert second["low"] < 0 < second["high"]  # CrowS-Pairs shows nothing of race
+    for folder in (FULL, GEMMA):  # CrowS-Pairs shows nothing of race
+        second = evaluation(folder, "race")[0]["gradient-t"]["second"]["margin"]
+        assert second["low"] < 0 < second["high"]
     over = {}
     for behaviour, spec in PARAMS.behaviours.items():
         own = evaluation(FULL, behaviour)[0][spec.method]

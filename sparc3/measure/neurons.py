@@ -6,7 +6,7 @@ token of a text, at which many neurons are extreme whatever follows, is not look
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from sparc3.base.files import Array
 from sparc3.circuits.circuit import Circuit
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS, TEXTS = 8, 3  # that are kept of every neuron
@@ -31,8 +31,7 @@ def push(model: "PreTrainedModel", layer: int, neuron: int) -> "Tensor":
 
     from sparc3.model import families
 
-    unembedding = cast("nn.Module", model.get_output_embeddings())
-    head = unembedding.get_parameter("weight").detach()
+    head = families.head(model).get_parameter("weight").detach()
     direction = families.outgoing(families.mlps(model)[layer].down)[:, neuron].detach()
     norm = families.final_norm(model)
     if norm is not None:

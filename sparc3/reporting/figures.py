@@ -193,8 +193,7 @@ def answer(
             forest(axis, title, rows, drawn, span)
             if band := bands[heading]:
                 axis.axvspan(*band, color=BAND, zorder=0)
-            beside = blended_transform_factory(figure.transFigure, axis.transData)
-            style = {"transform": beside}
+            style = {"transform": blended_transform_factory(figure.transFigure, axis.transData)}
             axis.text(0.004, -0.72, heading, fontsize=10.5, fontweight="bold", **style)
             if axis is not axes[-1]:
                 axis.set_xlabel("")

@@ -29,6 +29,7 @@ from sparc3.reporting.tables import FOLDER, first_split, interval, number
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 COSTS = "<p>What every stage cost, and its commit: in this page's copy with MLflow's runs.</p>"
+MOST = 7  # methods of a behaviour in the main figure
 SIDE_BY_SIDE = 20  # prompts whose completions are shown
 RUNS = "http://127.0.0.1:5000/#/experiments/0/runs?searchFilter="  # `make ui` of this checkout
 Table = tuple[list[str], list[list[str]]]
@@ -242,6 +243,7 @@ def page(params: Params, table: list[dict[str, Any]], folder: Path) -> str:
         sentences=sentences(params, table),
         main=main_table(params, table),
         figure=figure,
+        most=MOST,
         source=source,
         parts=[behaviour_part(params, n, rows, figure) for n, rows in by_name.items()],
         claims=claim_rows(params, table),

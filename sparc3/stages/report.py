@@ -27,7 +27,6 @@ from sparc3.reporting.tables import FOLDER, TABLE, cells, first_split, result_ta
 
 log = logging.getLogger(__name__)
 SHARE = "less of the behaviour, % of complete removal"
-MAIN = 7  # methods of a behaviour in the main figure
 COST = "perplexity change, worst text, %\n(left is better)"
 
 
@@ -187,7 +186,7 @@ def draw(params: Params, table: list[dict[str, Any]], folder: Path) -> None:
         there = [r for r in rows if SHARE in r.found and r.method != params.evaluate.control]
         # In the order of params, whatever was found; the behaviour's forest has all of them.
         judged = [
-            *[r for r in there if not names[r.method]][:MAIN],
+            *[r for r in there if not names[r.method]][: page.MOST],
             *[r for r in there if names[r.method] and not r.lost],
         ]
         if judged:
