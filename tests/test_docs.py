@@ -189,13 +189,22 @@ def test_what_the_page_of_faithfulness_says_of_many_neurons_is_from_the_file() -
 
 
 def test_the_readme_answers_with_the_own_methods_of_the_full_profile() -> None:
-    """The same neurons, perplexity and verdict as in the whole table; shares of the level."""
+    """The same neurons, perplexity and verdict as in the whole table; shares of the level; and what
+    the table of the sealed sets says, with its release, commit and date.
+    """
     block = PAGES["README.md"].partition("<!-- answer:")[2].partition("<!-- end of")[0]
-    _, *answers = rows_of(block)
+    header, *answers = rows_of(block)
+    record = read_json(ROOT / "metrics/confirm.json")
+    release, commit, date = (record[key] for key in ("release", "commit", "date"))
+    assert header[-1] == f"sealed prompts, {release}: {commit[:7]}, {date}"
+    confirmed = rows_of(PAGES["docs/results.md"].partition("<!-- confirm:")[2])
     assert [row[0] for row in answers] == list(PARAMS.behaviours)
     whole = (FULL / "table.md").read_text().split("\n**")[1:]
-    for (name, before, neurons, share, cost, verdict), section in zip(answers, whole, strict=True):
+    for answer, section in zip(answers, whole, strict=True):
+        name, before, neurons, share, cost, verdict, sealed = answer
         method = PARAMS.behaviours[name].method
+        (line,) = (row for row in confirmed if row[:2] == [name, method])
+        assert sealed == line[3]
         assert section.startswith(f"{name}**: unpruned {before},")
         (row,) = (row for row in rows_of(section) if row[0] == method)
         assert neurons == f"{row[2]} neurons of `{method}`"

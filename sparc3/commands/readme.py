@@ -1,6 +1,8 @@
 """The generated blocks of README.md and docs/: results, costs, published numbers, the figure."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sparc3.base.artifacts import METRICS, metrics_path
 from sparc3.base.comparison import COST, latest_metrics
@@ -8,6 +10,7 @@ from sparc3.base.errors import InputError
 from sparc3.base.files import markdown, read_json, read_jsonl, read_text, write_text
 from sparc3.base.params import Params
 from sparc3.commands import plan
+from sparc3.measure.instruments import primary_of
 from sparc3.measure.scorers import scorer
 from sparc3.prompts.embedded import DATA
 from sparc3.prompts.sources import SOURCES
@@ -58,14 +61,20 @@ TABLES = {  # blocks that are the table of a run, and its file
 }
 
 
-def answer_table(run: Run) -> str:
-    """A line for each behaviour that has a verdict, by its own method, of a finished run."""
+def answer_table(run: Run, record: Mapping[str, Any]) -> str:
+    """A line for each behaviour that has a verdict, by its own method, of a finished run; and what
+    the sealed prompts gave, by the `record` of a release.
+    """
     rows = []
     for row in read_json(run.folder / SUMMARY.name)["methods"]:
         if not row["own"] or row["reduction"] is None:
             continue
         measured = read_json(run.folder / "evaluate" / f"{row['behaviour']}.json")
         share = row["reduction"]
+        primary = primary_of(run.params.behaviours[row["behaviour"]])
+        assert primary is not None  # of a behaviour with a verdict
+        value, circuits = primary[1], record["behaviours"][row["behaviour"]]["circuits"]
+        sealed = circuits[row["method"]]["test"][value.name]
         rows.append(
             [
                 row["behaviour"],
@@ -74,10 +83,12 @@ def answer_table(run: Run) -> str:
                 f"{share['value']:.0f} % [{share['low']:.0f}, {share['high']:.0f}]",
                 f"{interval(row['perplexity'])} on {row['text']}",
                 row["verdict"],
+                f"{interval(sealed, value.digits)} {value.title}",
             ]
         )
     header = ["behaviour", "unpruned", "without", "of it removed", "perplexity %", "verdict"]
-    return markdown(header, rows)
+    when = f"sealed prompts, {record['release']}: {record['commit'][:7]}, {record['date']}"
+    return markdown([*header, when], rows)
 
 
 def cost_table(stages: list[str], costs: dict[str, dict[str, float]]) -> str:
@@ -125,10 +136,11 @@ def run(params: Params) -> None:
     tables = {name: read_text(path) for name, path in TABLES.items()}
     header, *rows = plan.costs([Path(f"profiles/{name}.yaml") for name in LARGE])
     measured = [name for name, spec in params.behaviours.items() if spec.faithfulness]
-    costs, record = latest_metrics(COST), metrics_path("confirm")
+    costs, record = latest_metrics(COST), read_json(metrics_path("confirm"))
+    answer = answer_table(run_of(ANSWER), record)
     blocks = tables | {
-        "answer": f"![{ALT}]({RESULTS / ANSWER / 'answer.svg'})\n\n{answer_table(run_of(ANSWER))}",
-        "confirm": confirm_table(params, read_json(record)) if record.is_file() else "",
+        "answer": f"![{ALT}]({RESULTS / ANSWER / 'answer.svg'})\n\n{answer}",
+        "confirm": confirm_table(params, record),
         "costs": cost_table(list(STAGES), costs),
         "plan": markdown(header, rows),
         "leaderboard": leaderboard(runs(params)),
